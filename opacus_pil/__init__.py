@@ -1,0 +1,46 @@
+"""Per-instance privacy losses and certified unlearning for Opacus.
+
+The names below are loaded when first used, so that `import opacus_pil.accounting` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CertificateError as CertificateError
+    from .errors import LedgerError as LedgerError
+    from .errors import OpacusPilError as OpacusPilError
+    from .errors import UnsupportedError as UnsupportedError
+    from .privacy_engine import PerInstancePrivacyEngine as PerInstancePrivacyEngine
+    from .unlearning import UnlearningEngine as UnlearningEngine
+    from .unlearning import UnlearningPlan as UnlearningPlan
+    from .unlearning import UnlearningResult as UnlearningResult
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CertificateError": "errors",
+    "LedgerError": "errors",
+    "OpacusPilError": "errors",
+    "UnsupportedError": "errors",
+    "PerInstancePrivacyEngine": "privacy_engine",
+    "UnlearningEngine": "unlearning",
+    "UnlearningPlan": "unlearning",
+    "UnlearningResult": "unlearning",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

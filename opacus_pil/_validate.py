@@ -1,0 +1,168 @@
+"""Every argument check of the package, in one wording: name, domain, value, cure.
+
+Knows numpy only. Each function returns the checked value in the type the caller computes with.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def expected(name: str, domain: str, value: object, cure: str = "") -> str:
+    """Word an error message: what was expected, what came, what to do."""
+    message = f"Expected {name} {domain}, got {name}={value!r}."
+    return f"{message} {cure}" if cure else message
+
+
+def real(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+    cure: str = "",
+) -> float:
+    """Return `value` as a finite float inside the interval, or raise."""
+    left = "(" if open_low else "["
+    right = ")" if open_high else "]"
+    if low == -math.inf and high == math.inf:
+        domain = "to be a finite number"
+    elif high == math.inf:
+        domain = f"to be a finite number {'>' if open_low else '>='} {low:g}"
+    else:
+        domain = f"in {left}{low:g}, {high:g}{right}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real | np.number):
+        raise TypeError(expected(name, domain, value, cure))
+    number = float(value)
+    below = number <= low if open_low else number < low
+    above = number >= high if open_high else number > high
+    if not math.isfinite(number) or below or above:
+        raise ValueError(expected(name, domain, number, cure))
+    return number
+
+
+def integer(name: str, value: Any, *, low: int, high: int | None = None, cure: str = "") -> int:
+    """Return `value` as an int inside [low, high], or raise."""
+    domain = f"to be an integer >= {low}" if high is None else f"to be an integer in [{low}, {high}]"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+        raise TypeError(expected(name, domain, value, cure))
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(expected(name, domain, number, cure))
+    return number
+
+
+def choice(name: str, value: Any, choices: Sequence[str], cure: str = "") -> str:
+    """Return `value` if it is one of `choices`, or raise."""
+    if value not in choices:
+        raise ValueError(expected(name, "to be one of " + ", ".join(choices), value, cure))
+    return str(value)
+
+
+def probability(name: str, value: Any, cure: str = "") -> float:
+    """Return a probability in [0, 1]."""
+    return real(name, value, low=0.0, high=1.0, cure=cure)
+
+
+def delta(value: Any) -> float:
+    """Return the δ of an (ε, δ) statement, strictly between 0 and 1."""
+    return real(
+        "delta", value, low=0.0, high=1.0, open_low=True, open_high=True,
+        cure="Pass a small probability such as 1 / number of instances.",
+    )  # fmt: skip
+
+
+def epsilon(value: Any) -> float:
+    """Return the ε of an (ε, δ) statement, finite and >= 0."""
+    return real("epsilon", value, low=0.0, cure="Pass the privacy target in nats, for example 1.0.")
+
+
+def orders(value: Any) -> FloatArray:
+    """Return Rényi orders as a float64 vector, each finite and > 1."""
+    array = np.atleast_1d(real_array("orders", value, low=1.0, open_low=True))
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(expected("orders", "to be a non-empty sequence", value))
+    return array
+
+
+def real_array(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    allow_infinite: bool = False,
+    cure: str = "",
+) -> FloatArray:
+    """Return `value` as a float64 array with every entry in [low, high], or name the first bad row.
+
+    NaN is always refused; `allow_infinite` admits +inf (a Rényi divergence may be infinite).
+    """
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(expected(name, "to be numbers", value, cure)) from error
+    below = array <= low if open_low else array < low
+    bad = np.isnan(array) | below | (array > high)
+    if not allow_infinite:
+        bad |= np.isinf(array)
+    if bad.any():
+        first = int(np.flatnonzero(bad.reshape(-1))[0])
+        lower = f"{'>' if open_low else '>='} {low:g}" if low > -math.inf else ""
+        upper = f"<= {high:g}" if high < math.inf else ""
+        limits = " and ".join(part for part in (lower, upper) if part)
+        kind = "not NaN" if allow_infinite else "finite"
+        message = (
+            f"Expected {name} {kind}{' and ' + limits if limits else ''}, got {name} with "
+            f"{int(bad.sum())} of {array.size} outside "
+            f"(first: row {first}, value {array.reshape(-1)[first]!r})."
+        )
+        raise ValueError(f"{message} {cure}" if cure else message)
+    return array
+
+
+def index_array(name: str, value: Any, *, size: int, unique: bool = True, cure: str = "") -> IntArray:
+    """Return `value` as int64 indices into [0, size), or name the first bad entry."""
+    array = np.asarray(value)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(expected(name, "to be a 1-D sequence of integers", value, cure))
+    array = array.astype(np.int64)
+    bad = (array < 0) | (array >= size)
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"Expected {name} in [0, {size - 1}], got {int(bad.sum())} of {array.size} outside "
+            f"(first: position {first}, index {int(array[first])}). {cure}".rstrip()
+        )
+    if unique:
+        values, counts = np.unique(array, return_counts=True)
+        if (counts > 1).any():
+            twice = int(values[counts > 1][0])
+            raise ValueError(
+                f"Expected {name} without repetition, got index {twice} "
+                f"{int(counts.max())} times. Pass each index once. {cure}".rstrip()
+            )
+    return array
+
+
+def same_length(name: str, array: npt.NDArray[Any], other: str, length: int) -> None:
+    """Raise unless `array` is a vector of `length` entries, as many as `other` has."""
+    if array.ndim != 1 or len(array) != length:
+        raise ValueError(
+            f"Expected {name} to have one entry per entry of {other} ({length}), "
+            f"got {name} of shape {array.shape}. Pass arrays of the same length."
+        )

@@ -1,0 +1,5 @@
+"""What each instance's participation gives away: numpy and scipy only, torch is never imported."""
+
+from .rdp import DEFAULT_ORDERS as DEFAULT_ORDERS
+from .rdp import rdp_to_epsilon as rdp_to_epsilon
+from .rdp import sampled_gaussian_rdp as sampled_gaussian_rdp

@@ -1,0 +1,1 @@
+"""What unlearning achieves, under which assumptions: numpy and scipy only."""

@@ -1,0 +1,17 @@
+"""The failures a caller may want to catch; a plain wrong argument is a ValueError or TypeError."""
+
+
+class OpacusPilError(Exception):
+    """Base of every error that belongs to this package."""
+
+
+class CertificateError(OpacusPilError):
+    """A certificate's assumption does not hold, or no number of steps reaches the target."""
+
+
+class UnsupportedError(OpacusPilError):
+    """A use of torch or Opacus for which no sound per-instance number is known."""
+
+
+class LedgerError(OpacusPilError):
+    """A saved or shared accounting state does not fit the accountant it meets."""

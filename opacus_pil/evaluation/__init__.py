@@ -1,0 +1,1 @@
+"""Evidence against retraining: oracles, gaps, loss barriers."""

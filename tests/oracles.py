@@ -1,0 +1,1 @@
+"""Slow, independent truths that the tests hold the package against."""

@@ -97,8 +97,9 @@ def load_state(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
         ) from error
     if found["format"] != _FORMAT or found["kind"] != kind or found["version"] != _VERSION:
         raise LedgerError(
-            f"Expected {path} to be a {kind} file of version {_VERSION}, got kind={found['kind']!r}, "
-            f"version={found['version']!r}. Pass the right file or the matching release."
+            f"Expected {path} to be a {kind} file of version {_VERSION}, got "
+            f"kind={found['kind']!r}, version={found['version']!r}. "
+            "Pass the right file or the matching release."
         )
     if hashlib.sha256(payload).hexdigest() != found["sha256"]:
         raise LedgerError(

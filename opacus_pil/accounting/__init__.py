@@ -1,5 +1,8 @@
 """What each instance's participation gives away: numpy and scipy only, torch is never imported."""
 
+from .accountant import PerInstanceAccountant as PerInstanceAccountant
+from .guarantee import GUARANTEES as GUARANTEES
+from .guarantee import PerInstanceEpsilon as PerInstanceEpsilon
 from .rdp import DEFAULT_ORDERS as DEFAULT_ORDERS
 from .rdp import rdp_to_epsilon as rdp_to_epsilon
 from .rdp import sampled_gaussian_rdp as sampled_gaussian_rdp

@@ -1,0 +1,204 @@
+"""The ledger: the accountant's state as numpy arrays and plain values, checked when it is read.
+
+Knows what a well-formed ledger is; not how a step changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .._validate import FloatArray
+from ..errors import LedgerError
+from .guarantee import GUARANTEES, weakest
+
+VERSION = 1
+
+# Where the levels come from decides what a step may claim: constants or caps fixed before the run;
+# caps enforced but chosen during it; a full pass at this very step; anything older or partial.
+STRONGEST_LABEL = {
+    "fixed": "bound",
+    "enforced": "output_specific",
+    "measured": "output_specific",
+    "stale": "estimate",
+}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Everything that gives the accounted numbers their meaning.
+
+    Shapes: orders (orders,); sensitivities (levels,); base (levels + 1, orders), the last row
+    belongs to forgotten instances; level, infinite, instance_ids (instances,); offset (instances,
+    orders); caps (instances,) or None. `repeats` steps at (noise_multiplier, sample_rate) are not
+    in `base` yet.
+    """
+
+    orders: FloatArray
+    sensitivities: FloatArray
+    base: FloatArray
+    flushes: int
+    repeats: int
+    noise_multiplier: float
+    sample_rate: float
+    level: npt.NDArray[np.uint16]
+    offset: FloatArray
+    infinite: npt.NDArray[np.bool_]
+    worst_infinite: bool
+    caps: FloatArray | None
+    source: str
+    steps: int
+    unattributed: int
+    guarantee: str
+    instance_ids: npt.NDArray[Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return copies of the arrays and plain values, with the format's version."""
+        state: dict[str, Any] = {"version": VERSION}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            state[field.name] = value.copy() if isinstance(value, np.ndarray) else value
+        if self.instance_ids.dtype.kind == "U":  # tensors hold no strings; lists of them are plain
+            state["instance_ids"] = self.instance_ids.tolist()
+        return state
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Ledger:
+        """Return a checked ledger; arrays may come as numpy arrays, lists or CPU tensors.
+
+        Raises:
+            LedgerError: A key is missing, the version is unknown, or a value cannot be right.
+        """
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in ["version", *names] if name not in state]
+        if missing:
+            raise LedgerError(f"Expected a ledger with the keys {names}, got none for {missing}.")
+        if state["version"] != VERSION:
+            raise LedgerError(
+                f"Expected ledger version {VERSION}, got version={state['version']!r}. "
+                "Install the release that wrote it."
+            )
+        try:
+            ledger = cls(
+                orders=np.array(state["orders"], dtype=np.float64),
+                sensitivities=np.array(state["sensitivities"], dtype=np.float64),
+                base=np.array(state["base"], dtype=np.float64),
+                flushes=int(state["flushes"]),
+                repeats=int(state["repeats"]),
+                noise_multiplier=float(state["noise_multiplier"]),
+                sample_rate=float(state["sample_rate"]),
+                level=np.array(state["level"]).astype(np.uint16, casting="same_kind"),
+                offset=np.array(state["offset"], dtype=np.float64),
+                infinite=np.array(state["infinite"], dtype=bool),
+                worst_infinite=bool(state["worst_infinite"]),
+                caps=None if state["caps"] is None else np.array(state["caps"], dtype=np.float64),
+                source=str(state["source"]),
+                steps=int(state["steps"]),
+                unattributed=int(state["unattributed"]),
+                guarantee=str(state["guarantee"]),
+                instance_ids=np.array(state["instance_ids"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise LedgerError(f"Expected a readable ledger, got one with {error}.") from error
+        ledger._check()
+        return ledger
+
+    def require_same_instances(self, other: Ledger) -> None:
+        """Raise unless `other` is a ledger of the same instances on the same orders and levels."""
+        self._require_same_frame(other)
+        if len(other.level) != len(self.level):
+            raise LedgerError(
+                f"Expected a ledger of {len(self.level)} instances, got {len(other.level)}. "
+                "Load the ledger of this training set."
+            )
+        if not np.array_equal(other.instance_ids, self.instance_ids):
+            raise LedgerError(
+                "Expected a ledger with this accountant's instance_ids, got other ids. "
+                "Load the ledger of this training set."
+            )
+
+    def merged(self, other: Ledger) -> Ledger:
+        """Return the ledger of both shards' instances, ordered by id.
+
+        Raises:
+            LedgerError: Ids in common, other orders or levels, or other steps.
+        """
+        self._require_same_frame(other)
+        common = np.intersect1d(self.instance_ids, other.instance_ids)
+        if len(common):
+            raise LedgerError(
+                f"Expected shards of distinct instances, got {len(common)} in common "
+                f"(first: {common[0]}). Merge each shard once."
+            )
+        shared = ("flushes", "repeats", "noise_multiplier", "sample_rate", "steps", "unattributed")
+        same = all(getattr(self, name) == getattr(other, name) for name in shared)
+        if not same or not np.array_equal(self.base, other.base):
+            raise LedgerError(
+                f"Expected shards that were charged the same steps, got {self.steps} and "
+                f"{other.steps} steps or other noise. Charge every shard at every step."
+            )
+        if (self.caps is None) != (other.caps is None):
+            raise LedgerError("Expected caps in both shards or in neither, got caps in one.")
+        ids = np.concatenate([self.instance_ids, other.instance_ids])
+        order = np.argsort(ids, kind="stable")
+
+        def joined(name: str) -> npt.NDArray[Any]:
+            return np.concatenate([getattr(self, name), getattr(other, name)])[order]
+
+        weakest_source = max(self.source, other.source, key=list(STRONGEST_LABEL).index)
+        return replace(
+            self,
+            base=self.base.copy(),
+            level=joined("level"),
+            offset=joined("offset"),
+            infinite=joined("infinite"),
+            worst_infinite=self.worst_infinite or other.worst_infinite,
+            caps=None if self.caps is None else joined("caps"),
+            source=weakest_source,
+            guarantee=weakest([self.guarantee, other.guarantee]),
+            instance_ids=ids[order],
+        )
+
+    def _require_same_frame(self, other: Ledger) -> None:
+        for name in ("orders", "sensitivities"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not np.array_equal(mine, theirs):
+                raise LedgerError(
+                    f"Expected a ledger with the same {name} ({len(mine)} values), got "
+                    f"{len(theirs)} other ones. Construct the accountant with the ledger's {name}."
+                )
+
+    def _check(self) -> None:
+        instances, rows = len(self.level), len(self.sensitivities) + 1
+        shapes = {
+            "base": (rows, len(self.orders)),
+            "offset": (instances, len(self.orders)),
+            "infinite": (instances,),
+            "instance_ids": (instances,),
+        }
+        if self.caps is not None:
+            shapes["caps"] = (instances,)
+        for name, shape in shapes.items():
+            found = getattr(self, name).shape
+            if found != shape:
+                raise LedgerError(f"Expected {name} of shape {shape}, got shape {found}.")
+        sound = {
+            "level below the number of levels": bool((self.level < rows).all()),
+            "finite base >= 0": bool(np.isfinite(self.base).all() and (self.base >= 0).all()),
+            "finite offset": bool(np.isfinite(self.offset).all()),
+            "counts >= 0": min(self.flushes, self.repeats, self.steps, self.unattributed) >= 0,
+            "a known guarantee": self.guarantee in GUARANTEES,
+            "a known source": self.source in STRONGEST_LABEL,
+            "noise_multiplier >= 0": self.noise_multiplier >= 0.0,
+            "sample_rate in [0, 1]": 0.0 <= self.sample_rate <= 1.0,
+            "unique instance_ids": len(np.unique(self.instance_ids)) == instances,
+        }
+        for claim, holds in sound.items():
+            if not holds:
+                raise LedgerError(
+                    f"Expected a ledger with {claim}, got one without. Use an earlier copy."
+                )

@@ -1,1 +1,5 @@
 """What unlearning achieves, under which assumptions: numpy and scipy only."""
+
+from .contraction import ContractionCertificate as ContractionCertificate
+from .data_processing import DataProcessingCertificate as DataProcessingCertificate
+from .noisy_finetuning import NoisyFineTuningCertificate as NoisyFineTuningCertificate

@@ -472,4 +472,5 @@ def rounded_up(value: float, *, digits: int = 3) -> str:
         return "∞" if value > 0 else str(value)
     # Through repr: 0.05 means the decimal that was printed, not the binary number just above it.
     number = Decimal(repr(float(value)))
-    return f"{Context(prec=digits, rounding=ROUND_CEILING).plus(number):f}"
+    number = Context(prec=digits, rounding=ROUND_CEILING).plus(number)
+    return f"{number:f}" if number == 0 or 1e-6 <= abs(number) < 1e7 else f"{number:e}"

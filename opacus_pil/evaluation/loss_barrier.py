@@ -79,7 +79,7 @@ def loss_barrier(
 
     Edge cases:
         the same model twice   0
-        a loss not finite      barrier inf (inf on the line) or NaN (inf at an end)
+        a loss not finite      inf where only inner points are inf, else NaN
 
     Source: Frankle et al. (2020), arXiv:1912.05671, Sec. 2 (error barrier); here against the
         chord between the end losses, where the paper takes their mean.
@@ -107,7 +107,8 @@ def loss_barrier(
 def _barrier(alphas: tuple[float, ...], losses: tuple[float, ...]) -> LossBarrier:
     """Measure losses against the chord between their ends."""
     line = LossBarrier(0.0, alphas, losses)
-    rise = np.subtract(losses, line.chord)
+    with np.errstate(invalid="ignore"):  # inf − inf: the NaN is the answer
+        rise = np.subtract(losses, line.chord)
     return LossBarrier(float(rise.max()), alphas, losses)  # NaN, if any, survives max
 
 

@@ -129,6 +129,21 @@ def test_ends_are_the_models_and_a_finer_grid_is_not_lower(split):
         assert back.barrier == pytest.approx(coarse[name].barrier, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("losses", "expected"), [((1.0, np.inf, 1.0), np.inf), ((np.inf, 1.0, 1.0), np.nan)]
+)
+def test_losses_that_are_not_finite_never_look_like_a_flat_line(losses, expected):
+    first = nn.Linear(1, 1)
+    iterator = iter([losses[0]] + [losses[1]] * 9 + [losses[2]])
+    found = loss_barrier(
+        first,
+        copy.deepcopy(first),
+        splits={"s": (torch.zeros(1, 1), torch.zeros(1))},
+        criterion=lambda output, target: torch.tensor(next(iterator)),
+    )["s"]
+    assert found.barrier == pytest.approx(expected, nan_ok=True)
+
+
 def test_modules_and_randomness_are_untouched(split):
     first = nn.Sequential(network(), nn.Dropout(0.5))
     second = copy.deepcopy(first)

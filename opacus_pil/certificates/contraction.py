@@ -22,7 +22,7 @@ from .gaussian import gaussian_delta, gaussian_epsilon
 from .hull import Hull, lower_hull
 from .record import Certificate
 
-# Covers float32 sums of clipped per-sample gradients, whose relative error is below this.
+# Room for a clipped gradient that float32 leaves some ulps (6e-8) above its cap.
 _SHIFT_ROUND_UP = 1.0 + 1e-5
 
 

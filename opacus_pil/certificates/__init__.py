@@ -3,3 +3,4 @@
 from .contraction import ContractionCertificate as ContractionCertificate
 from .data_processing import DataProcessingCertificate as DataProcessingCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate as NoisyFineTuningCertificate
+from .record import Certificate as Certificate

@@ -122,9 +122,7 @@ def sampled_gaussian_rdp(
     return result.reshape(*sensitivities.shape, alphas.size)
 
 
-def rdp_to_epsilon(
-    rdp: npt.ArrayLike, *, orders: npt.ArrayLike, delta: float
-) -> tuple[Any, Any]:
+def rdp_to_epsilon(rdp: npt.ArrayLike, *, orders: npt.ArrayLike, delta: float) -> tuple[Any, Any]:
     """Smallest ε for which the RDP curve implies (ε, δ)-differential privacy, per instance.
 
     Guarantee: the mechanism is (ε, δ)-DP in the direction and under the neighbouring relation of

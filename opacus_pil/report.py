@@ -195,6 +195,10 @@ def _task(task: Any, place: str) -> dict[str, Any]:
     _keys(spread, _QUANTILES, f"{place}.per_instance_epsilon")
     label = check.choice(f"{place}.guarantee", task["guarantee"], tuple(LABELS))
     size = check.integer(f"{place}.num_instances", task["num_instances"], low=1)
+    sets = [
+        _forget_set(record, f"{place}.forget_sets[{i}]")
+        for i, record in enumerate(task["forget_sets"])
+    ]
     worst = _number(task["worst_case_epsilon"], f"{place}.worst_case_epsilon")
     return {
         "name": str(task["name"]),
@@ -213,10 +217,8 @@ def _task(task: Any, place: str) -> dict[str, Any]:
         "guarantee": label,
         "claim": LABELS[label][0],
         "test_accuracy": _share(task["test_accuracy"], f"{place}.test_accuracy"),
-        "sets": [
-            _forget_set(record, f"{place}.forget_sets[{i}]")
-            for i, record in enumerate(task["forget_sets"])
-        ],
+        "sets": sets,
+        "groups": _by_assumptions(sets),
     }
 
 
@@ -265,6 +267,16 @@ def _forget_set(record: Any, place: str) -> dict[str, Any]:
         for key in _SPLITS
     ]
     return shown
+
+
+def _by_assumptions(sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Put forget sets with the same assumptions together, so that each list is read once."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for item in sets:
+        shared = {key: item[key] for key in ("certificate", "status", "assumptions")}
+        key = (item["certificate"], item["status"], tuple(item["assumptions"]))
+        groups.setdefault(key, {"names": [], **shared})["names"].append(item["name"])
+    return list(groups.values())
 
 
 def _status(certificate: Any, certified: Any, confidence: Any, place: str) -> str:

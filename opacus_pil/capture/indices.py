@@ -1,0 +1,195 @@
+"""Which rows of the data set are in the batch that training is looking at.
+
+A loader that publishes the rows of each batch as it hands the batch out. Knows no model, optimizer
+or accountant; the random stream and the batches are Opacus's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from opacus.data_loader import DPDataLoader
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+from .. import _validate as check
+from .._validate import IntArray
+from ..errors import UnsupportedError
+
+
+class BatchTracker:
+    """Holds the rows of the batch handed out last, until whoever uses the batch claims them.
+
+    Edge cases (`claim` answers None, "unknown", rather than guess):
+        nothing was handed out since the last claim or since a new iterator began
+        two iterators are alive and both have a batch that nobody claimed
+        an iterator failed before: its later batches can no longer be matched
+    """
+
+    def __init__(self) -> None:
+        self._rows: IntArray | None = None
+        self._owner: weakref.ref[Any] | None = None  # iterator whose batch is unclaimed
+        self._explicit = False
+        self.handed_out = 0  # batches since the last claim
+
+    def begin(self) -> None:
+        """A new iterator starts: a batch of an older one is no longer the current batch."""
+        if not self._explicit:
+            self._rows = None
+
+    def publish(self, rows: npt.ArrayLike | None, *, owner: object) -> None:
+        """A batch is being handed out."""
+        if self._explicit:
+            return
+        other = None if self._owner is None else self._owner()
+        ambiguous = other is not None and other is not owner
+        known = rows is not None and not ambiguous
+        self._rows = np.asarray(rows, dtype=np.int64) if known else None
+        self._owner = weakref.ref(owner)
+        self.handed_out += 1
+
+    def claim(self) -> IntArray | None:
+        """Return the current batch's rows once; None when they are not known for certain."""
+        rows, self._rows, self._owner, self.handed_out = self._rows, None, None, 0
+        return rows
+
+    def set_explicit(self, rows: IntArray | None) -> None:
+        """Take the caller's rows for the next claim and ignore loaders; None: back to loaders."""
+        self._rows, self._owner, self.handed_out = rows, None, 0
+        self._explicit = rows is not None
+
+
+class RecordingSampler(UniformWithReplacementSampler):
+    """Opacus's Poisson sampler, remembering what it emitted; optionally over part of the rows.
+
+    Guarantee: one independent coin of probability `sample_rate` per member of `population` and
+        batch. Over all rows the random stream is that of Opacus's sampler, draw for draw.
+
+    Args:
+        num_samples: Number of rows of the data set.
+        sample_rate: Probability that a member is drawn into a batch. In (0, 1].
+        generator: Source of the coins; None: torch's global generator.
+        steps: Number of batches; None: Opacus's int(1 / sample_rate).
+        population: Ascending rows to draw from; None: all.
+        tracker: Told when a new iterator begins.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        sample_rate: float,
+        generator: Any = None,
+        steps: int | None = None,
+        population: IntArray | None = None,
+        tracker: BatchTracker,
+    ) -> None:
+        size = num_samples if population is None else len(population)
+        super().__init__(
+            num_samples=size, sample_rate=sample_rate, generator=generator, steps=steps
+        )
+        self.population = population
+        self.emitted: deque[list[int]] = deque()
+        self._tracker = tracker
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Start a pass with its own queue of emitted batches."""
+        # Not a generator: the queue must exist before a DataLoader with workers primes itself.
+        self.emitted = deque()
+        self._tracker.begin()
+        return self._draw(self.emitted)
+
+    def _draw(self, emitted: deque[list[int]]) -> Iterator[list[int]]:
+        for rows in super().__iter__():
+            if self.population is not None:
+                rows = self.population[rows].tolist() if rows else []
+            emitted.append(rows)
+            yield rows
+
+
+class RecordingDataLoader(DPDataLoader):
+    """Opacus's loader, publishing each batch's rows to `tracker` just before it is handed out."""
+
+    tracker: BatchTracker
+
+    def __iter__(self) -> Any:
+        """Start a pass over the data."""
+        # Eager, as in DataLoader: workers are primed and the base seed is drawn here.
+        return _Batches(self, super().__iter__())
+
+
+class _Batches:
+    """One pass over a RecordingDataLoader; pairs batches and rows first in, first out."""
+
+    def __init__(self, loader: RecordingDataLoader, batches: Any) -> None:
+        self._loader = loader
+        self._batches = batches
+        self._emitted: deque[list[int]] | None = loader.batch_sampler.emitted
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __next__(self) -> Any:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._emitted = None  # was the failed batch consumed? Unknown from here on.
+            raise
+        current = self._loader.batch_sampler.emitted
+        if self._loader._iterator is self._batches and self._emitted is not current:
+            self._emitted = None  # persistent workers were restarted by a newer pass
+        rows = self._emitted.popleft() if self._emitted is not None else None
+        self._loader.tracker.publish(rows, owner=self)
+        return batch
+
+
+def record_indices(
+    loader: DPDataLoader, *, population: IntArray | None = None, steps: int | None = None
+) -> BatchTracker:
+    """Make a freshly built DPDataLoader record its rows, in place.
+
+    Args:
+        loader: A DPDataLoader that nobody iterates yet; its class and sampler are exchanged.
+        population: Ascending rows to draw from; None: all rows of the data set.
+        steps: Number of batches per pass; None: as the loader had it.
+
+    Returns:
+        The tracker that knows the current batch's rows.
+
+    Raises:
+        UnsupportedError: Not a DPDataLoader with Opacus's uniform sampler.
+        TypeError, ValueError: `population` is empty, repeats a row or leaves the data set.
+    """
+    sampler = loader.batch_sampler
+    if type(loader) is not DPDataLoader or type(sampler) is not UniformWithReplacementSampler:
+        raise UnsupportedError(
+            f"Expected a DPDataLoader with Opacus's UniformWithReplacementSampler, got "
+            f"{type(loader).__name__} with {type(sampler).__name__}. Rows are recorded for "
+            "single-process Poisson sampling only."
+        )
+    if population is not None:
+        population = np.sort(check.index_array("population", population, size=len(loader.dataset)))
+        check.integer("len(population)", len(population), low=1)
+    tracker = BatchTracker()
+    # DataLoader forbids setting a batch_sampler once built, to protect running iterators; this
+    # loader has none yet.
+    loader.__dict__["batch_sampler"] = RecordingSampler(
+        num_samples=sampler.num_samples,
+        sample_rate=sampler.sample_rate,
+        generator=sampler.generator,
+        steps=sampler.steps if steps is None else steps,
+        population=population,
+        tracker=tracker,
+    )
+    loader.__class__ = RecordingDataLoader
+    loader.tracker = tracker
+    return tracker

@@ -1,0 +1,303 @@
+"""A full pass: the gradient norm and loss of every instance at the current parameters.
+
+Works on a copy: the training module, its gradients and hooks, and every random generator are left
+as they were, so that training with and without sweeps stays bit-identical.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
+from opacus.validators import ModuleValidator
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.data import default_collate
+
+from .. import _validate as check
+from .._validate import FloatArray, IntArray
+from ..errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a full pass found.
+
+    Attributes:
+        indices: Shape (n,), rows of the data set.
+        norms: Shape (n,), unclipped norm of each instance's own gradient.
+        losses: Shape (n,), each instance's own loss.
+        outputs: Shape (n, ...), model outputs, if asked for.
+        deterministic: Neither model nor data set touched a global random generator. With dropout
+            modules set aside this says that the norms do not depend on a draw.
+
+    Privacy: all of it depends on private data and is not private to release.
+    """
+
+    indices: IntArray
+    norms: FloatArray
+    losses: FloatArray
+    outputs: npt.NDArray[Any] | None
+    deterministic: bool
+
+
+def sweep(
+    module: nn.Module,
+    dataset: Any,
+    *,
+    criterion: Callable[..., torch.Tensor],
+    indices: npt.ArrayLike | None = None,
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    chunk_size: int = 256,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    parameters: Collection[str] | None = None,
+    keep_outputs: bool = False,
+) -> Sweep:
+    """Measure every instance's gradient norm and loss at the module's current parameters.
+
+    Guarantee: norms[i] is the norm of the gradient of instance indices[i]'s own loss, as Opacus
+        clips it (a mean over the batch is undone), with dropout modules switched off and all other
+        modules in training mode; exact up to rounding in the module's dtype.
+
+    Args:
+        module: Plain or wrapped by Opacus; its inner module is copied.
+        dataset: Map-style, of pairs (input, target).
+        criterion: Loss of (outputs, targets). With a `reduction` attribute it is asked for one loss
+            per instance; a function of none is called on each instance by itself.
+        indices: Shape (n,), rows to measure. Default: all.
+        loss_reduction: "mean" or "sum": how a loss with several terms per instance (pixels,
+            tokens) joins them when the criterion does not say so itself.
+        batch_first: As in Opacus: False if the batch is the inputs' second dimension.
+        chunk_size: Instances per forward pass; bounds the memory.
+        collate_fn: Joins items to a batch. Default: torch's default_collate.
+        parameters: Names of the parameters that count. Default: all that require a gradient.
+        keep_outputs: Also return the model's outputs.
+
+    Raises:
+        ValueError: A norm or loss is not finite; names the first row.
+        UnsupportedError: A module that mixes instances (BatchNorm), a batch that is not a pair, or
+            a loss that is not one value per instance.
+
+    Edge cases: no indices give arrays of length 0.
+    """
+    size = len(dataset)
+    chosen = np.arange(size) if indices is None else indices
+    rows = check.index_array("indices", chosen, size=size, unique=False)
+    check.choice("loss_reduction", loss_reduction, ("mean", "sum"))
+    check.integer("chunk_size", chunk_size, low=1)
+    plain = plain_copy(module)
+    _count_only(plain, parameters)
+    losses_of = _per_instance_losses(criterion, loss_reduction)
+    join = default_collate if collate_fn is None else collate_fn
+    device = next(plain.parameters()).device
+    with _untouched_generators(device) as moved:
+        measure = _Measure(plain, batch_first=batch_first)
+        parts = []
+        for start in range(0, len(rows), chunk_size):
+            chunk = rows[start : start + chunk_size]
+            inputs, targets = _pair(join([dataset[int(row)] for row in chunk]))
+            parts.append(measure(inputs.to(device), targets.to(device), losses_of, len(chunk)))
+        deterministic = not moved()
+    norms = np.concatenate([part[0] for part in parts]) if parts else np.empty(0)
+    losses = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
+    for name, values in (("norms", norms), ("losses", losses)):
+        _require_finite(name, values, rows)
+    outputs = np.concatenate([part[2] for part in parts]) if parts and keep_outputs else None
+    return Sweep(rows, norms, losses, outputs, deterministic)
+
+
+class _Measure:
+    """Norms, losses and outputs of one chunk, by ghost clipping where the model allows it."""
+
+    def __init__(self, module: nn.Module, *, batch_first: bool) -> None:
+        self._module = module
+        self._batch_first = batch_first
+        self._wrapped = self._wrap(ghost=True)
+
+    def _wrap(self, *, ghost: bool) -> Any:
+        # "sum": the losses below are already one per instance.
+        try:
+            return GradSampleModuleFastGradientClipping(
+                self._module, batch_first=self._batch_first, loss_reduction="sum",
+                use_ghost_clipping=ghost,
+            )  # fmt: skip
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"Expected a module with per-sample gradients, got {type(self._module).__name__}: "
+                f"{error}"
+            ) from error
+
+    def __call__(
+        self, inputs: torch.Tensor, targets: torch.Tensor, losses_of: Callable[..., Any], size: int
+    ) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+        try:
+            return self._run(inputs, targets, losses_of, size)
+        except NotImplementedError:  # tied parameters: ghost norms do not exist for them
+            self._wrapped.to_standard_module()
+            self._module = plain_copy(self._module)
+            self._wrapped = self._wrap(ghost=False)
+            return self._run(inputs, targets, losses_of, size)
+
+    def _run(
+        self, inputs: torch.Tensor, targets: torch.Tensor, losses_of: Callable[..., Any], size: int
+    ) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+        with torch.enable_grad():
+            outputs = self._wrapped(inputs)
+            losses = losses_of(outputs, targets, size)
+            losses.sum().backward()
+        norms = self._wrapped.get_norm_sample()
+        for parameter in self._module.parameters():
+            parameter.grad = None
+        check.same_length("norms", norms.cpu().numpy(), "instances", size)
+        outputs = outputs.detach().cpu().numpy() if torch.is_tensor(outputs) else np.empty(size)
+        return _float64(norms), _float64(losses), outputs
+
+
+def _float64(values: torch.Tensor) -> FloatArray:
+    return values.detach().double().cpu().numpy()
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """Copy a module without Opacus's hooks, in training mode with dropout modules switched off.
+
+    Raises:
+        UnsupportedError: A layer that mixes instances; Opacus's validator says which.
+    """
+    inner = module._module if isinstance(module, AbstractGradSampleHooks) else module
+    memo: dict[int, Any] = {}
+    for part in inner.modules():  # leftovers of Opacus are shared with the copy, then dropped
+        for name in _LEFTOVERS:
+            if name in part.__dict__:
+                memo[id(part.__dict__[name])] = part.__dict__[name]
+        for hook in (*part._forward_hooks.values(), *part._backward_hooks.values()):
+            owner = _hook_owner(hook)
+            if owner is not None:
+                memo[id(owner)] = owner
+    clone = copy.deepcopy(inner, memo)
+    for part in clone.modules():
+        for name in _LEFTOVERS:
+            part.__dict__.pop(name, None)
+        for hooks in (part._forward_hooks, part._backward_hooks):
+            for key in [key for key, hook in hooks.items() if _hook_owner(hook) is not None]:
+                del hooks[key]
+    clone.train()
+    try:
+        ModuleValidator.validate(clone, strict=True)
+    except UnsupportedModuleError as error:
+        raise UnsupportedError(
+            f"Expected a module that treats instances one by one, got {type(inner).__name__}: "
+            f"{error}"
+        ) from error
+    for part in clone.modules():
+        if isinstance(part, _DropoutNd):
+            part.eval()
+    return clone
+
+
+# Attributes that Opacus leaves on the modules it hooks.
+_LEFTOVERS = (
+    "autograd_grad_sample_hooks", "activations", "max_batch_len", "ft_compute_sample_grad",
+)  # fmt: skip
+
+
+def _hook_owner(hook: Any) -> Any:
+    """Return the Opacus object that a module hook belongs to, or None for the user's own hooks."""
+    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+    return owner if isinstance(owner, AbstractGradSampleHooks | AbstractGradSampleModule) else None
+
+
+def _count_only(module: nn.Module, parameters: Collection[str] | None) -> None:
+    """Leave gradients only to the parameters named."""
+    if parameters is None:
+        return
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in parameters)
+
+
+def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if not (isinstance(batch, Sequence) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
+        raise UnsupportedError(
+            f"Expected batches to be a pair of tensors (inputs, targets), got "
+            f"{type(batch).__name__}. Pass a collate_fn that makes such pairs."
+        )
+    return batch[0], batch[1]
+
+
+def _per_instance_losses(
+    criterion: Callable[..., torch.Tensor], loss_reduction: str
+) -> Callable[[Any, torch.Tensor, int], torch.Tensor]:
+    """Return a function giving one loss per instance."""
+    own = getattr(criterion, "reduction", None)
+    if own is None:
+
+        def one_by_one(outputs: Any, targets: torch.Tensor, size: int) -> torch.Tensor:
+            losses = [criterion(outputs[i : i + 1], targets[i : i + 1]) for i in range(size)]
+            return torch.stack([_joined_terms(loss.reshape(1, -1), loss_reduction)[0]
+                                for loss in losses])  # fmt: skip
+
+        return one_by_one
+    apart = copy.copy(criterion)  # the user's own criterion keeps its reduction
+    apart.reduction = "none"  # type: ignore[attr-defined]
+    how = {"mean": "mean", "sum": "sum", "batchmean": "sum"}.get(own, loss_reduction)
+
+    def together(outputs: Any, targets: torch.Tensor, size: int) -> torch.Tensor:
+        losses = apart(outputs, targets)
+        if losses.ndim == 0 or len(losses) != size:
+            raise UnsupportedError(
+                f"Expected criterion to give one loss per instance with reduction='none' ({size}), "
+                f"got shape {tuple(losses.shape)}. Reshape outputs and targets to (batch, ...)."
+            )
+        return _joined_terms(losses.reshape(size, -1), how)
+
+    return together
+
+
+def _joined_terms(losses: torch.Tensor, how: str) -> torch.Tensor:
+    return losses.mean(dim=1) if how == "mean" else losses.sum(dim=1)
+
+
+def _require_finite(name: str, values: FloatArray, rows: IntArray) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise ValueError(
+            f"Expected finite {name}, got {len(bad)} of {len(values)} not finite (first: row "
+            f"{int(rows[bad[0]])}). Check its loss."
+        )
+
+
+@contextmanager
+def _untouched_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Restore every global generator on exit; yields a question: has any moved meanwhile?"""
+    cuda = device.type == "cuda"
+
+    def states() -> tuple[Any, ...]:
+        on_device = torch.cuda.get_rng_state(device) if cuda else torch.empty(0)
+        return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()  # noqa: NPY002
+
+    before = states()
+
+    def moved() -> bool:
+        now = states()
+        same_torch = torch.equal(before[0], now[0]) and torch.equal(before[1], now[1])
+        same_numpy = all(np.array_equal(a, b) for a, b in zip(before[3], now[3], strict=True))
+        return not (same_torch and before[2] == now[2] and same_numpy)
+
+    try:
+        yield moved
+    finally:
+        torch.set_rng_state(before[0])
+        if cuda:
+            torch.cuda.set_rng_state(before[1], device)
+        random.setstate(before[2])
+        np.random.set_state(before[3])  # noqa: NPY002

@@ -1,0 +1,542 @@
+"""PerInstancePrivacyEngine: Opacus's PrivacyEngine that also knows each instance's privacy loss.
+
+Training is Opacus's, bit for bit (except with caps, which clip more). Here capture meets
+accounting; neither knows the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus import PrivacyEngine
+from opacus.data_loader import DPDataLoader
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from . import _validate as check
+from ._validate import IntArray
+from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .capture.clipping import checked_caps
+from .capture.indices import record_indices
+from .capture.norms import Recorder
+from .capture.sweep import Sweep
+from .errors import LedgerError, UnsupportedError
+from .norm_policy import Charger, checked_policy, raised
+from .step_accounting import StepAccounting
+from .training_kernel import (
+    TrainingKernel,
+    require_map_style,
+    require_plain,
+    require_supported,
+    require_uniform_batches,
+)
+
+# Opacus's default criterion objects; getting one of them means that the caller named none.
+_DEFAULT_CRITERIA = tuple(
+    inspect.signature(function).parameters["criterion"].default
+    for function in (PrivacyEngine.make_private, PrivacyEngine.make_private_with_epsilon)
+)
+
+
+class PerInstancePrivacyEngine(PrivacyEngine):
+    """Opacus's PrivacyEngine with a second ledger: the privacy loss of every training instance.
+
+    Guarantee: `get_epsilon` is Opacus's. Per-instance values hold for adding or removing one
+        instance under Poisson sampling, with the label in their `guarantee`:
+        worst_case       "bound"
+        last_seen        "estimate": the norm of the last batch an instance was in
+        refresh          "estimate"; with refresh_every=1 and a forward pass without randomness
+                         "output_specific"
+        capped           "bound": each instance is clipped to its own cap, fixed before the run
+
+    Args:
+        accountant: Opacus's accountant: "prv", "rdp" or "gdp".
+        secure_mode: As in Opacus.
+        norm_policy: "worst_case", "last_seen", "refresh" or "capped".
+        refresh_every: With "refresh": a full pass over the data every so many steps.
+        orders: Rényi orders of the per-instance ledger.
+        levels: Number of sensitivities it tells apart.
+        caps: With "capped": shape (instances,), clipping bounds in units of max_grad_norm, in
+            [0, 1], from public data and each instance's own record only.
+
+    Raises:
+        ValueError: Arguments that do not fit each other.
+        UnsupportedError: A norm policy that is not available yet.
+
+    Privacy: per-instance values depend on private data and are not private to release.
+    """
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "prv",
+        secure_mode: bool = False,
+        norm_policy: str = "last_seen",
+        refresh_every: int | None = None,
+        orders: Sequence[float] = DEFAULT_ORDERS,
+        levels: int = 1024,
+        caps: npt.ArrayLike | None = None,
+    ) -> None:
+        policy, every = checked_policy(norm_policy, refresh_every=refresh_every, caps=caps)
+        self._orders = tuple(check.orders(orders).tolist())
+        self._levels = check.integer("levels", levels, low=2)
+        super().__init__(accountant=accountant, secure_mode=secure_mode)
+        self._norm_policy = policy
+        self._refresh_every = every
+        self._caps = None if caps is None else np.array(caps, dtype=np.float64)
+        self._kernels: list[TrainingKernel] = []
+        self._charger: Charger | None = None
+        self._criterion: Any = None  # the loss that make_private was given by name
+        self._accountings: list[StepAccounting] = []
+        self._origin: tuple[PerInstancePrivacyEngine, int] | None = None
+
+    # --- what it knows ------------------------------------------------------------------------
+
+    @property
+    def norm_policy(self) -> str:
+        """How an instance's sensitivity at a step is found."""
+        return self._norm_policy
+
+    @property
+    def kernel(self) -> TrainingKernel:
+        """Constants of the training recorded by make_private.
+
+        Raises:
+            ValueError: make_private was not called yet.
+            UnsupportedError: It was called several times with different constants.
+        """
+        if not self._kernels:
+            raise ValueError(
+                "Expected make_private to be called first, got an engine without training."
+            )
+        if any(kernel != self._kernels[0] for kernel in self._kernels):
+            raise UnsupportedError(
+                f"Expected one training kernel, got {len(self._kernels)} make_private calls with "
+                "different constants. Use one engine per training."
+            )
+        return self._kernels[0]
+
+    @property
+    def per_instance(self) -> PerInstanceAccountant:
+        """The per-instance ledger.
+
+        Raises:
+            ValueError: make_private was not called yet, so the number of instances is unknown.
+        """
+        return self._charges().accountant
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return Opacus's worst-case epsilon; inf after noise-free steps."""
+        if any(noise == 0 for noise, _, _ in self.accountant.history):
+            return float("inf")
+        return super().get_epsilon(delta)
+
+    def get_per_instance_epsilon(
+        self, delta: float, *, indices: npt.ArrayLike | None = None
+    ) -> PerInstanceEpsilon:
+        """Return each instance's epsilon at `delta`, with its guarantee."""
+        return self.per_instance.get_epsilon(delta, indices=indices)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        criterion: Any = _DEFAULT_CRITERIA[0],
+        **options: Any,
+    ) -> Any:
+        """Make training private as Opacus does, and account for every instance.
+
+        Args:
+            criterion: As in Opacus. norm_policy="refresh" and refresh_norms() measure with it, so
+                name it in hooks mode too.
+            options: Opacus's other arguments.
+
+        Returns:
+            Opacus's tuple: (module, optimizer, data_loader), in ghost mode
+            (module, optimizer, criterion, data_loader).
+
+        Raises:
+            UnsupportedError, TypeError, ValueError: A use without a sound per-instance number;
+                nothing was changed.
+        """
+        noise = check.real("noise_multiplier", noise_multiplier, low=0.0)
+        bound = check.real(
+            "max_grad_norm", max_grad_norm, low=0.0, open_low=True,
+            cure="Per-layer bounds need clipping='per_layer', which is not supported yet.",
+        )  # fmt: skip
+        mode = options.get("grad_sample_mode", "hooks")
+        named = not any(criterion is default for default in _DEFAULT_CRITERIA)
+        charger = self._ready_charger(
+            module, data_loader, options, criterion_known=named or mode == "ghost"
+        )
+        made = super().make_private(
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            criterion=criterion,
+            **options,
+        )
+        private_module, private_optimizer, loader = made[0], made[1], made[-1]
+        sampler_rate = float(loader.batch_sampler.sample_rate)
+        kernel = TrainingKernel(
+            sample_rate=sampler_rate,
+            expected_batch_size=private_optimizer.expected_batch_size,
+            noise_multiplier=noise,
+            max_grad_norm=bound,
+            loss_reduction=private_optimizer.loss_reduction,
+            grad_sample_mode=mode,
+            batch_first=options.get("batch_first", True),
+            num_instances=len(loader.dataset),
+        )
+        self._charger = charger
+        self._kernels.append(kernel)
+        if named or mode == "ghost":
+            self._criterion = criterion
+        self._account(
+            private_module,
+            private_optimizer,
+            loader,
+            kernel=kernel,
+            criterion=self._criterion,
+            rand_on_empty=options.get("rand_on_empty", False),
+            # Opacus may account at 1 / (n - 1) while drawing at 1 / n: the larger counts.
+            sample_rate=max(1 / len(loader), sampler_rate),
+        )
+        return made
+
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], **options: Any
+    ) -> Any:
+        """Choose the noise for a target epsilon as Opacus does, then make_private."""
+        require_map_style(data_loader)
+        require_supported(module, options)
+        require_uniform_batches(data_loader)
+        return super().make_private_with_epsilon(module=module, data_loader=data_loader, **options)
+
+    def make_private_on(
+        self,
+        population: npt.ArrayLike,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: Any,
+        criterion: Any = None,
+        steps: int,
+        noise_generator: torch.Generator | None = None,
+        sampler_generator: torch.Generator | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> Any:
+        """Make a plain module private with the training's own kernel, drawing from `population`.
+
+        Sample rate, expected batch size, noise and clip bound are those of training: they are
+        public constants and do not follow the size of the population. Every step charges this
+        engine's ledgers.
+
+        Args:
+            population: Rows of `dataset` that may be drawn, each once.
+            module: Plain module, not one that Opacus wrapped.
+            optimizer: Plain optimizer of its parameters.
+            dataset: The training set, forgotten rows included.
+            criterion: Loss; needed in ghost mode and for refreshing unless training named it.
+            steps: Number of batches of one pass over the loader.
+            noise_generator: Source of the noise; None: torch's global generator.
+            sampler_generator: Source of the batches; None: torch's global generator.
+            collate_fn: Joins items to a batch. Default: torch's default_collate.
+
+        Returns:
+            The tuple of make_private.
+
+        Raises:
+            TypeError, ValueError, UnsupportedError: An argument that does not fit the kernel.
+        """
+        kernel = self.kernel
+        count = check.integer("steps", steps, low=1)
+        if len(dataset) != kernel.num_instances:
+            raise ValueError(
+                f"Expected dataset to be the training set of {kernel.num_instances} instances, got "
+                f"{len(dataset)}. Pass it whole; `population` says which rows remain."
+            )
+        rows = check.index_array("population", population, size=len(dataset))
+        check.integer("len(population)", len(rows), low=1)
+        require_supported(module, {})
+        require_plain(module, optimizer)
+        loss = self._criterion if criterion is None else criterion
+        if loss is None and (kernel.grad_sample_mode == "ghost" or self._refresh_every):
+            raise ValueError(
+                "Expected criterion to be the loss to train with, got criterion=None. Pass it."
+            )
+        generator = self.secure_rng if self.secure_mode else sampler_generator
+        loader = DPDataLoader(
+            dataset,
+            sample_rate=kernel.sample_rate,
+            collate_fn=collate_fn,
+            generator=generator,
+            batch_first=kernel.batch_first,
+        )
+        private_module = self._prepare_model(
+            module,
+            batch_first=kernel.batch_first,
+            max_grad_norm=kernel.max_grad_norm,
+            loss_reduction=kernel.loss_reduction,
+            grad_sample_mode=kernel.grad_sample_mode,
+        )
+        private_module.forbid_grad_accumulation()
+        private_optimizer = self._prepare_optimizer(
+            optimizer=optimizer,
+            noise_multiplier=kernel.noise_multiplier,
+            max_grad_norm=kernel.max_grad_norm,
+            expected_batch_size=kernel.expected_batch_size,
+            loss_reduction=kernel.loss_reduction,
+            noise_generator=noise_generator,
+            grad_sample_mode=kernel.grad_sample_mode,
+        )
+        private_optimizer.attach_step_hook(
+            self.accountant.get_optimizer_hook_fn(sample_rate=kernel.sample_rate)
+        )
+        self._account(
+            private_module,
+            private_optimizer,
+            loader,
+            kernel=kernel,
+            criterion=loss,
+            sample_rate=kernel.sample_rate,
+            population=rows,
+            steps=count,
+        )
+        if kernel.grad_sample_mode != "ghost":
+            return private_module, private_optimizer, loader
+        private_loss = self._prepare_criterion(
+            module=private_module,
+            optimizer=private_optimizer,
+            criterion=loss,
+            loss_reduction=kernel.loss_reduction,
+        )
+        return private_module, private_optimizer, private_loss, loader
+
+    @contextmanager
+    def batch(self, *, indices: npt.ArrayLike) -> Iterator[None]:
+        """Say which rows the next step's batch holds, for loops with loaders of their own.
+
+        The caller vouches that the rows were drawn by independent coins at the accounted rate.
+
+        Args:
+            indices: Rows of the data set, each once, in the order of the batch.
+        """
+        rows = check.index_array("indices", indices, size=self.per_instance.num_instances)
+        trackers = [accounting.tracker for accounting in self._accountings]
+        for tracker in trackers:
+            tracker.set_explicit(rows)
+        try:
+            yield
+        finally:
+            for tracker in trackers:
+                tracker.set_explicit(None)
+
+    def refresh_norms(self, *, criterion: Any = None) -> Sweep:
+        """Measure every instance at the current parameters; later steps charge these norms.
+
+        Args:
+            criterion: The loss trained with. Default: the one make_private was given.
+
+        Raises:
+            ValueError: No criterion is known, or a norm is not finite.
+            UnsupportedError: norm_policy is "worst_case" or "capped", which charge no norms.
+        """
+        if self._norm_policy in ("worst_case", "capped"):
+            raise UnsupportedError(
+                f"Expected a norm policy that charges norms, got norm_policy="
+                f"{self._norm_policy!r}. Use 'last_seen' or 'refresh'; "
+                "opacus_pil.capture.sweep measures without charging."
+            )
+        if not self._accountings:
+            raise ValueError("Expected make_private to be called first, got nothing to measure.")
+        training = self._accountings[-1]
+        if criterion is not None:
+            training.criterion = criterion
+        if training.criterion is None:
+            raise ValueError(
+                "Expected criterion to be the loss trained with, got none. Pass it here or to "
+                "make_private."
+            )
+        found, _ = training.measure()
+        self._charges().observe(found, max_grad_norm=training.clip_bound)
+        return found
+
+    # --- both ledgers -------------------------------------------------------------------------
+
+    def fork(self, *, norm_policy: str | None = None) -> PerInstancePrivacyEngine:
+        """Return an engine with copies of both ledgers, the same kernel and the same caps.
+
+        What it trains charges the copies only; `adopt` takes them over.
+
+        Args:
+            norm_policy: Policy of the fork; default: this engine's. A ledger with caps keeps
+                "capped", another cannot become it.
+
+        Raises:
+            ValueError: The policy does not fit this engine's caps or refresh interval.
+        """
+        charges = self._charges()
+        policy = self._norm_policy if norm_policy is None else norm_policy
+        every = self._refresh_every if policy == "refresh" else None
+        policy, every = checked_policy(policy, refresh_every=every, caps=self._caps)
+        fork = copy.copy(self)
+        fork.accountant = copy.deepcopy(self.accountant)
+        fork._norm_policy, fork._refresh_every = policy, every
+        fork._kernels = list(self._kernels)
+        fork._charger = Charger(charges.accountant.copy(), norm_policy=policy, refresh_every=every)
+        fork._charger.load_state_dict(charges.state_dict())
+        fork._accountings = []
+        fork._origin = (self, charges.accountant.steps)
+        return fork
+
+    def adopt(self, other: PerInstancePrivacyEngine) -> None:
+        """Take over the ledgers of a fork of this engine.
+
+        Raises:
+            LedgerError: `other` is no fork of this engine, or this engine was charged since the
+                fork, which the fork's ledgers would forget. Nothing is changed.
+        """
+        origin, steps = other._origin or (None, 0)
+        if origin is not self:
+            raise LedgerError("Expected a fork of this engine, got another engine.")
+        if self.per_instance.steps != steps:
+            raise LedgerError(
+                f"Expected no step since the fork, got {self.per_instance.steps - steps}. Their "
+                "charges would be lost; fork again."
+            )
+        self.load_ledger_state(other.ledger_state())
+        other._origin = (self, self.per_instance.steps)
+
+    def charge_without_noise(self, steps: int) -> None:
+        """Charge both ledgers for noise-free steps: infinitely, whoever may have taken part."""
+        for _ in range(check.integer("steps", steps, low=0)):
+            self.accountant.history.append((0.0, 1.0, 1))
+            self.per_instance.step(
+                indices=None, sensitivities=None, noise_multiplier=0.0, sample_rate=1.0
+            )
+
+    def ledger_state(self) -> dict[str, Any]:
+        """Return both ledgers as arrays and plain values."""
+        history = [(float(z), float(q), int(n)) for z, q, n in self.accountant.history]
+        return {
+            "opacus": {"history": history, "mechanism": self.accountant.mechanism()},
+            "per_instance": self._charges().state_dict(),
+        }
+
+    def load_ledger_state(self, state: Mapping[str, Any]) -> None:
+        """Take over both ledgers from `ledger_state`.
+
+        Raises:
+            LedgerError: They do not fit this engine. Nothing is changed.
+        """
+        opacus = {**state["opacus"], "history": [tuple(run) for run in state["opacus"]["history"]]}
+        if opacus["mechanism"] != self.accountant.mechanism():
+            raise LedgerError(
+                f"Expected a ledger of accountant {self.accountant.mechanism()!r}, got "
+                f"{opacus['mechanism']!r}. Build the engine with that accountant."
+            )
+        self._charges().load_state_dict(state["per_instance"])
+        self.accountant.load_state_dict(opacus)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _charges(self) -> Charger:
+        if self._charger is None:
+            raise ValueError(
+                "Expected make_private to be called first, got an engine without training."
+            )
+        return self._charger
+
+    def _ready_charger(
+        self,
+        module: nn.Module,
+        data_loader: DataLoader[Any],
+        options: Mapping[str, Any],
+        *,
+        criterion_known: bool,
+    ) -> Charger:
+        """Return what will charge this training, after every check that needs no mutation."""
+        require_map_style(data_loader)
+        require_supported(module, options)
+        require_uniform_batches(data_loader)
+        size = len(data_loader.dataset)  # type: ignore[arg-type]
+        if self._caps is not None and options.get("grad_sample_mode", "hooks") == "ghost":
+            raise UnsupportedError(
+                "Expected grad_sample_mode='hooks' with norm_policy='capped', got 'ghost'. Ghost "
+                "clipping scales the losses inside backward(), before a cap could be applied."
+            )
+        if self._refresh_every is not None and not criterion_known:
+            raise ValueError(
+                "Expected criterion to be named with norm_policy='refresh', got Opacus's default. "
+                "A full pass needs the loss you train with: make_private(criterion=...)."
+            )
+        if self._charger is not None:
+            if self.per_instance.num_instances != size:
+                raise UnsupportedError(
+                    f"Expected the data set of {self.per_instance.num_instances} instances this "
+                    f"engine accounts for, got one of {size}. Use a new engine for other data, or "
+                    "make_private_on for part of the same."
+                )
+            return self._charger
+        caps = None
+        if self._caps is not None:
+            # Clipping to a cap is exact up to float32 rounding; the charge is raised by as much.
+            caps = raised(
+                checked_caps(self._caps, num_instances=size),
+                rounding=float(np.finfo(np.float32).eps),
+            )
+        accountant = PerInstanceAccountant(
+            size, orders=self._orders, levels=self._levels, caps=caps
+        )
+        return Charger(accountant, norm_policy=self._norm_policy, refresh_every=self._refresh_every)
+
+    def _account(
+        self,
+        module: Any,
+        optimizer: DPOptimizer,
+        loader: DPDataLoader,
+        *,
+        kernel: TrainingKernel,
+        criterion: Any,
+        sample_rate: float,
+        rand_on_empty: bool = False,
+        population: IntArray | None = None,
+        steps: int | None = None,
+    ) -> None:
+        """Record rows and norms of one training and charge this engine for its steps."""
+        recorder = Recorder(
+            record_indices(loader, population=population, steps=steps),
+            caps=self._caps,
+            rand_on_empty=rand_on_empty,
+        )
+        self._accountings.append(
+            StepAccounting(
+                module=module,
+                optimizer=optimizer,
+                recorder=recorder,
+                charger=self._charges(),
+                kernel=kernel,
+                dataset=loader.dataset,
+                collate_fn=loader.collate_fn.wrapped_collator_fn,
+                population=population,
+                criterion=criterion,
+                sample_rate=sample_rate,
+            )
+        )

@@ -1,0 +1,120 @@
+"""StepAccounting: the hook on one optimizer, from a noisy step to a charge of both ledgers.
+
+Runs after clipping and noise and before the parameters move, so that a full pass measures the
+parameters the step was computed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from opacus.optimizers import DPOptimizer
+from torch.nn.modules.dropout import _DropoutNd
+
+from ._validate import IntArray
+from .capture.norms import Recorder, record_norms
+from .capture.sweep import Sweep, sweep
+from .norm_policy import Charger
+from .training_kernel import TrainingKernel
+
+
+class StepAccounting:
+    """Called by Opacus's optimizer once per noisy step.
+
+    Args:
+        module: What Opacus made of the module: wrapper or hooks object.
+        optimizer: Opacus's optimizer, its accounting hook already attached.
+        recorder: Collects the step's rows and norms.
+        charger: Turns them into charges.
+        kernel: Constants of the training.
+        dataset: Rows to measure in a full pass.
+        collate_fn: Joins them to a batch.
+        population: Rows that may be drawn; None: all.
+        criterion: Loss to measure with; None: not known.
+        sample_rate: Largest of the accounted and the drawn rate.
+    """
+
+    def __init__(
+        self,
+        *,
+        module: Any,
+        optimizer: DPOptimizer,
+        recorder: Recorder,
+        charger: Charger,
+        kernel: TrainingKernel,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        population: IntArray | None,
+        criterion: Any,
+        sample_rate: float,
+    ) -> None:
+        self.criterion = criterion
+        self.tracker = recorder.tracker
+        self._module = module
+        self._optimizer = optimizer
+        self._recorder = recorder
+        self._charger = charger
+        self._kernel = kernel
+        self._dataset = dataset
+        self._collate_fn = collate_fn
+        self._population = population
+        self._sample_rate = sample_rate
+        self._opacus_hook = optimizer.step_hook
+        self._ghost = kernel.grad_sample_mode == "ghost"
+        if self._ghost:
+            recorder.ghost_module = module
+        record_norms(optimizer, recorder)
+        optimizer.step_hook = self
+        recorder.guarded = True
+
+    def __call__(self, optimizer: DPOptimizer) -> None:
+        """Charge Opacus's ledger, then the per-instance one."""
+        record = self._recorder.take(max_grad_norm=self.clip_bound)
+        self._opacus_hook(optimizer)
+        if self.clip_bound != optimizer.max_grad_norm:
+            self._charger.warn(
+                "clip bound",
+                f"The module clips to {self.clip_bound:g}, the noise is scaled to "
+                f"{optimizer.max_grad_norm:g}. Instances are charged for what happened; Opacus's "
+                "own epsilon is not.",
+            )
+        self._charger.charge(
+            record,
+            noise_std=float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm),
+            sample_rate=min(self._sample_rate * optimizer.accumulated_iterations, 1.0),
+            measure=self.measure,
+        )
+
+    @property
+    def clip_bound(self) -> float:
+        """Bound that gradients are clipped to: the module's own in ghost mode."""
+        holder = self._module if self._ghost else self._optimizer
+        return float(holder.max_grad_norm)
+
+    def measure(self) -> tuple[Sweep, bool]:
+        """Run a full pass over the instances in training; say whether dropout is active there."""
+        rows = self._charger.active_rows()
+        if self._population is not None:
+            rows = np.intersect1d(rows, self._population)
+        inner = self._module._module
+        names = None
+        if not self._ghost:  # flat clipping clips what the optimizer holds
+            held = {id(p) for p in self._optimizer.params}
+            names = {n for n, p in inner.named_parameters() if id(p) in held and p.requires_grad}
+        found = sweep(
+            self._module,
+            self._dataset,
+            criterion=self.criterion,
+            indices=rows,
+            loss_reduction=self._kernel.loss_reduction,
+            batch_first=self._kernel.batch_first,
+            collate_fn=self._collate_fn,
+            parameters=names,
+        )
+        dropout = any(
+            isinstance(part, _DropoutNd) and part.training and part.p > 0
+            for part in inner.modules()
+        )
+        return found, dropout

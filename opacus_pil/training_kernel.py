@@ -1,0 +1,127 @@
+"""The public constants of a DP-SGD run, and which runs have a per-instance accounting at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.distributed._composable.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+
+from . import _validate as check
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class TrainingKernel:
+    """What stays fixed when instances leave: unlearning and oracles keep it, never re-derive it.
+
+    Attributes:
+        sample_rate: Probability that an instance is drawn into a batch. In (0, 1].
+        expected_batch_size: What Opacus divides a mean-reduced gradient sum by.
+        noise_multiplier: Noise std on the gradient sum / max_grad_norm. Unitless.
+        max_grad_norm: Clip bound on a per-sample gradient norm.
+        loss_reduction: "mean" or "sum".
+        grad_sample_mode: "hooks" or "ghost".
+        batch_first: Whether the batch is the inputs' first dimension.
+        num_instances: Size of the training set.
+    """
+
+    sample_rate: float
+    expected_batch_size: int
+    noise_multiplier: float
+    max_grad_norm: float
+    loss_reduction: str
+    grad_sample_mode: str
+    batch_first: bool
+    num_instances: int
+
+
+def require_map_style(data_loader: Any) -> None:
+    """Raise unless the loader and its data set have a length and rows."""
+    cure = "Pass a DataLoader over a map-style data set (with __len__ and __getitem__)."
+    if not isinstance(data_loader, DataLoader):
+        raise TypeError(check.expected("data_loader", "to be a DataLoader", data_loader, cure))
+    dataset = data_loader.dataset
+    map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, IterableDataset) or not map_style:
+        raise UnsupportedError(
+            f"Expected data_loader to have a length, got data_loader over "
+            f"{type(dataset).__name__}, which has none. Without it neither the sample rate nor an "
+            f"instance is defined. {cure}"
+        )
+    check.integer("len(data_loader)", len(data_loader), low=1, cure=cure)
+
+
+def require_uniform_batches(data_loader: DataLoader[Any]) -> None:
+    """Raise if Opacus would replace the loader's sampler by one that draws something else."""
+    size, batch_size = len(data_loader.dataset), data_loader.batch_size  # type: ignore[arg-type]
+    cure = (
+        "Opacus draws every row of the data set uniformly at rate 1 / len(data_loader) and drops "
+        "the sampler. Train on a Subset, or on a DataLoader with shuffle=True."
+    )
+    if isinstance(data_loader.sampler, WeightedRandomSampler):
+        raise UnsupportedError(
+            f"Expected a uniform sampler, got sampler=WeightedRandomSampler. {cure}"
+        )
+    if batch_size is not None:
+        allowed = {max(size // batch_size, 1), -(-size // batch_size)}
+        if len(data_loader) not in allowed:
+            raise UnsupportedError(
+                f"Expected len(data_loader) to be len(dataset) / batch_size ({size} / "
+                f"{batch_size}), got {len(data_loader)}. {cure}"
+            )
+
+
+def require_supported(module: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise for a combination of Opacus's options without a sound per-instance number."""
+    if options.get("clipping", "flat") != "flat":
+        raise UnsupportedError(
+            f"Expected clipping to be 'flat', got clipping={options['clipping']!r}. Other clipping "
+            "has no single norm per instance yet. Pass clipping='flat'."
+        )
+    mode = options.get("grad_sample_mode", "hooks")
+    if mode not in ("hooks", "ghost"):
+        raise UnsupportedError(
+            f"Expected grad_sample_mode to be 'hooks' or 'ghost', got grad_sample_mode={mode!r}. "
+            "Norms are captured in these two modes. Pass one of them."
+        )
+    if not options.get("poisson_sampling", True):
+        raise UnsupportedError(
+            "Expected poisson_sampling to be True, got poisson_sampling=False. Shuffled batches "
+            "get no amplification by sampling. Leave poisson_sampling at its default."
+        )
+    distributed = (
+        DistributedDataParallel, DifferentiallyPrivateDistributedDataParallel, FSDPModule,
+    )  # fmt: skip
+    if isinstance(module, distributed):
+        raise UnsupportedError(
+            f"Expected a module in one process, got module={type(module).__name__}. The rows of "
+            "other ranks are not recorded yet. Train in one process."
+        )
+
+
+def require_plain(module: nn.Module, optimizer: Optimizer) -> None:
+    """Raise unless Opacus has touched neither and the optimizer holds the module's parameters."""
+    hooked = isinstance(module, AbstractGradSampleHooks) or hasattr(
+        module, "autograd_grad_sample_hooks"
+    )
+    if hooked or isinstance(optimizer, DPOptimizer):
+        raise ValueError(
+            f"Expected a plain module and optimizer, got {type(module).__name__} and "
+            f"{type(optimizer).__name__} of Opacus. Pass a plain copy of the module and an "
+            "optimizer of its parameters."
+        )
+    owned = {id(p) for p in module.parameters()}
+    if any(id(p) not in owned for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "Expected optimizer to hold parameters of module, got others. Build it from "
+            "module.parameters()."
+        )

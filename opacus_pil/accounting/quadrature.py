@@ -32,7 +32,7 @@ from .._validate import FloatArray
 _EPS = float(np.finfo(np.float64).eps)
 _MARGIN = 9.0  # a standard normal is farther out with probability 2e-19
 _DECAY = 34.0  # the trapezoid's error, about 100·exp(−34) = 2e-13 of the integral
-_CHUNK = 1 << 14  # integrand values held at a time
+_CHUNK = 1 << 15  # integrand values held at a time
 _SERIES = [1.0 / k for k in range(14, 2, -1)]  # ψ(y) = y²/2·(1 + y/3·(1 + y/4·(…)))
 SMALLEST = 1e-290  # a positive divergence below this is reported as this: doubles underflow
 

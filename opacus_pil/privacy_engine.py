@@ -6,9 +6,8 @@ accounting; neither knows the other.
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +22,14 @@ from torch.utils.data import DataLoader
 
 from . import _validate as check
 from ._validate import IntArray
-from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .accounting import PerInstanceAccountant
 from .capture.clipping import checked_caps
 from .capture.indices import record_indices
 from .capture.norms import Recorder
 from .capture.sweep import Sweep
-from .errors import LedgerError, UnsupportedError
-from .norm_policy import Charger, checked_policy, raised
+from .errors import UnsupportedError
+from .ledgers import LedgerEngine
+from .norm_policy import Charger, raised
 from .step_accounting import StepAccounting
 from .training_kernel import (
     TrainingKernel,
@@ -46,7 +46,7 @@ _DEFAULT_CRITERIA = tuple(
 )
 
 
-class PerInstancePrivacyEngine(PrivacyEngine):
+class PerInstancePrivacyEngine(LedgerEngine):
     """Opacus's PrivacyEngine with a second ledger: the privacy loss of every training instance.
 
     Guarantee: `get_epsilon` is Opacus's. Per-instance values hold for adding or removing one
@@ -73,77 +73,6 @@ class PerInstancePrivacyEngine(PrivacyEngine):
 
     Privacy: per-instance values depend on private data and are not private to release.
     """
-
-    def __init__(
-        self,
-        *,
-        accountant: str = "prv",
-        secure_mode: bool = False,
-        norm_policy: str = "last_seen",
-        refresh_every: int | None = None,
-        orders: Sequence[float] = DEFAULT_ORDERS,
-        levels: int = 1024,
-        caps: npt.ArrayLike | None = None,
-    ) -> None:
-        policy, every = checked_policy(norm_policy, refresh_every=refresh_every, caps=caps)
-        self._orders = tuple(check.orders(orders).tolist())
-        self._levels = check.integer("levels", levels, low=2)
-        super().__init__(accountant=accountant, secure_mode=secure_mode)
-        self._norm_policy = policy
-        self._refresh_every = every
-        self._caps = None if caps is None else np.array(caps, dtype=np.float64)
-        self._kernels: list[TrainingKernel] = []
-        self._charger: Charger | None = None
-        self._criterion: Any = None  # the loss that make_private was given by name
-        self._accountings: list[StepAccounting] = []
-        self._origin: tuple[PerInstancePrivacyEngine, int] | None = None
-
-    # --- what it knows ------------------------------------------------------------------------
-
-    @property
-    def norm_policy(self) -> str:
-        """How an instance's sensitivity at a step is found."""
-        return self._norm_policy
-
-    @property
-    def kernel(self) -> TrainingKernel:
-        """Constants of the training recorded by make_private.
-
-        Raises:
-            ValueError: make_private was not called yet.
-            UnsupportedError: It was called several times with different constants.
-        """
-        if not self._kernels:
-            raise ValueError(
-                "Expected make_private to be called first, got an engine without training."
-            )
-        if any(kernel != self._kernels[0] for kernel in self._kernels):
-            raise UnsupportedError(
-                f"Expected one training kernel, got {len(self._kernels)} make_private calls with "
-                "different constants. Use one engine per training."
-            )
-        return self._kernels[0]
-
-    @property
-    def per_instance(self) -> PerInstanceAccountant:
-        """The per-instance ledger.
-
-        Raises:
-            ValueError: make_private was not called yet, so the number of instances is unknown.
-        """
-        return self._charges().accountant
-
-    def get_epsilon(self, delta: float) -> float:
-        """Return Opacus's worst-case epsilon; inf after noise-free steps."""
-        if any(noise == 0 for noise, _, _ in self.accountant.history):
-            return float("inf")
-        return super().get_epsilon(delta)
-
-    def get_per_instance_epsilon(
-        self, delta: float, *, indices: npt.ArrayLike | None = None
-    ) -> PerInstanceEpsilon:
-        """Return each instance's epsilon at `delta`, with its guarantee."""
-        return self.per_instance.get_epsilon(delta, indices=indices)
 
     # --- training -----------------------------------------------------------------------------
 
@@ -378,91 +307,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         self._charges().observe(found, max_grad_norm=training.clip_bound)
         return found
 
-    # --- both ledgers -------------------------------------------------------------------------
-
-    def fork(self, *, norm_policy: str | None = None) -> PerInstancePrivacyEngine:
-        """Return an engine with copies of both ledgers, the same kernel and the same caps.
-
-        What it trains charges the copies only; `adopt` takes them over.
-
-        Args:
-            norm_policy: Policy of the fork; default: this engine's. A ledger with caps keeps
-                "capped", another cannot become it.
-
-        Raises:
-            ValueError: The policy does not fit this engine's caps or refresh interval.
-        """
-        charges = self._charges()
-        policy = self._norm_policy if norm_policy is None else norm_policy
-        every = self._refresh_every if policy == "refresh" else None
-        policy, every = checked_policy(policy, refresh_every=every, caps=self._caps)
-        fork = copy.copy(self)
-        fork.accountant = copy.deepcopy(self.accountant)
-        fork._norm_policy, fork._refresh_every = policy, every
-        fork._kernels = list(self._kernels)
-        fork._charger = Charger(charges.accountant.copy(), norm_policy=policy, refresh_every=every)
-        fork._charger.load_state_dict(charges.state_dict())
-        fork._accountings = []
-        fork._origin = (self, charges.accountant.steps)
-        return fork
-
-    def adopt(self, other: PerInstancePrivacyEngine) -> None:
-        """Take over the ledgers of a fork of this engine.
-
-        Raises:
-            LedgerError: `other` is no fork of this engine, or this engine was charged since the
-                fork, which the fork's ledgers would forget. Nothing is changed.
-        """
-        origin, steps = other._origin or (None, 0)
-        if origin is not self:
-            raise LedgerError("Expected a fork of this engine, got another engine.")
-        if self.per_instance.steps != steps:
-            raise LedgerError(
-                f"Expected no step since the fork, got {self.per_instance.steps - steps}. Their "
-                "charges would be lost; fork again."
-            )
-        self.load_ledger_state(other.ledger_state())
-        other._origin = (self, self.per_instance.steps)
-
-    def charge_without_noise(self, steps: int) -> None:
-        """Charge both ledgers for noise-free steps: infinitely, whoever may have taken part."""
-        for _ in range(check.integer("steps", steps, low=0)):
-            self.accountant.history.append((0.0, 1.0, 1))
-            self.per_instance.step(
-                indices=None, sensitivities=None, noise_multiplier=0.0, sample_rate=1.0
-            )
-
-    def ledger_state(self) -> dict[str, Any]:
-        """Return both ledgers as arrays and plain values."""
-        history = [(float(z), float(q), int(n)) for z, q, n in self.accountant.history]
-        return {
-            "opacus": {"history": history, "mechanism": self.accountant.mechanism()},
-            "per_instance": self._charges().state_dict(),
-        }
-
-    def load_ledger_state(self, state: Mapping[str, Any]) -> None:
-        """Take over both ledgers from `ledger_state`.
-
-        Raises:
-            LedgerError: They do not fit this engine. Nothing is changed.
-        """
-        opacus = {**state["opacus"], "history": [tuple(run) for run in state["opacus"]["history"]]}
-        if opacus["mechanism"] != self.accountant.mechanism():
-            raise LedgerError(
-                f"Expected a ledger of accountant {self.accountant.mechanism()!r}, got "
-                f"{opacus['mechanism']!r}. Build the engine with that accountant."
-            )
-        self._charges().load_state_dict(state["per_instance"])
-        self.accountant.load_state_dict(opacus)
-
     # --- inside -------------------------------------------------------------------------------
-
-    def _charges(self) -> Charger:
-        if self._charger is None:
-            raise ValueError(
-                "Expected make_private to be called first, got an engine without training."
-            )
-        return self._charger
 
     def _ready_charger(
         self,

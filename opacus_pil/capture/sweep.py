@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
+from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
@@ -117,6 +118,29 @@ def sweep(
     return Sweep(rows, norms, losses, outputs, deterministic)
 
 
+def _linear_norms(
+    layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[nn.Parameter, torch.Tensor]:
+    """Norms of a linear layer's per-sample gradients, without forming them where that is exact.
+
+    For sequences ghost clipping sums Gram matrices, which cancels: in float32 the norm of a small
+    sum of large terms comes out too small. There the gradients are formed.
+    """
+    if backprops.ndim == 2:
+        return compute_linear_norm_sample(layer, activations, backprops)
+    gradients = compute_linear_grad_sample(layer, activations, backprops)
+    return {p: g.flatten(start_dim=1).norm(2, dim=1) for p, g in gradients.items()}
+
+
+class _Norms(GradSampleModuleFastGradientClipping):
+    """Opacus's ghost clipping with norms that are exact for sequences too."""
+
+    NORM_SAMPLERS = {  # noqa: RUF012, as in Opacus
+        **GradSampleModuleFastGradientClipping.NORM_SAMPLERS,
+        nn.Linear: _linear_norms,
+    }
+
+
 class _Measure:
     """Norms, losses and outputs of one chunk, by ghost clipping where the model allows it."""
 
@@ -128,7 +152,7 @@ class _Measure:
     def _wrap(self, *, ghost: bool) -> Any:
         # "sum": the losses below are already one per instance.
         try:
-            return GradSampleModuleFastGradientClipping(
+            return _Norms(
                 self._module, batch_first=self._batch_first, loss_reduction="sum",
                 use_ghost_clipping=ghost,
             )  # fmt: skip
@@ -143,19 +167,30 @@ class _Measure:
     ) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
         try:
             return self._run(inputs, targets, losses_of, size)
-        except NotImplementedError:  # tied parameters: ghost norms do not exist for them
+        except NotImplementedError:  # tied parameters, or a layer without ghost norms
             self._wrapped.to_standard_module()
             self._module = plain_copy(self._module)
             self._wrapped = self._wrap(ghost=False)
+        try:
             return self._run(inputs, targets, losses_of, size)
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"Expected per-sample gradients of every parameter, got none: {error}"
+            ) from error
 
     def _run(
         self, inputs: torch.Tensor, targets: torch.Tensor, losses_of: Callable[..., Any], size: int
     ) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+        counted = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
+        for parameter in counted.values():
+            parameter._norm_sample = None  # type: ignore[attr-defined]  # none may be left over
         with torch.enable_grad():
             outputs = self._wrapped(inputs)
             losses = losses_of(outputs, targets, size)
             losses.sum().backward()
+        unused = [n for n, p in counted.items() if p._norm_sample is None]  # type: ignore[attr-defined]
+        if unused:
+            raise NotImplementedError(f"parameter {unused[0]} took no part in the loss")
         norms = self._wrapped.get_norm_sample()
         for parameter in self._module.parameters():
             parameter.grad = None

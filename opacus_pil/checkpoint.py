@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import LedgerError
@@ -58,11 +59,11 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: 
 
     Args:
         path: Target file, created with mode 0600.
-        state: What `torch.load(weights_only=True)` can read back: tensors and plain types.
+        state: Tensors, numpy arrays (stored as tensors) and plain types, in dicts, lists, tuples.
         kind: What the file is, checked when it is read.
     """
     body = io.BytesIO()
-    torch.save(dict(state), body)
+    torch.save(_plain(state), body)
     payload = body.getvalue()
     outer = io.BytesIO()
     torch.save(
@@ -76,6 +77,26 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: 
         outer,
     )
     write_atomic(path, outer.getvalue())
+
+
+def _plain(value: Any) -> Any:
+    """Replace what safe loading refuses by what it accepts: arrays and numpy scalars."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def arrays(value: Any) -> Any:
+    """Turn the tensors of a loaded ledger back into numpy arrays."""
+    if isinstance(value, Mapping):
+        return {key: arrays(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(arrays(item) for item in value)
+    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def load_state(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,10 +33,16 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
 
 
 def test_state_comes_back_and_loads_without_unpickling_code(tmp_path):
-    state = {"step": 3, "weights": {"a": torch.arange(4.0)}, "names": ["x"], "none": None}
+    state = {
+        "step": np.int64(3),
+        "weights": {"a": torch.arange(4.0)},
+        "levels": [(np.arange(3, dtype=np.uint16), "x")],
+        "none": None,
+    }
     save_state(tmp_path / "s", state, kind="run")
     again = load_state(tmp_path / "s", kind="run")
     assert again["step"] == 3
+    assert again["levels"][0][0].tolist() == [0, 1, 2]
     assert again["none"] is None
     assert torch.equal(again["weights"]["a"], state["weights"]["a"])
     torch.load(tmp_path / "s", weights_only=True)

@@ -84,23 +84,23 @@ class Ledger:
             )
         try:
             ledger = cls(
-                orders=np.array(state["orders"], dtype=np.float64),
-                sensitivities=np.array(state["sensitivities"], dtype=np.float64),
-                base=np.array(state["base"], dtype=np.float64),
+                orders=_array(state["orders"], np.float64),
+                sensitivities=_array(state["sensitivities"], np.float64),
+                base=_array(state["base"], np.float64),
                 flushes=int(state["flushes"]),
                 repeats=int(state["repeats"]),
                 noise_multiplier=float(state["noise_multiplier"]),
                 sample_rate=float(state["sample_rate"]),
-                level=np.array(state["level"]).astype(np.uint16, casting="same_kind"),
-                offset=np.array(state["offset"], dtype=np.float64),
-                infinite=np.array(state["infinite"], dtype=bool),
+                level=_array(state["level"], None).astype(np.uint16, casting="same_kind"),
+                offset=_array(state["offset"], np.float64),
+                infinite=_array(state["infinite"], bool),
                 worst_infinite=bool(state["worst_infinite"]),
-                caps=None if state["caps"] is None else np.array(state["caps"], dtype=np.float64),
+                caps=None if state["caps"] is None else _array(state["caps"], np.float64),
                 source=str(state["source"]),
                 steps=int(state["steps"]),
                 unattributed=int(state["unattributed"]),
                 guarantee=str(state["guarantee"]),
-                instance_ids=np.array(state["instance_ids"]),
+                instance_ids=_array(state["instance_ids"], None),
             )
         except (TypeError, ValueError) as error:
             raise LedgerError(f"Expected a readable ledger, got one with {error}.") from error
@@ -202,3 +202,8 @@ class Ledger:
                 raise LedgerError(
                     f"Expected a ledger with {claim}, got one without. Use an earlier copy."
                 )
+
+
+def _array(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return a fresh array from an array, a list or a CPU tensor, without importing torch."""
+    return np.array(value.numpy() if hasattr(value, "numpy") else value, dtype=dtype)

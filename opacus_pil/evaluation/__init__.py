@@ -10,6 +10,7 @@ from .gap import oracle_gap as oracle_gap
 from .gap import time_to_unlearn as time_to_unlearn
 from .loss_barrier import LossBarrier as LossBarrier
 from .loss_barrier import loss_barrier as loss_barrier
+from .oracle import retrained_oracles as retrained_oracles
 
 __all__ = [
     "Gap",
@@ -21,5 +22,6 @@ __all__ = [
     "evaluate_splits",
     "loss_barrier",
     "oracle_gap",
+    "retrained_oracles",
     "time_to_unlearn",
 ]

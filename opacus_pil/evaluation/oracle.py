@@ -1,0 +1,85 @@
+"""Models retrained without the forget set: what unlearning is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn as nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from .. import _validate as check
+from ..privacy_engine import PerInstancePrivacyEngine
+from ..unlearning.methods import noisy_steps
+
+MakeModel = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def retrained_oracles(
+    make: MakeModel,
+    *,
+    privacy_engine: PerInstancePrivacyEngine,
+    dataset: Dataset,
+    criterion: nn.Module,
+    forget_set: npt.ArrayLike,
+    steps: int,
+    seeds: Sequence[int],
+    progress: bool = True,
+) -> list[nn.Module]:
+    """Retrain from scratch on the data without the forget set, once per seed.
+
+    The training's own kernel is kept: sample rate, expected batch size, clipping, noise, and
+    per-instance caps where there were any (THEORY: constants are not re-derived from n − |F|).
+    Nothing is charged to the ledgers of `privacy_engine`: oracles are for measuring only.
+
+    Args:
+        make: make(seed) -> (plain module, plain optimizer), freshly initialised.
+        privacy_engine: The engine of the original training.
+        dataset: Its training set, in the same row order.
+        criterion: The plain loss.
+        forget_set: Rows to leave out, shape (members,).
+        steps: Steps of each retraining.
+        seeds: One per oracle; batches, noise and the global generator follow it.
+        progress: Show a progress bar when the output is a terminal.
+
+    Returns:
+        One plain module per seed.
+
+    Raises:
+        ValueError: No seed, rows out of range or repeated, or nothing left to train on.
+    """
+    size = privacy_engine.kernel.num_instances
+    rows = check.index_array("forget_set", forget_set, size=size)
+    retain = np.setdiff1d(np.arange(size), rows)
+    if not len(retain) or not len(seeds):
+        raise ValueError(
+            f"Expected rows to train on and at least one seed, got {len(retain)} rows and "
+            f"{len(seeds)} seeds."
+        )
+    count = check.integer("steps", steps, low=1)
+    policy = privacy_engine.norm_policy if privacy_engine.norm_policy == "capped" else "worst_case"
+    oracles = []
+    with tqdm(
+        total=count * len(seeds), desc="retraining", disable=None if progress else True
+    ) as bar:
+        for seed in seeds:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                module, optimizer = make(seed)
+                noisy_steps(
+                    module,
+                    optimizer=optimizer,
+                    dataset=dataset,
+                    criterion=criterion,
+                    privacy_engine=privacy_engine.fork(norm_policy=policy),
+                    retain_set=retain,
+                    steps=count,
+                    noise_generator=torch.Generator().manual_seed(2 * seed),
+                    sampler_generator=torch.Generator().manual_seed(2 * seed + 1),
+                    progress=bar,
+                )
+            oracles.append(module)
+    return oracles

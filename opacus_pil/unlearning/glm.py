@@ -1,0 +1,172 @@
+"""Whether a run is the one that contraction is proved for, and the certificate if it is.
+
+Looks at torch objects and refuses by name whatever breaks the proof: more than one output, another
+loss, momentum, mini-batches, caps that were not fixed before the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.data import Dataset
+
+from .. import _validate as check
+from .._validate import FloatArray
+from ..certificates import ContractionCertificate
+from ..errors import CertificateError
+from ..privacy_engine import PerInstancePrivacyEngine
+
+# Lipschitz constant of the loss's derivative in the one linear output; the loss is convex in it.
+LOSS_SMOOTHNESS = {nn.BCEWithLogitsLoss: 0.25}
+
+
+class OneOutputRun:
+    """A full-batch noisy run of a model with one linear output, checked assumption by assumption.
+
+    Args:
+        module: A plain torch.nn.Linear with one output.
+        optimizer: The plain inner optimizer: SGD without momentum. Its weight decay acts after
+            clipping and noise, hence is decoupled from them.
+        criterion: nn.BCEWithLogitsLoss with reduction "mean" and no weights.
+        dataset: Yields (features, target); every feature vector is held against `feature_norm`.
+        privacy_engine: Made the run private with caps fixed before it, or at the worst case.
+        feature_norm: Public bound on the norm of every feature vector, without the bias.
+
+    Raises:
+        CertificateError: An assumption does not hold; the message names it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        criterion: nn.Module,
+        dataset: Dataset,
+        privacy_engine: PerInstancePrivacyEngine,
+        feature_norm: float | None,
+    ) -> None:
+        kernel, ledger = privacy_engine.kernel, privacy_engine.per_instance
+        _require(
+            isinstance(module, nn.Linear) and module.out_features == 1,
+            "a torch.nn.Linear model with one output",
+            type(module).__name__,
+            "Clipping breaks contraction for any other model; use method='dp_sgd'.",
+        )
+        weighted = any(
+            getattr(criterion, name, None) is not None for name in ("weight", "pos_weight")
+        )
+        _require(
+            type(criterion) in LOSS_SMOOTHNESS and not weighted,
+            "nn.BCEWithLogitsLoss without weights",
+            type(criterion).__name__ + (" with weights" if weighted else ""),
+            "The loss must be convex and smooth in the output, with a known constant.",
+        )
+        _require(
+            kernel.loss_reduction == "mean" and getattr(criterion, "reduction", None) == "mean",
+            "loss_reduction 'mean'",
+            f"{kernel.loss_reduction!r} and criterion reduction {criterion.reduction!r}",
+            "Other reductions scale the step by the batch.",
+        )
+        _require(
+            kernel.sample_rate == 1.0,
+            "full batches (sample_rate 1)",
+            f"sample_rate={kernel.sample_rate:g}",
+            "A Poisson batch larger than expected may expand distances.",
+        )
+        _require(
+            ledger.guarantee == "bound",
+            "caps fixed before the run (guarantee 'bound')",
+            f"guarantee={ledger.guarantee!r}",
+            "Train with norm_policy='capped' and caps from public data only.",
+        )
+        self.step_size, self.weight_decay = _plain_sgd(optimizer)
+        assert isinstance(module, nn.Linear)
+        self.feature_norm = _checked_feature_norm(
+            feature_norm, dataset, bias=module.bias is not None
+        )
+        self.kernel = kernel
+        self.smoothness = LOSS_SMOOTHNESS[type(criterion)]
+        caps = ledger.caps
+        self.caps: FloatArray = np.ones(kernel.num_instances) if caps is None else caps
+
+    def certificate(
+        self, *, phases: Sequence[tuple[int, Sequence[int]]], worst_case: bool = False
+    ) -> ContractionCertificate:
+        """Return the certificate that the members of all phases together are forgotten.
+
+        Args:
+            phases: For each phase of the run so far: its number of steps, and the rows of those
+                members that took part in it.
+            worst_case: Take every member's cap as the whole clipping bound.
+
+        Raises:
+            CertificateError: Step size, weight decay and smoothness do not contract.
+        """
+        parts = [self._phase(steps, members, worst_case) for steps, members in phases]
+        shifts = tuple(shift for part in parts for shift in part.shifts)
+        return replace(parts[0], shifts=shifts)
+
+    def _phase(self, steps: int, members: Sequence[int], worst: bool) -> ContractionCertificate:
+        rows = np.asarray(members, dtype=np.int64)
+        caps = np.ones(len(rows)) if worst else self.caps[rows]
+        return ContractionCertificate.one_output_glm(
+            caps=caps if len(rows) else [0.0],
+            max_grad_norm=self.kernel.max_grad_norm,
+            step_size=self.step_size,
+            weight_decay=self.weight_decay,
+            feature_norm=self.feature_norm,
+            noise_multiplier=self.kernel.noise_multiplier,
+            expected_batch_size=self.kernel.expected_batch_size,
+            num_instances=self.kernel.num_instances,
+            training_steps=steps,
+            loss_smoothness=self.smoothness,
+            sample_rate=self.kernel.sample_rate,
+        )
+
+
+def _require(holds: bool, domain: str, found: str, cure: str) -> None:
+    if not holds:
+        raise CertificateError(
+            f"Expected {domain} for a contraction certificate, got {found}. {cure}"
+        )
+
+
+def _plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """Return step size and weight decay of plain gradient descent, or refuse."""
+    _require(
+        type(optimizer) is torch.optim.SGD and len(optimizer.param_groups) == 1,
+        "torch.optim.SGD with one parameter group",
+        f"{type(optimizer).__name__} with {len(optimizer.param_groups)}",
+        "Adaptive steps are not one contracting map.",
+    )
+    group = optimizer.param_groups[0]
+    for name in ("momentum", "dampening", "nesterov", "maximize"):
+        _require(not group[name], f"SGD without {name}", f"{name}={group[name]}", f"Set {name}=0.")
+    return float(group["lr"]), float(group["weight_decay"])
+
+
+def _checked_feature_norm(feature_norm: float | None, dataset: Dataset, *, bias: bool) -> float:
+    """Hold every record against the bound; return it with the bias counted as a feature."""
+    _require(
+        feature_norm is not None,
+        "feature_norm, a public bound on the norm of every feature vector",
+        "feature_norm=None",
+        "Scale each record by public constants and pass the bound.",
+    )
+    bound = check.real("feature_norm", feature_norm, low=0.0, open_low=True)
+    for row in range(len(dataset)):  # type: ignore[arg-type]
+        found = float(torch.as_tensor(dataset[row][0]).double().norm())
+        # float32 features that were scaled to the bound may exceed it by a rounding
+        _require(
+            found <= bound * (1.0 + 1e-6),
+            f"every feature vector within feature_norm={bound:g}",
+            f"norm {found:.8g} (row {row})",
+            "Scale each record by public constants, or raise the bound.",
+        )
+    return math.sqrt((bound * (1.0 + 1e-6)) ** 2 + (1.0 if bias else 0.0))

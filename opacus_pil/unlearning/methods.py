@@ -1,0 +1,138 @@
+"""The runs themselves: so many noisy steps of Opacus's optimizer, or so many plain ones.
+
+Each function takes a plain module and changes it in place; it plans and certifies nothing. Noise,
+clipping and sampling are Opacus's own: there is no second implementation here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from opacus.grad_sample import AbstractGradSampleModule
+from torch.utils.data import Dataset, default_collate
+from tqdm import tqdm
+
+from .._validate import IntArray
+from ..capture import sweep
+from ..privacy_engine import PerInstancePrivacyEngine
+
+AfterStep = Callable[[int], None]
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """Return the user's own module from inside Opacus's wrapper."""
+    return module._module if isinstance(module, AbstractGradSampleModule) else module
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of the user's module that shares nothing with Opacus, in the same modes.
+
+    Opacus hangs per-sample and summed gradients on the original; a copy must not carry them over,
+    because they were computed with the instances that are to be forgotten.
+    """
+    twin = sweep.plain_copy(module)
+    for mine, theirs in zip(plain_module(module).modules(), twin.modules(), strict=True):
+        theirs.training = mine.training
+    return twin
+
+
+def optimizer_like(
+    optimizer: torch.optim.Optimizer, module: nn.Module, twin: nn.Module
+) -> torch.optim.Optimizer:
+    """Return an optimizer of the same kind and settings for `twin`, without any state.
+
+    Momentum and the like were computed with the instances that are to be forgotten.
+    """
+    partner = dict(zip(module.parameters(), twin.parameters(), strict=True))
+    groups = [
+        {**group, "params": [partner[parameter] for parameter in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return type(optimizer)(groups, **optimizer.defaults)
+
+
+def noisy_steps(
+    module: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    criterion: nn.Module,
+    privacy_engine: PerInstancePrivacyEngine,
+    retain_set: IntArray,
+    steps: int,
+    noise_generator: torch.Generator | None = None,
+    sampler_generator: torch.Generator | None = None,
+    sampler_state: torch.Tensor | None = None,
+    after_step: AfterStep | None = None,
+    progress: tqdm | None = None,
+) -> None:
+    """Run `steps` steps of the training's own DP-SGD kernel on the retain set, in place.
+
+    Every step charges the ledgers of `privacy_engine`. Full-batch training (sample_rate 1) makes
+    these the steps of noisy gradient descent (Langevin). A resumed run passes `sampler_state`, the
+    state of `sampler_generator` after the last batch that was used.
+    """
+    made = privacy_engine.make_private_on(
+        retain_set,
+        module=module,
+        optimizer=optimizer,
+        dataset=dataset,
+        criterion=criterion,
+        steps=steps,
+        noise_generator=noise_generator,
+        sampler_generator=sampler_generator,
+    )
+    wrapped, private_optimizer, loader = made[0], made[1], made[-1]
+    loss_function = made[2] if len(made) == 4 else criterion
+    device = next(module.parameters()).device
+    wrapped.train()
+    batches = iter(loader)  # draws a base seed that the batches do not depend on
+    if sampler_state is not None and sampler_generator is not None:
+        sampler_generator.set_state(sampler_state)
+    for number, (x, y) in enumerate(batches, start=1):
+        private_optimizer.zero_grad()
+        loss_function(wrapped(x.to(device)), y.to(device)).backward()
+        private_optimizer.step()
+        _report(number, after_step, progress)
+    if hasattr(wrapped, "to_standard_module"):
+        wrapped.to_standard_module()
+
+
+def plain_steps(
+    module: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    criterion: nn.Module,
+    retain_set: IntArray,
+    batch_size: int,
+    steps: int,
+    sampler_generator: torch.Generator,
+    sampler_state: torch.Tensor | None = None,
+    after_step: AfterStep | None = None,
+    progress: tqdm | None = None,
+) -> None:
+    """Run `steps` steps of ordinary fine-tuning on random batches of the retain set, in place.
+
+    There is no noise, hence no certificate, and every retained instance's loss becomes infinite.
+    """
+    if sampler_state is not None:
+        sampler_generator.set_state(sampler_state)
+    device = next(module.parameters()).device
+    module.train()
+    for number in range(1, steps + 1):
+        drawn = torch.randperm(len(retain_set), generator=sampler_generator)[:batch_size]
+        x, y = default_collate([dataset[int(row)] for row in retain_set[drawn.numpy()]])
+        optimizer.zero_grad()
+        criterion(module(x.to(device)), y.to(device)).backward()
+        optimizer.step()
+        _report(number, after_step, progress)
+
+
+def _report(number: int, after_step: AfterStep | None, progress: tqdm | None) -> None:
+    if progress is not None:
+        progress.update()
+    if after_step is not None:
+        after_step(number)

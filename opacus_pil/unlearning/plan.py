@@ -1,0 +1,144 @@
+"""What is going to be done about a deletion request, said before anything runs.
+
+Three types, so that nobody can take one for another: a certified plan carries an ε and the
+certificate it comes from, a predicted plan carries neither, a retraining plan says why the other
+two are out of reach. Knows numbers only, no model.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+from .. import _validate as check
+from .._validate import IntArray
+from ..certificates import Certificate
+from ..errors import CertificateError
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearningPlan(abc.ABC):
+    """Which instances go, how, and at which cost against retraining.
+
+    Attributes:
+        forget_set: Rows of the data set that leave, ascending, shape (members,).
+        method: "dp_sgd", "langevin", "finetuning" or "retraining".
+        steps: Steps that will be run.
+        steps_retrain: Steps that retraining from scratch takes.
+        batch_size: Expected number of per-instance gradients in a step, for both.
+        reason: Why these steps.
+        requests_served: Requests the engine had served when it made the plan.
+    """
+
+    forget_set: IntArray
+    method: str
+    steps: int
+    steps_retrain: int
+    batch_size: float
+    reason: str
+    requests_served: int = 0
+
+    @property
+    @abc.abstractmethod
+    def status(self) -> str:
+        """ "certified", "predicted" or "retrain instead"."""
+
+    @property
+    def cost(self) -> float:
+        """Per-instance gradients of this plan as a fraction of those of retraining."""
+        return self.steps / self.steps_retrain if self.steps_retrain else float("inf")
+
+    def __str__(self) -> str:
+        """Return the plan as a person reads it."""
+        gradients = self.steps * self.batch_size
+        lines = [
+            f"Forget {len(self.forget_set)} instances by {self.method}: {self.status}",
+            f"  steps             {self.steps}",
+            f"  steps, retraining {self.steps_retrain}",
+            f"  gradients         {gradients:,.0f} ({self.cost:.1%} of retraining)",
+            f"  why               {self.reason}",
+            *self._details(),
+        ]
+        return "\n".join(lines)
+
+    def _details(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedPlan(UnlearningPlan):
+    """Steps that a certificate proves sufficient under its assumptions.
+
+    Attributes:
+        epsilon: ε reached after `steps`, at most `target_epsilon`.
+        target_epsilon: ε asked for.
+        delta: δ of both.
+        certificate: The claim, with its assumptions.
+        steps_worst_case: Steps with every member at the full clipping bound; None if even
+            `max_steps` are too few, or if the certificate knows no worst case.
+    """
+
+    epsilon: float
+    target_epsilon: float
+    delta: float
+    certificate: Certificate
+    steps_worst_case: int | None
+
+    @property
+    def status(self) -> str:
+        """Always "certified"."""
+        return "certified"
+
+    def _details(self) -> list[str]:
+        worst = "not known" if self.steps_worst_case is None else str(self.steps_worst_case)
+        return [
+            f"  steps, worst case {worst}",
+            f"  epsilon           {self.epsilon:.4g} (asked for {self.target_epsilon:g}) "
+            f"at delta {self.delta:.3g}",
+            f"  certificate       {type(self.certificate).__name__}",
+            f"  directions        {'both' if self.certificate.two_sided else 'one'}",
+            "  assumptions",
+            *[f"    - {sentence}" for sentence in self.certificate.assumptions],
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedPlan(UnlearningPlan):
+    """Steps that nothing is proved about: no ε, no certificate."""
+
+    @property
+    def status(self) -> str:
+        """Always "predicted"."""
+        return "predicted"
+
+    def _details(self) -> list[str]:
+        return ["  epsilon           none: no certificate is claimed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainPlan(UnlearningPlan):
+    """Unlearning does not reach the target more cheaply than retraining.
+
+    Attributes:
+        target_epsilon: ε asked for.
+        delta: Its δ.
+    """
+
+    target_epsilon: float
+    delta: float
+
+    @property
+    def status(self) -> str:
+        """Always "retrain instead"."""
+        return "retrain instead"
+
+
+def certified_steps(
+    certificate: Certificate, *, epsilon: float, delta: float, max_steps: int
+) -> int | None:
+    """Return the smallest sufficient number of steps, or None if `max_steps` are too few."""
+    check.integer("max_steps", max_steps, low=0)
+    try:
+        return certificate.steps_for(epsilon=epsilon, delta=delta, max_steps=max_steps)
+    except CertificateError:
+        return None

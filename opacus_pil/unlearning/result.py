@@ -1,0 +1,69 @@
+"""What an unlearning run left behind. A result with an ε is another type than one without."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+
+from ..certificates import Certificate
+from .plan import CertifiedPlan, UnlearningPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearningResult(abc.ABC):
+    """The unlearned model and what happened on the way.
+
+    Attributes:
+        module: A plain module without Opacus's hooks, on the device it was trained on.
+        plan: What was asked for; exactly `plan.steps` steps were run.
+        history: One entry per call of the caller's `on_step`, whatever it returned.
+    """
+
+    module: nn.Module
+    plan: UnlearningPlan
+    history: tuple[Any, ...]
+
+    @property
+    @abc.abstractmethod
+    def certificate(self) -> Certificate | None:
+        """The certificate the run satisfies, or None."""
+
+    @property
+    @abc.abstractmethod
+    def epsilon(self) -> float | None:
+        """ε of the certificate at the plan's δ, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedResult(UnlearningResult):
+    """A run that followed a certified plan to its last step."""
+
+    plan: CertifiedPlan
+
+    @property
+    def certificate(self) -> Certificate:
+        """The plan's certificate."""
+        return self.plan.certificate
+
+    @property
+    def epsilon(self) -> float:
+        """ε after the plan's steps."""
+        return self.plan.epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class UncertifiedResult(UnlearningResult):
+    """A run about which nothing is proved."""
+
+    @property
+    def certificate(self) -> None:
+        """No certificate."""
+        return
+
+    @property
+    def epsilon(self) -> None:
+        """No ε."""
+        return

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from opacus import PrivacyEngine
@@ -342,10 +341,11 @@ class PerInstancePrivacyEngine(LedgerEngine):
             return self._charger
         caps = None
         if self._caps is not None:
-            # Clipping to a cap is exact up to float32 rounding; the charge is raised by as much.
+            # Clipping to a cap is exact up to rounding; the charge is raised by as much.
+            dtypes = {torch.float32, *(p.dtype for p in module.parameters())}
             caps = raised(
                 checked_caps(self._caps, num_instances=size),
-                rounding=float(np.finfo(np.float32).eps),
+                rounding=max(torch.finfo(dtype).eps for dtype in dtypes),
             )
         accountant = PerInstanceAccountant(
             size, orders=self._orders, levels=self._levels, caps=caps

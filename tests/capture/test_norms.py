@@ -1,0 +1,240 @@
+"""Recorded norms are the true ones, and the clip around them is Opacus's or the cap's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.optimizers import (
+    AdaClipDPOptimizer,
+    DPOptimizer,
+    DPOptimizerFastGradientClipping,
+)
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch import nn
+
+from opacus_pil.capture.clipping import checked_caps, clip_factors
+from opacus_pil.capture.indices import BatchTracker
+from opacus_pil.capture.norms import Recorder, record_norms
+from opacus_pil.errors import UnsupportedError
+from tests.capture.models import Words, convolutional, images, one_by_one_norms, sentences
+
+FLOAT32, FLOAT64 = 1e-4, 1e-9  # as in test_sweep
+BOUND = 0.5
+
+
+def stepper(module, *, ghost=False, recorded=True, noise=0.0, reduction="mean", **recorder):
+    """One optimizer step as Opacus runs it; `recorded` adds our capture."""
+    inner = torch.optim.SGD(module.parameters(), lr=0.1)
+    options = {
+        "noise_multiplier": noise, "max_grad_norm": BOUND, "expected_batch_size": 8,
+        "loss_reduction": reduction,
+    }  # fmt: skip
+    tracker, owner = BatchTracker(), nn.Identity()
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    if ghost:
+        wrapped = GradSampleModuleFastGradientClipping(
+            module, max_grad_norm=BOUND, loss_reduction=reduction
+        )
+        optimizer = DPOptimizerFastGradientClipping(inner, **options)
+        criterion = DPLossFastGradientClipping(wrapped, optimizer, criterion, reduction)
+    else:
+        wrapped = GradSampleModule(module, loss_reduction=reduction)
+        optimizer = DPOptimizer(inner, **options)
+    record = None
+    if recorded:
+        record = Recorder(tracker, ghost_module=wrapped if ghost else None, **recorder)
+        record_norms(optimizer, record)
+
+    def step(data, rows, *, published="same"):
+        optimizer.zero_grad()
+        if published is not None:
+            tracker.publish(rows if published == "same" else published, owner=owner)
+        inputs, targets = data[rows]
+        criterion(wrapped(inputs), targets).backward()
+        optimizer.step()
+        return None if record is None else record.take(max_grad_norm=BOUND)
+
+    return step, optimizer
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ghost", [False, True], ids=["hooks", "ghost"])
+@pytest.mark.parametrize(
+    ("make", "data", "tolerance"),
+    [
+        (convolutional, images, FLOAT32),
+        (Words, sentences, FLOAT32),
+        (
+            lambda: convolutional(dtype=torch.float64),
+            lambda: images(dtype=torch.float64),
+            FLOAT64,
+        ),
+    ],
+    ids=["convolutional", "words", "float64"],
+)
+def test_recorded_norms_are_those_of_each_instance_alone(make, data, tolerance, ghost, reduction):
+    torch.manual_seed(1)
+    module, dataset, rows = make(), data(), [5, 0, 17, 9]
+    plain = type(module)() if isinstance(module, Words) else make()
+    plain.load_state_dict(module.state_dict())
+    truth = one_by_one_norms(plain, dataset, rows, nn.CrossEntropyLoss())
+    step, _ = stepper(module, ghost=ghost, reduction=reduction)
+    found = step(dataset, rows)
+    np.testing.assert_allclose(found.norms, truth, rtol=tolerance)
+    assert found.indices.tolist() == rows
+    assert found.max_grad_norm == BOUND
+
+
+@pytest.mark.parametrize("caps", [None, np.ones(60)], ids=["no caps", "caps of one"])
+def test_the_fused_clip_is_opacus_own_bit_for_bit(caps):
+    sums = []
+    for recorded in (False, True):
+        torch.manual_seed(2)
+        module = convolutional()
+        options = {"caps": caps} if recorded else {}
+        step, _ = stepper(module, recorded=recorded, **options)
+        seen = []
+        for rows in ([1, 2, 3, 40], [], [8], list(range(60))):
+            step(images(), rows)
+            seen += [p.summed_grad.clone() for p in module.parameters()]
+            seen += [p.detach().clone() for p in module.parameters()]
+        sums.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*sums, strict=True))
+
+
+def test_no_instance_contributes_more_than_its_cap():
+    dataset, caps = images(), np.linspace(0.0, 1.0, 60)
+    for row in (0, 1, 20, 59):
+        torch.manual_seed(3)
+        module = convolutional()
+        step, _ = stepper(module, caps=caps)
+        norm = step(dataset, [row]).norms[0]
+        contribution = sum(p.summed_grad.double().square().sum() for p in module.parameters())
+        size = float(contribution) ** 0.5
+        assert size <= caps[row] * BOUND * (1 + 1e-6)  # float32 rounding of the factor
+        # Not clipped more than asked for either; the 1e-6 inside Opacus's factor is below 1e-4.
+        assert size >= (1 - FLOAT32) * min(norm, caps[row] * BOUND)
+
+
+def test_a_capped_out_instance_cannot_harm_even_with_nan():
+    pixels, labels = images().tensors
+    pixels = pixels.clone()
+    pixels[4] = torch.nan
+    broken = torch.utils.data.TensorDataset(pixels, labels)
+    caps = np.ones(60)
+    caps[4] = 0.0
+    sums = []
+    for rows in ([1, 4, 2], [1, 2]):
+        torch.manual_seed(4)
+        module = convolutional()
+        step, _ = stepper(module, caps=caps, reduction="sum")
+        assert np.isfinite(step(broken, rows).norms).all()
+        sums.append(torch.cat([p.summed_grad.flatten() for p in module.parameters()]))
+    # The same two gradients, summed inside batches of different length.
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-7)
+
+
+def test_a_non_finite_norm_names_the_instance_and_stops_the_step():
+    pixels, labels = images().tensors
+    pixels = pixels.clone()
+    pixels[4] = torch.nan
+    step, _ = stepper(convolutional())
+    with pytest.raises(ValueError, match=r"1 of 3 not finite \(first: instance 4\)"):
+        step(torch.utils.data.TensorDataset(pixels, labels), [1, 4, 2])
+
+
+@pytest.mark.parametrize("ghost", [False, True], ids=["hooks", "ghost"])
+def test_an_empty_batch_is_a_step_without_norms(ghost):
+    step, _ = stepper(convolutional(), ghost=ghost)
+    found = step(images(), [])
+    assert found.indices.tolist() == []
+    assert found.norms.tolist() == []
+    assert step(images(), [3]).indices.tolist() == [3]
+
+
+@pytest.mark.parametrize("ghost", [False, True], ids=["hooks", "ghost"])
+@pytest.mark.parametrize("published", [None, [1, 2, 3]], ids=["nothing", "another length"])
+def test_rows_that_do_not_fit_the_norms_are_unknown(ghost, published):
+    step, _ = stepper(convolutional(), ghost=ghost)
+    found = step(images(), [1, 2], published=published)
+    assert found.indices is None
+    assert found.mismatch
+    assert step(images(), [1, 2]).indices.tolist() == [1, 2]  # and the next step is known again
+
+
+@pytest.mark.parametrize("published", [None, [1, 2, 3]], ids=["nothing", "another length"])
+def test_caps_refuse_unknown_rows_before_anything_moves(published):
+    module = convolutional()
+    step, _ = stepper(module, caps=np.ones(60))
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(UnsupportedError, match="its own cap"):
+        step(images(), [1, 2], published=published)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert all(p.summed_grad is None for p in module.parameters())
+
+
+def test_the_random_row_of_an_empty_draw_is_nobodys():
+    step, _ = stepper(convolutional(), rand_on_empty=True, caps=np.zeros(60))
+    found = step(images(), [7], published=[])
+    assert found.indices.tolist() == []
+    assert found.norms.tolist() == []
+
+
+def test_two_batches_in_one_noisy_step_are_refused():
+    step, optimizer = stepper(convolutional())
+    optimizer.signal_skip_step(True)
+    optimizer.recorder.take = lambda **_: None  # the first step() call ends no noisy step
+    step(images(), [1, 2])
+    del optimizer.recorder.take
+    with pytest.raises(UnsupportedError, match="one drawn batch"):
+        step(images(), [2, 3])
+
+
+def test_gradients_dropped_without_a_step_leave_no_norms_behind():
+    step, optimizer = stepper(convolutional())
+    optimizer.recorder.tracker.publish([1], owner=optimizer)
+    optimizer.recorder.capture(torch.ones(1), max_grad_norm=BOUND)
+    assert step(images(), [2, 3]).indices.tolist() == [2, 3]
+
+
+def test_a_later_hook_runs_after_the_accounting_instead_of_replacing_it():
+    step, optimizer = stepper(convolutional())
+    calls = []
+    optimizer.attach_step_hook(lambda _: calls.append("accounting"))
+    optimizer.recorder.guarded = True
+    with pytest.warns(UserWarning, match="added after"):
+        optimizer.attach_step_hook(lambda _: calls.append("user"))
+    step(images(), [1])
+    assert calls == ["accounting", "user"]
+
+
+def test_unknown_optimizers_and_ghost_caps_are_refused():
+    module = convolutional()
+    wrapped = GradSampleModule(module)
+    adaptive = AdaClipDPOptimizer(
+        torch.optim.SGD(module.parameters(), lr=0.1), noise_multiplier=1.0,
+        target_unclipped_quantile=0.5, clipbound_learning_rate=0.2, max_clipbound=2.0,
+        min_clipbound=0.1, unclipped_num_std=2.0, max_grad_norm=BOUND, expected_batch_size=8,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match="AdaClipDPOptimizer"):
+        record_norms(adaptive, Recorder(BatchTracker()))
+    wrapped.to_standard_module()
+    with pytest.raises(UnsupportedError, match="hooks"):
+        stepper(module, ghost=True, caps=np.ones(60))
+
+
+def test_clip_factors_bound_the_product():
+    norms = torch.tensor([0.0, 1e-8, 0.5, 1.0, 3.0, torch.nan, torch.inf])
+    caps = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0])
+    factors = clip_factors(norms, max_grad_norm=2.0, caps=caps)
+    assert (factors[:5] * norms[:5] <= 1.0).all()
+    assert factors[:4].tolist() == [1.0, 1.0, 1.0, pytest.approx(1.0, abs=2e-6)]  # the 1e-6 inside
+    assert factors[5:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("caps", [[0.5], [0.5, 1.1], [0.5, -0.1], [0.5, np.nan]])
+def test_caps_outside_their_domain_are_refused(caps):
+    with pytest.raises(ValueError, match="caps"):
+        checked_caps(caps, num_instances=2)

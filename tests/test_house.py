@@ -128,9 +128,7 @@ class House:
             for inside, target in self._targets(node, name, is_package=path.stem == "__init__")
         ]
 
-    def _targets(
-        self, node: ast.AST, name: str, *, is_package: bool
-    ) -> Iterator[tuple[bool, str]]:
+    def _targets(self, node: ast.AST, name: str, *, is_package: bool) -> Iterator[tuple[bool, str]]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top, _, rest = alias.name.partition(".")
@@ -301,7 +299,9 @@ def _plant(folder: Path, **files: str) -> House:
 
 
 def test_checker_accepts_imports_that_point_down(tmp_path: Path) -> None:
-    house = _plant(tmp_path, high="from .low import x\nfrom . import low", room_inner="import numpy")
+    house = _plant(
+        tmp_path, high="from .low import x\nfrom . import low", room_inner="import numpy"
+    )
     assert house.complaints(_LOW_AND_HIGH) == []
 
 
@@ -327,7 +327,9 @@ def test_checker_finds_an_import_that_points_up(tmp_path: Path, statement: str) 
 
 def test_checker_follows_a_facade_to_the_room_behind_it(tmp_path: Path) -> None:
     house = _plant(
-        tmp_path, low="from .room import inner, other", room___init__="from .inner import y as inner"
+        tmp_path,
+        low="from .room import inner, other",
+        room___init__="from .inner import y as inner",
     )
     assert [i.target for i in house.imports("low")] == ["room.inner", "room"]
 

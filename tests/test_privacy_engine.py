@@ -214,6 +214,30 @@ def test_worst_case_charges_everyone_alike_and_caps_charge_less():
     assert charged[-1] == epsilons[0]
 
 
+def test_caps_allow_a_peek_but_no_loop_that_fetches_ahead():
+    torch.manual_seed(28)
+    engine = PerInstancePrivacyEngine(norm_policy="capped", caps=np.full(SIZE, 0.5))
+    module, made = prepared(engine)
+    next(iter(made[2]))
+    train(made)
+    before = weights(module)
+    ahead = list(made[2])  # which of them is the step's batch? Its caps would be a guess
+    with pytest.raises(UnsupportedError, match="5 batches were handed out"):
+        train((made[0], made[1], ahead))
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_modules_with_hooks_but_no_wrapper_are_recorded_too(mode):
+    torch.manual_seed(29)
+    engine = PerInstancePrivacyEngine(norm_policy="refresh", refresh_every=2)
+    module, made = prepared(engine, mode=mode, wrap_model=False)
+    train((module, *made[1:]))
+    assert engine.per_instance.steps == 5
+    assert engine.per_instance.unattributed_steps == 0
+    assert (engine.per_instance.sensitivities < 1.0).any()
+
+
 def test_charges_follow_schedules_of_noise_and_clip_bound():
     torch.manual_seed(14)
     engine = PerInstancePrivacyEngine(norm_policy="refresh", refresh_every=100)

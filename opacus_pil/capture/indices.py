@@ -34,12 +34,12 @@ class BatchTracker:
         self._rows: IntArray | None = None
         self._owner: weakref.ref[Any] | None = None  # iterator whose batch is unclaimed
         self._explicit = False
-        self.handed_out = 0  # batches since the last claim
+        self.handed_out = 0  # batches of this pass since the last claim
 
     def begin(self) -> None:
         """A new iterator starts: a batch of an older one is no longer the current batch."""
         if not self._explicit:
-            self._rows = None
+            self._rows, self.handed_out = None, 0
 
     def publish(self, rows: npt.ArrayLike | None, *, owner: object) -> None:
         """A batch is being handed out."""

@@ -101,7 +101,7 @@ class Recorder:
             rows = None
         caps = dropped = None
         if self.caps is not None:
-            if rows is not None and handed_out > 1:
+            if handed_out > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{handed_out} batches were handed out since the last step"
             if rows is None:
                 raise UnsupportedError(
@@ -151,12 +151,13 @@ class Recorder:
 def _joined(parts: list[torch.Tensor]) -> FloatArray:
     if not parts:
         return np.empty(0)
-    return torch.cat(parts).double().cpu().numpy()
+    together = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return together.to("cpu", torch.float64).numpy()
 
 
 def _require_finite(norms: FloatArray, rows: IntArray | None) -> None:
-    bad = np.flatnonzero(~np.isfinite(norms))
-    if len(bad):
+    if not np.isfinite(norms).all():
+        bad = np.flatnonzero(~np.isfinite(norms))
         first = int(bad[0])
         who = f"instance {int(rows[first])}" if rows is not None else f"batch position {first}"
         raise ValueError(

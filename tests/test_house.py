@@ -27,6 +27,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "",  # the façade itself loads nothing; its names are followed to their homes
         "_validate",
         "errors",
+        "accounting.bounded_mean",
+        "accounting.calibration",
+        "accounting.composition",
+        "accounting.holder_sums",
         "accounting.quadrature",
         "accounting.rdp",
     ),

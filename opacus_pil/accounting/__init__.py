@@ -1,6 +1,11 @@
 """What each instance's participation gives away: numpy and scipy only, torch is never imported."""
 
 from .accountant import PerInstanceAccountant as PerInstanceAccountant
+from .calibration import noise_multiplier_for as noise_multiplier_for
+from .calibration import rdp_to_delta as rdp_to_delta
+from .composition import CompositionResult as CompositionResult
+from .composition import compose_per_instance as compose_per_instance
+from .composition import order_schedule as order_schedule
 from .guarantee import GUARANTEES as GUARANTEES
 from .guarantee import PerInstanceEpsilon as PerInstanceEpsilon
 from .rdp import DEFAULT_ORDERS as DEFAULT_ORDERS

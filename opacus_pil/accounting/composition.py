@@ -2,7 +2,7 @@
 
 P is the law of a run with the instance, Q without it, D_i the divergence of step T − i at the
 parameters that step starts from, h > 1 the Hölder exponent, ρ = h/(h−1). With i counted *back from
-the last step*, for i < T−1 in the first form and for the first step in the second,
+the last step*,
 
     D_α ≤ 1/(α−1) · Σ_i ρ^(−i) · (1/h) · log E exp(h·(α_i−1)·D_i)     i < T−1
                     +  ρ^(−(T−1)) · log E exp((α_{T−1}−1)·D_{T−1})     first step

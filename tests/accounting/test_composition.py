@@ -13,6 +13,7 @@ from scipy.stats import binom, norm
 from opacus_pil.accounting import compose_per_instance, order_schedule, sampled_gaussian_rdp
 from opacus_pil.accounting.bounded_mean import mean_upper_bound
 from opacus_pil.accounting.composition import HOLDER_INFLATIONS
+from opacus_pil.accounting.holder_sums import HolderSum, StepValues, Tangents
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "cases.json").read_text())
 TWO_STEPS = CASES["two_step_composition"]
@@ -477,6 +478,34 @@ def test_mean_bound_tends_to_the_mean():
     x = np.linspace(0.0, 0.6, 4000)
     # a sample mean over 4000 is good to 2·0.17/√4000 = 0.006; twice that for the mixture's price
     assert 0.3 <= mean_upper_bound(x, failure=0.05) <= 0.312
+
+
+@pytest.mark.parametrize("fixed_start", [False, True])
+def test_mean_of_the_bounded_numbers_is_above_the_sum_of_logarithms(fixed_start):
+    # log m <= log a + m/a − 1, for the runs' own distribution and every a
+    rng = np.random.default_rng(53)
+    for scale in (1e-9, 0.1, 30.0):
+        values = rng.uniform(0, scale, size=(4, 20, 6))
+        values[..., 0] = values[:, :1, 0]
+        steps = StepValues(values, np.full((4, 6), scale))
+        for h in (2.0, 18.0):
+            orders = order_schedule(3.0, steps=6, holder_exponent=h)
+            total = HolderSum(h, orders, steps, fixed_start=fixed_start)
+            for order, next_order in itertools.pairwise([*orders[::-1], math.inf]):
+                total.add(order, next_order, steps, steps, tangents=True)
+            means = total.tangents.base + total.tangents.gain.mean(axis=-1)
+            assert (total.total[:, None] <= means * (1 + ROUNDED)).all()
+            assert (total.tangents.gain <= total.tangents.span[..., None] * (1 + ROUNDED)).all()
+
+
+def test_bounded_number_is_tight_where_its_constant_is_right():
+    largest = np.array([[0.3, 2.0]])
+    exponent = np.log1p(0.5 * np.expm1(largest))[:, None, :]  # exp(x) = a at λ = 1/2
+    tangents = Tangents.zeros((1,), 1)
+    weight = np.array([0.7, 0.2])
+    tangents.add(exponent, largest, weight)
+    got = tangents.base[0, 0] + tangents.gain[0, 0, 0]
+    assert got == pytest.approx((exponent[0, 0] * weight).sum(), rel=1e-13)
 
 
 @pytest.mark.parametrize("holder", [None, 4.0])

@@ -4,8 +4,8 @@ P is the law of a run with the instance, Q without it, D_i the divergence of ste
 parameters that step starts from, h > 1 the Hölder exponent, ρ = h/(h−1). With i counted *back from
 the last step*,
 
-    D_α ≤ 1/(α−1) · Σ_i ρ^(−i) · (1/h) · log E exp(h·(α_i−1)·D_i)     i < T−1
-                    +  ρ^(−(T−1)) · log E exp((α_{T−1}−1)·D_{T−1})     first step
+    D_α ≤ 1/(α−1) · [ Σ_i ρ^(−i) · (1/h) · log E exp(h·(α_i−1)·D_i)     i < T−1
+                      + ρ^(−(T−1)) · log E exp((α_{T−1}−1)·D_{T−1}) ]   first step
 
 (the law of the starting point is the same with and without the instance, so no Hölder factor is
 paid for it). Runs *with* the instance give D(P‖Q) with α_i = 1 + (α−1)ρ^i, and D(Q‖P) with

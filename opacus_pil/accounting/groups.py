@@ -138,7 +138,11 @@ def _sampled(
     forward = forward_divergence(law, orders)
     if inner is not None and len(shifts) <= EXACT_MEMBERS:
         forward = np.minimum(forward, gram_forward(inner, rate, orders))
-    return np.maximum(forward, reverse_divergence(law, orders, ignored=forward))
+    larger = np.maximum(forward, reverse_divergence(law, orders, ignored=forward))
+    # The divergence is nondecreasing in the order, so a bound at a larger order is one here too.
+    falling = np.argsort(-orders)
+    larger[falling] = np.minimum.accumulate(larger[falling])
+    return larger
 
 
 def collinear_law(shifts: FloatArray, rate: float) -> ShiftLaw:

@@ -180,7 +180,9 @@ def _minkowski(law: ShiftLaw, orders: FloatArray) -> tuple[FloatArray, np.ndarra
             terms = np.exp(exponent - scale)
             far = float(terms[near:].sum()) + 1e-300 * (scale > 0)  # more than what underflowed
             if scale == 0.0:
-                excess = law.masses[1:] @ np.expm1((order - 1.0) * squares[1:near])
+                grown = (order - 1.0) * squares[:near]
+                small = grown < 600.0
+                excess = law.masses[small] @ np.expm1(grown[small]) + terms[:near][~small].sum()
                 log_norm = math.log1p(float(excess) + far)
             else:
                 log_norm = scale + math.log(float(terms[:near].sum()) + far)

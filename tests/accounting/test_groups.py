@@ -365,6 +365,45 @@ def test_raising_any_one_shift_raises_both_divergences(pairs, which, factor, ord
     assert below <= above * (1 + ABOVE)
 
 
+def test_probability_known_only_beyond_the_atoms_counts_in_both_directions():
+    atoms, masses = np.array([0.0, 0.2, 1.5]), np.array([0.9, 0.09, 0.01])
+    whole = ShiftLaw(atoms, masses)
+    parted = ShiftLaw(
+        atoms[:2],
+        np.array([0.91, 0.09]),  # what is far is counted again on 0, at no cost
+        far_shifts=atoms[2:],
+        far_log_masses=np.log(masses[2:]),
+    )
+    orders = np.array([1.1, 2.0, 3.5, 9.0])
+    exact, bound = (forward_divergence(law, orders) for law in (whole, parted))
+    assert (exact <= bound * (1 + ABOVE)).all()
+    exact, bound = (reverse_divergence(law, orders, ignored=0 * orders) for law in (whole, parted))
+    assert (exact <= bound * (1 + ABOVE)).all()
+
+
+@pytest.mark.parametrize(
+    ("shifts", "rate", "order"),
+    [([1.0, 1.0], 0.5, 60.0), ([3.0, 2.0], 0.3, 12.0), ([0.8, 1.5], 0.1, 90.0)],
+)
+def test_sharp_turns_of_the_reverse_integrand_are_resolved(shifts, rate, order):
+    value = both(shifts, rate, order)[1]
+    truth = collinear_truth(shifts, rate, order, forward=False)
+    assert truth * (1 - ROUNDING) <= value <= truth * (1 + ABOVE)
+
+
+def test_the_other_direction_counts_where_its_bound_is_the_larger():
+    # Opposite gradients: pairs of draws cancel in the exact forward moment only.
+    gradients = np.array([[0.9], [-0.9]])
+    gram, order, rate = gradients @ gradients.T, 2.0, 0.5
+    forward = gram_forward(gram, rate, np.array([order]))[0]
+    norms_of_sums = ShiftLaw(np.array([0.0, 0.9]), np.array([0.5, 0.5]))
+    reverse = reverse_divergence(norms_of_sums, np.array([order]), ignored=NONE)[0]
+    assert forward < reverse
+    value = rdp([0.9, 0.9], rate, [order], gram=gram)[0]
+    # the norms of the sums are padded by the square root of a few ulps
+    assert reverse * (1 - ROUNDING) <= value <= reverse * (1 + 1e-6)
+
+
 # --- edges ---------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,9 @@ from .calibration import rdp_to_delta as rdp_to_delta
 from .composition import CompositionResult as CompositionResult
 from .composition import compose_per_instance as compose_per_instance
 from .composition import order_schedule as order_schedule
+from .groups import group_rdp as group_rdp
 from .guarantee import GUARANTEES as GUARANTEES
 from .guarantee import PerInstanceEpsilon as PerInstanceEpsilon
-from .groups import group_rdp as group_rdp
 from .rdp import DEFAULT_ORDERS as DEFAULT_ORDERS
 from .rdp import rdp_to_epsilon as rdp_to_epsilon
 from .rdp import sampled_gaussian_rdp as sampled_gaussian_rdp

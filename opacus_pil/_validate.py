@@ -54,7 +54,9 @@ def real(
 
 def integer(name: str, value: Any, *, low: int, high: int | None = None, cure: str = "") -> int:
     """Return `value` as an int inside [low, high], or raise."""
-    domain = f"to be an integer >= {low}" if high is None else f"to be an integer in [{low}, {high}]"
+    domain = (
+        f"to be an integer >= {low}" if high is None else f"to be an integer in [{low}, {high}]"
+    )
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
         raise TypeError(expected(name, domain, value, cure))
     number = int(value)
@@ -133,7 +135,9 @@ def real_array(
     return array
 
 
-def index_array(name: str, value: Any, *, size: int, unique: bool = True, cure: str = "") -> IntArray:
+def index_array(
+    name: str, value: Any, *, size: int, unique: bool = True, cure: str = ""
+) -> IntArray:
     """Return `value` as int64 indices into [0, size), or name the first bad entry."""
     array = np.asarray(value)
     if array.size == 0:

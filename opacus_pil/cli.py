@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 from . import __version__
@@ -69,14 +70,18 @@ def _demo(arguments: argparse.Namespace) -> int:
             f"Expected the demo extra, got no module {error.name!r}. "
             'Run pip install "opacus-pil[demo]".'
         ) from error
-    outcome = run_demo(
-        dataset=arguments.dataset,
-        out=arguments.out,
-        seed=arguments.seed,
-        oracles=arguments.oracles,
-        progress=not arguments.quiet,
-        force=arguments.force,
-    )
+    with warnings.catch_warnings():
+        # Two notices of Opacus and torch at every training; neither is about the demo's numbers.
+        for notice in ("Secure RNG turned off", "Full backward hook is firing"):
+            warnings.filterwarnings("ignore", message=notice)
+        outcome = run_demo(
+            dataset=arguments.dataset,
+            out=arguments.out,
+            seed=arguments.seed,
+            oracles=arguments.oracles,
+            progress=not arguments.quiet,
+            force=arguments.force,
+        )
     if not arguments.quiet:
         print(as_text(outcome.summary))
         print(f"\nWritten to {outcome.folder} in {outcome.seconds:.0f} s (private: mode 0600).")

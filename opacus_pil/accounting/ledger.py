@@ -91,7 +91,7 @@ class Ledger:
                 repeats=int(state["repeats"]),
                 noise_multiplier=float(state["noise_multiplier"]),
                 sample_rate=float(state["sample_rate"]),
-                level=_array(state["level"], None).astype(np.uint16, casting="same_kind"),
+                level=_array(state["level"]).astype(np.uint16, casting="same_kind"),
                 offset=_array(state["offset"], np.float64),
                 infinite=_array(state["infinite"], bool),
                 worst_infinite=bool(state["worst_infinite"]),
@@ -100,7 +100,7 @@ class Ledger:
                 steps=int(state["steps"]),
                 unattributed=int(state["unattributed"]),
                 guarantee=str(state["guarantee"]),
-                instance_ids=_array(state["instance_ids"], None),
+                instance_ids=_array(state["instance_ids"]),
             )
         except (TypeError, ValueError) as error:
             raise LedgerError(f"Expected a readable ledger, got one with {error}.") from error
@@ -204,6 +204,6 @@ class Ledger:
                 )
 
 
-def _array(value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def _array(value: Any, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
     """Return a fresh array from an array, a list or a CPU tensor, without importing torch."""
     return np.array(value.numpy() if hasattr(value, "numpy") else value, dtype=dtype)

@@ -116,8 +116,9 @@ class Forgotten:
 
 def forget_and_compare(
     trained: Trained,
+    rows: np.ndarray,
     *,
-    make_plan: Callable[[UnlearningEngine], UnlearningPlan],
+    plan: Mapping[str, Any],
     record_every: int,
     oracles: int,
     seed: int,
@@ -137,8 +138,8 @@ def forget_and_compare(
         feature_norm=trained.feature_norm,
         progress=progress,
     )
-    plan = make_plan(unlearning)
-    splits = trained.splits(plan.forget_set)
+    agreed = unlearning.plan(rows, **plan)
+    splits = trained.splits(agreed.forget_set)
     forget_only = {"forget": splits["forget"]}
     criterion = trained.criterion
 
@@ -147,15 +148,15 @@ def forget_and_compare(
         return [step, found["forget"].accuracy]
 
     original = unlearning.module
-    result = unlearning.unlearn(plan, seed=seed, record_every=record_every, on_step=watch)
-    certified = isinstance(plan, CertifiedPlan)
+    result = unlearning.unlearn(agreed, seed=seed, record_every=record_every, on_step=watch)
+    certified = isinstance(agreed, CertifiedPlan)
     retrained = retrained_oracles(
         trained.make,
         privacy_engine=trained.engine,
         dataset=trained.dataset,
         criterion=criterion,
-        forget_set=plan.forget_set,
-        steps=plan.steps_retrain + (plan.steps if certified else 0),
+        forget_set=agreed.forget_set,
+        steps=agreed.steps_retrain + (agreed.steps if certified else 0),
         seeds=[seed + k for k in range(1, oracles + 1)],
         progress=progress,
     )
@@ -170,7 +171,7 @@ def forget_and_compare(
     )
     line = {name: splits[name] for name in ("forget", "test")}
     return Forgotten(
-        plan=plan,
+        plan=agreed,
         result=result,
         metrics=evaluate_splits(result.module, splits=splits, criterion=criterion),
         oracles=measured,

@@ -18,6 +18,7 @@ from ..capture.sweep import sweep
 from ..datasets import ImageData, binary, logistic_features, split
 from ..evaluation import evaluate
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..unlearning.methods import plain_module
 from .forgetting import Trained, forget_and_compare
 from .task import TaskResult, exposure_order, forget_sets, task_result
 
@@ -40,10 +41,10 @@ class Settings:
     """Constants of the run, fixed before it and not from private data."""
 
     sizes: dict[str, int]
-    noise_std: float
-    steps: int = 1000
+    noise_std: float  # per step, on the parameters
+    steps: int
+    weight_decay: float
     step_size: float = 7.0
-    weight_decay: float = 1e-3
     max_grad_norm: float = FEATURE_NORM  # |derivative| <= 1, so no gradient is longer
     cap_factor: float = 1.5
     cap_floor: float = 0.02
@@ -53,8 +54,18 @@ class Settings:
 
 
 SETTINGS = {
-    "digits": Settings(sizes={"public": 50, "train": 227, "test": 80}, noise_std=0.06),
-    "mnist5k": Settings(sizes={"public": 100, "train": 700, "test": 200}, noise_std=0.03),
+    "digits": Settings(
+        sizes={"public": 50, "train": 227, "test": 80},
+        noise_std=0.06,
+        steps=600,
+        weight_decay=2e-3,
+    ),
+    "mnist5k": Settings(
+        sizes={"public": 100, "train": 700, "test": 200},
+        noise_std=0.03,
+        steps=1000,
+        weight_decay=1e-3,
+    ),
 }
 
 
@@ -74,9 +85,8 @@ def run_logistic(
     ):
         outcomes[name] = forget_and_compare(
             trained,
-            make_plan=lambda unlearning, rows=rows: unlearning.plan(
-                rows, epsilon=settings.epsilon, delta=delta, method="langevin"
-            ),
+            rows,
+            plan={"epsilon": settings.epsilon, "delta": delta, "method": "langevin"},
             record_every=max(settings.steps // settings.records, 1),
             oracles=oracles,
             seed=seed + 1000 * number,
@@ -92,20 +102,18 @@ def run_logistic(
         outcomes=outcomes,
         images=train.images,
         labels=torch.where(train.labels == 1, 3, 8),
-        state=trained.module._module.state_dict(),
+        state=plain_module(trained.module).state_dict(),
         words=WORDS,
     )
 
 
-def public_caps(
-    public: TensorDataset, private: TensorDataset, *, settings: Settings, seed: int
-) -> np.ndarray:
+def public_caps(public: TensorDataset, private: TensorDataset, *, settings: Settings) -> np.ndarray:
     """Return each private instance's cap, in units of max_grad_norm.
 
     A function of a model trained on public data and of the instance's own record only; hence a
     constant of the run, whatever other private instances are in the training set.
     """
-    module, optimizer = _make(public, settings, seed)
+    module, optimizer = _make(public, settings)
     x, y = public.tensors
     criterion = nn.BCEWithLogitsLoss()
     for _ in range(settings.steps):
@@ -116,10 +124,7 @@ def public_caps(
     return np.minimum(settings.cap_factor * norms + settings.cap_floor, 1.0)
 
 
-def _make(
-    dataset: TensorDataset, settings: Settings, seed: int
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
+def _make(dataset: TensorDataset, settings: Settings) -> tuple[nn.Module, torch.optim.Optimizer]:
     module = nn.Linear(dataset.tensors[0].shape[1], 1, bias=False)  # the features carry the bias
     nn.init.zeros_(module.weight)
     optimizer = torch.optim.SGD(
@@ -138,9 +143,10 @@ def _train(
     dataset = TensorDataset(*tensors["train"])
     size = len(dataset)
     criterion = nn.BCEWithLogitsLoss()
-    caps = public_caps(TensorDataset(*tensors["public"]), dataset, settings=settings, seed=seed)
+    caps = public_caps(TensorDataset(*tensors["public"]), dataset, settings=settings)
     engine = PerInstancePrivacyEngine(norm_policy="capped", caps=caps)
-    module, optimizer = _make(dataset, settings, seed)
+    torch.manual_seed(seed)  # batches and noise follow it
+    module, optimizer = _make(dataset, settings)
     private, private_optimizer, loader = engine.make_private(
         module=module,
         optimizer=optimizer,
@@ -162,6 +168,6 @@ def _train(
         dataset=dataset,
         test=tensors["test"],
         criterion=criterion,
-        make=lambda model_seed: _make(dataset, settings, model_seed),
+        make=lambda _: _make(dataset, settings),
         feature_norm=FEATURE_NORM,
     )

@@ -73,7 +73,7 @@ def run_demo(
     number = check.integer("seed", seed, low=0)
     count = check.integer("oracles", oracles, low=1)
     start = time.monotonic()
-    with _finished_or_absent(Path(out), force=force) as folder:
+    with _finished_or_absent(Path(out), force=force) as folder, _one_thread():
         data = datasets.load(dataset)
         common: dict[str, Any] = {"oracles": count, "seed": number, "progress": progress}
         tasks = [
@@ -88,6 +88,20 @@ def run_demo(
         }
         _write(folder, summary, tasks)
     return DemoOutcome(summary, Path(out), time.monotonic() - start)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps this small lose more to thread synchronisation than they gain, above all on a busy CPU.
+
+    One thread also makes the summary the same on machines with other numbers of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write(folder: Path, summary: dict[str, Any], tasks: list[TaskResult]) -> None:

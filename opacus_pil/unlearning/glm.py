@@ -22,7 +22,7 @@ from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
 
 # Lipschitz constant of the loss's derivative in the one linear output; the loss is convex in it.
-LOSS_SMOOTHNESS = {nn.BCEWithLogitsLoss: 0.25}
+LOSS_SMOOTHNESS: dict[type[nn.Module], float] = {nn.BCEWithLogitsLoss: 0.25}
 
 
 class OneOutputRun:

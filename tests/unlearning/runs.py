@@ -61,9 +61,7 @@ def network_run(
     *, norm_policy="last_seen", momentum=0.0, grad_sample_mode="hooks", dropout=0.0, seed=0
 ) -> Run:
     torch.manual_seed(seed)
-    module = nn.Sequential(
-        nn.Linear(4, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
-    )
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5, momentum=momentum)
     x = torch.randn(SIZE, 4)
     dataset = TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())

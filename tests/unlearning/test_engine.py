@@ -43,7 +43,9 @@ def test_a_run_takes_the_planned_steps_on_the_retain_set_only(mode):
     dataset = Watched(run.dataset)
     unlearning = run.unlearning(dataset=dataset)
     before = run.engine.per_instance.steps
-    charged = len(run.engine.accountant.history) and sum(n for _, _, n in run.engine.accountant.history)
+    charged = len(run.engine.accountant.history) and sum(
+        n for _, _, n in run.engine.accountant.history
+    )
     result = unlearning.unlearn(unlearning.plan([3, 7], steps=9), seed=1)
     assert run.engine.per_instance.steps == before + 9
     assert sum(n for _, _, n in run.engine.accountant.history) == charged + 9
@@ -274,7 +276,7 @@ def test_a_plan_made_before_another_run_is_stale():
 
 
 def test_a_second_request_counts_what_the_first_left_behind():
-    """Both sets are forgotten together: F1 shifts T steps, F2 also those of the first unlearning."""
+    """Both are forgotten together: F1 shifts T steps, F2 also those of the first unlearning."""
     run = logistic_run()
     goal = {"epsilon": 2.0, "delta": DELTA, "method": "langevin"}
     unlearning = run.unlearning()

@@ -40,9 +40,7 @@ def test_smaller_caps_need_fewer_steps_and_none_needs_more_than_the_worst_case()
     unlearning = run.unlearning()
 
     def steps(rows):
-        plan = unlearning.plan(
-            rows, epsilon=1.0, delta=DELTA, method="langevin", max_steps=100_000
-        )
+        plan = unlearning.plan(rows, epsilon=1.0, delta=DELTA, method="langevin", max_steps=100_000)
         return plan.steps, plan.steps_worst_case
 
     easy, worst = steps(order[:4])
@@ -134,7 +132,11 @@ def test_a_forget_set_that_makes_no_sense_is_refused(forget, words):
         ({"epsilon": 1.0, "delta": 1.0}, ValueError, "delta"),
         ({"steps": -1}, ValueError, "steps"),
         ({"steps": 3, "epsilon": 1.0}, ValueError, "either steps or a target"),
-        ({"method": "finetuning", "epsilon": 1.0, "delta": DELTA}, CertificateError, "no noise|without noise"),
+        (
+            {"method": "finetuning", "epsilon": 1.0, "delta": DELTA},
+            CertificateError,
+            "without noise",
+        ),
     ],
 )  # fmt: skip
 def test_arguments_that_contradict_each_other_are_refused(arguments, error, words):

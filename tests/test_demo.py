@@ -1,0 +1,174 @@
+"""The demo on small settings: what it writes, what it claims, what a failure leaves behind."""
+
+import dataclasses
+import json
+import stat
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from opacus_pil.demo import cnn, logistic, run_demo
+from opacus_pil.demo.run import FILES
+from opacus_pil.demo.table import as_text
+
+SMALL_CNN = dataclasses.replace(
+    cnn.SETTINGS["digits"], epochs=4, batch_size=96, forget_size=10, unlearning_epochs=1
+)
+SMALL_LOGISTIC = dataclasses.replace(
+    logistic.SETTINGS["digits"], steps=120, weight_decay=3e-2, forget_size=10
+)
+
+
+def small_demo(monkeypatch, out, **changes):
+    monkeypatch.setitem(cnn.SETTINGS, "digits", SMALL_CNN)
+    monkeypatch.setitem(logistic.SETTINGS, "digits", SMALL_LOGISTIC)
+    return run_demo(out=out, oracles=1, progress=False, **changes)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return small_demo(monkeypatch, tmp_path_factory.mktemp("demo") / "out", seed=3)
+
+
+@pytest.fixture(scope="module")
+def tasks(demo):
+    return {task["name"]: task for task in demo.summary["tasks"]}
+
+
+def test_all_files_are_there_and_readable_by_the_owner_only(demo):
+    assert sorted(path.name for path in demo.folder.iterdir()) == sorted(FILES)
+    for path in demo.folder.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [path.name for path in demo.folder.parent.iterdir()] == ["out"]
+
+
+def test_the_summary_on_disk_has_every_promised_key(demo, tasks):
+    assert json.loads((demo.folder / "summary.json").read_text()) == demo.summary
+    assert set(tasks) == {"cnn", "logistic"}
+    for task in tasks.values():
+        assert {
+            "name", "dataset", "num_instances", "delta", "worst_case_epsilon",
+            "worst_case_epsilon_prv", "per_instance_epsilon", "guarantee", "test_accuracy",
+            "forget_sets",
+        } <= set(task)  # fmt: skip
+        assert set(task["per_instance_epsilon"]) == {"min", "q10", "median", "mean", "q90", "max"}
+        assert task["delta"] == 1 / task["num_instances"]
+        for entry in task["forget_sets"]:
+            assert {
+                "name", "size", "privacy_loss", "certificate", "certified", "steps",
+                "steps_worst_case", "steps_retrain", "epsilon", "forget_accuracy",
+                "retain_accuracy", "test_accuracy", "oracle",
+            } <= set(entry)  # fmt: skip
+            assert set(entry["oracle"]) == {"forget_accuracy", "retain_accuracy", "test_accuracy"}
+            assert entry["size"] >= 10
+
+
+def test_no_instance_exceeds_the_worst_case_and_hard_is_harder_than_easy(tasks):
+    for task in tasks.values():
+        assert task["per_instance_epsilon"]["max"] <= task["worst_case_epsilon"]
+        losses = {entry["name"]: entry["privacy_loss"] for entry in task["forget_sets"]}
+        assert losses["easy"] < losses["random"] < losses["hard"]
+
+
+def test_the_network_claims_nothing(tasks):
+    assert tasks["cnn"]["guarantee"] == "estimate"
+    for entry in tasks["cnn"]["forget_sets"]:
+        assert entry["certificate"] is None
+        assert entry["epsilon"] is None
+        assert entry["certified"] is False
+
+
+def test_the_logistic_model_is_certified_in_fewer_steps_than_the_worst_case(tasks):
+    assert tasks["logistic"]["guarantee"] == "bound"
+    entries = {entry["name"]: entry for entry in tasks["logistic"]["forget_sets"]}
+    for entry in entries.values():
+        assert entry["certificate"] == "ContractionCertificate"
+        assert entry["epsilon"] <= SMALL_LOGISTIC.epsilon
+        assert entry["steps"] < entry["steps_retrain"]
+        assert entry["assumptions"]
+    assert entries["easy"]["steps"] < entries["random"]["steps"]
+    assert entries["random"]["steps"] < entries["random"]["steps_worst_case"]
+    assert entries["hard"]["steps"] <= entries["hard"]["steps_worst_case"]
+
+
+def test_the_ledger_has_one_labelled_row_per_instance_of_each_task(demo, tasks):
+    frame = pd.read_parquet(demo.folder / "ledger.parquet")
+    for name, task in tasks.items():
+        rows = frame[frame["task"] == name]
+        assert len(rows) == task["num_instances"]
+        assert set(rows["guarantee"]) == {task["guarantee"]}
+        assert rows["epsilon"].max() == task["per_instance_epsilon"]["max"]
+
+
+def test_the_model_file_loads_without_unpickling_code(demo):
+    state = torch.load(demo.folder / "model.pt", weights_only=True)
+    model = cnn.make_cnn(8)
+    model.load_state_dict(state["cnn"])
+    assert set(state) == {"cnn", "logistic"}
+
+
+def test_the_report_says_first_that_it_is_private(demo):
+    page = (demo.folder / "report.html").read_text()
+    assert "private" in page[: page.index("data:image/png")]
+    for name in ("cnn", "logistic", "estimate", "bound"):
+        assert name in page
+
+
+def test_the_terminal_table_shows_what_is_certified_and_what_is_not(demo, tasks):
+    text = as_text(demo.summary)
+    assert "[estimate]" in text
+    assert "[bound]" in text
+    network, logistic_lines = text.split("\n\n")
+    assert sum(" no " in line for line in network.splitlines()[-3:]) == 3
+    for entry in tasks["logistic"]["forget_sets"]:
+        assert str(entry["steps"]) in logistic_lines
+
+
+def test_the_same_seed_gives_the_same_summary(demo, monkeypatch, tmp_path):
+    assert small_demo(monkeypatch, tmp_path / "again", seed=3).summary == demo.summary
+
+
+def test_caps_depend_on_public_data_and_the_own_record_only(monkeypatch):
+    """The cap of a record does not move when other private records change."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=1)
+    y = (x[:, :1] > 0).float()
+    public = torch.utils.data.TensorDataset(x[:20], y[:20])
+    whole = torch.utils.data.TensorDataset(x[20:], y[20:])
+    half = torch.utils.data.TensorDataset(x[20:30], y[20:30])
+    caps = [
+        logistic.public_caps(public, private, settings=SMALL_LOGISTIC) for private in (whole, half)
+    ]
+    # One batched pass against another batch size: float32 reductions differ in the last places.
+    np.testing.assert_allclose(caps[0][:10], caps[1], rtol=1e-5)
+
+
+class TestNothingHalfWritten:
+    def test_a_run_that_fails_leaves_no_folder(self, monkeypatch, tmp_path):
+        def fail(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr("opacus_pil.demo.logistic.run_logistic", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            small_demo(monkeypatch, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_folder_with_files_is_refused_before_anything_runs(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("opacus_pil.datasets.load", lambda name: pytest.fail("it ran"))
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match="--force"):
+            run_demo(out=tmp_path)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_force_overwrites_its_own_files_and_keeps_others(self, demo, monkeypatch, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("mine")
+        (tmp_path / "out" / "summary.json").write_text("old")
+        monkeypatch.setattr(cnn, "run_cnn", lambda *a, **k: pytest.fail("stop"))
+        with pytest.raises(pytest.fail.Exception):
+            small_demo(monkeypatch, tmp_path / "out", force=True)
+        assert (tmp_path / "out" / "summary.json").read_text() == "old"
+        assert (tmp_path / "out" / "notes.txt").read_text() == "mine"

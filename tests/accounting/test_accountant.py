@@ -122,6 +122,15 @@ def test_no_instance_exceeds_the_worst_case(seed, levels):
     assert (accountant.get_epsilon(1e-5).epsilon <= accountant.worst_case_epsilon(1e-5)).all()
 
 
+def test_rounding_never_lifts_an_instance_above_the_worst_case():
+    accountant = PerInstanceAccountant(1, orders=ORDERS)
+    empty_step(accountant)  # at the worst case in every step
+    for _ in range(50):  # each move adds its rounding error to what was charged
+        accountant.observe_all([0.5])
+        accountant.observe_all([1.0])
+    assert (accountant.rdp()[0] <= accountant.worst_case_rdp()).all()
+
+
 def test_levels_round_up_and_keep_zero_and_one_exact():
     accountant = PerInstanceAccountant(6, orders=ORDERS)
     given_values = np.array([0.0, 1e-9, 0.001, 0.3, np.nextafter(1.0, 0.0), 1.0])

@@ -129,7 +129,7 @@ def real_array(
         message = (
             f"Expected {name} {kind}{' and ' + limits if limits else ''}, got {name} with "
             f"{int(bad.sum())} of {array.size} outside "
-            f"(first: row {first}, value {array.reshape(-1)[first]!r})."
+            f"(first: row {first}, value {float(array.reshape(-1)[first])!r})."
         )
         raise ValueError(f"{message} {cure}" if cure else message)
     return array

@@ -101,7 +101,10 @@ class PerInstancePrivacyEngine(LedgerEngine):
             UnsupportedError, TypeError, ValueError: A use without a sound per-instance number;
                 nothing was changed.
         """
-        noise = check.real("noise_multiplier", noise_multiplier, low=0.0)
+        noise = check.real(
+            "noise_multiplier", noise_multiplier, low=0.0,
+            cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
+        )  # fmt: skip
         bound = check.real(
             "max_grad_norm", max_grad_norm, low=0.0, open_low=True,
             cure="Per-layer bounds need clipping='per_layer', which is not supported yet.",

@@ -171,7 +171,10 @@ class PerInstanceAccountant:
                 sensitivity above `max_sensitivity` or above an enforced cap, a label stronger than
                 what the levels allow. The accountant is left as it was.
         """
-        noise = check.real("noise_multiplier", noise_multiplier, low=0.0)
+        noise = check.real(
+            "noise_multiplier", noise_multiplier, low=0.0,
+            cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
+        )  # fmt: skip
         rate = check.probability("sample_rate", sample_rate, "Pass batch_size / len(dataset).")
         rows, levels = self._checked_rows(indices, sensitivities)
         label = self._checked_label(guarantee, rows)

@@ -79,6 +79,7 @@ class PerInstanceAccountant:
         self._ids = _checked_ids(instance_ids, size)
         checked_caps = None if caps is None else self._checked_caps(caps, size)
         self._balances = Balances(size, levels=count, orders=len(self._grid.orders))
+        self._num_active = size  # kept, because counting would cost a step time that grows with N
         self._caps: FloatArray | None = None
         self._source = "fixed"
         self._steps = 0
@@ -182,7 +183,7 @@ class PerInstanceAccountant:
 
         if rows is not None and self._caps is None and len(rows):
             self._balances.move(rows, levels)
-            everyone = len(rows) >= np.count_nonzero(self.active)
+            everyone = len(rows) >= self._num_active
             self._source = "measured" if everyone else "stale"
         if rows is None:
             self._balances.charge_everyone(table[-1])
@@ -241,6 +242,7 @@ class PerInstanceAccountant:
         rows = check.index_array("indices", indices, size=self.num_instances)
         self._refuse_forgotten(rows)
         self._balances.move(rows, np.full(len(rows), len(self._grid)))
+        self._num_active -= len(rows)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -378,7 +380,7 @@ class PerInstanceAccountant:
         return rows, self._grid.round_up(values)
 
     def _refuse_forgotten(self, rows: IntArray) -> None:
-        gone = rows[~self.active[rows]]
+        gone = rows[self._balances.level[rows] == len(self._grid)]
         if len(gone):
             raise ValueError(
                 f"Expected instances that are still in the training set, got {len(gone)} of "
@@ -393,7 +395,7 @@ class PerInstanceAccountant:
             fixed = self._source == "fixed" and self._caps is None
             strongest = "bound" if fixed else "output_specific"
         elif len(rows) and self._caps is None and self._source != "measured":
-            everyone = len(rows) == np.count_nonzero(self.active)
+            everyone = len(rows) == self._num_active
             strongest = "output_specific" if everyone else "estimate"
         if weakest([label, strongest]) != label:
             raise ValueError(
@@ -441,6 +443,7 @@ class PerInstanceAccountant:
         held.level, held.offset = ledger.level, ledger.offset
         held.infinite, held.worst_infinite = ledger.infinite, ledger.worst_infinite
         self._balances = held
+        self._num_active = int(np.count_nonzero(self.active))
         self._ids, self._caps, self._source = ledger.instance_ids, ledger.caps, ledger.source
         self._steps, self._unattributed = ledger.steps, ledger.unattributed
         self._guarantee = ledger.guarantee

@@ -1,5 +1,7 @@
 """What unlearning achieves, under which assumptions: numpy and scipy only."""
 
+from .best import BestCertificate as BestCertificate
+from .best import best_of as best_of
 from .contraction import ContractionCertificate as ContractionCertificate
 from .data_processing import DataProcessingCertificate as DataProcessingCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate as NoisyFineTuningCertificate

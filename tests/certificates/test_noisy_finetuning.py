@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,11 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from opacus_pil import CertificateError
-from opacus_pil.certificates import ContractionCertificate, NoisyFineTuningCertificate
+from opacus_pil.certificates import (
+    Certificate,
+    ContractionCertificate,
+    NoisyFineTuningCertificate,
+)
 from tests.certificates import oracles
 
 SETTINGS = st.builds(
@@ -143,6 +148,92 @@ def test_known_distance_sharpens_the_start():
     assert same.steps_for(epsilon=0.0, delta=1e-5) == 0
 
 
+SCHEDULES = st.lists(st.one_of(st.just(0.0), st.floats(0.05, 3.0)), min_size=1, max_size=9).filter(
+    any
+)
+
+
+@given(SETTINGS, st.integers(1, 60))
+def test_a_constant_schedule_is_the_scalar(ours, steps):
+    listed = dataclasses.replace(ours, noise_std=(ours.noise_std,) * 60)
+    # the scalar's closed form and the running sums differ by rounding
+    assert listed.rdp([2.0], steps=steps) == pytest.approx(ours.rdp([2.0], steps=steps), rel=1e-9)
+
+
+@given(SETTINGS, SCHEDULES, st.integers(1, 12))
+def test_schedule_is_the_least_quadratic_programme_up_to_the_number_of_steps(ours, noise, steps):
+    # Chains of every length k <= K; at the least of them the one chord is feasible.
+    ours = dataclasses.replace(ours, noise_std=noise)
+    shrink, push = 1.0 - ours.step_size * ours.weight_decay, 2.0 * ours.step_size
+    least = min(
+        oracles.programme_mu(
+            [shrink] * k, noise[:k], [push * ours.gradient_clip] * k, 2.0 * ours.model_clip
+        )
+        for k in range(1, min(steps, len(noise)) + 1)
+    )
+    # the oracle solves by active sets in doubles: 1e-7 of the largest number met
+    assert ours.mu(steps) == pytest.approx(least, rel=1e-6, abs=1e-6)
+
+
+@given(SETTINGS, SCHEDULES)
+def test_schedule_does_not_grow_and_stops_counting_at_its_end(ours, noise):
+    ours = dataclasses.replace(ours, noise_std=noise)
+    values = [ours.mu(k) for k in range(len(noise) + 1)]
+    assert all(later <= sooner for sooner, later in itertools.pairwise(values))
+    assert ours.mu(len(noise)) == ours.mu(len(noise) + 1) == ours.mu(10**9)
+    assert (ours.mu(1) == math.inf) == (noise[0] == 0.0)
+
+
+@given(st.floats(0.1, 1.0), st.lists(st.floats(0.05, 2.0), min_size=1, max_size=30))
+def test_without_gradient_any_schedule_is_exact(shrink, noise):
+    ours = NoisyFineTuningCertificate(0.7, 0.0, 0.5, (1.0 - shrink) / 0.5, noise)
+    steps = len(noise)
+    gap, std = oracles.linear_chain([shrink] * steps, noise, [0.0] * steps, 1.4)
+    exact = gap / std
+    assert ours.mu(steps) == pytest.approx(exact, rel=1e-9)
+    assert ours.mu(steps) >= exact * (1.0 - 1e-13)  # the oracle's rounding
+    assert ours.epsilon(delta=1e-3, steps=steps) >= 0.0
+    # the mechanism's own δ at the reported ε: two Gaussians of this gap
+    assert oracles.gaussian_delta(exact, ours.epsilon(delta=1e-3, steps=steps)) <= 1e-3
+
+
+def test_decreasing_noise_bounds_one_shared_nonlinear_kernel():
+    # As above, with noise that falls from step to step: the exact δ at the reported ε.
+    noise = (1.2, 0.9, 0.6, 0.4)
+    ours = NoisyFineTuningCertificate(1.0, 0.4, 0.4, 0.3, noise)
+    grid = np.linspace(-12.0, 12.0, 3001)
+    cell = grid[1] - grid[0]
+    drift = (1.0 - 0.12) * grid + 0.16 * np.sign(grid)
+    p, q = (norm.pdf(grid, 0.88 * start + 0.16 * start, noise[0]) for start in (1.0, -1.0))
+    for steps in range(1, 5):
+        if steps > 1:
+            kernel = norm.pdf(grid[:, None], drift[None, :], noise[steps - 1])
+            p, q = kernel @ p * cell, kernel @ q * cell
+        for order in (1.5, 3.0):
+            exact = oracles.renyi_on_grid(p, q, order, cell)
+            assert exact <= ours.rdp([order], steps=steps)[0] * (1.0 + 1e-6)  # the kink's cell
+        epsilon = ours.epsilon(delta=0.01, steps=steps)
+        delta = np.maximum(p - math.exp(epsilon) * q, 0.0).sum() * cell
+        assert delta <= 0.01 * (1.0 + 1e-3)  # the kink's cell
+        if steps == 1:
+            assert delta == pytest.approx(0.01, rel=2e-3)  # attained at the first step
+
+
+@given(SETTINGS, st.integers(1, 60))
+def test_epsilon_is_the_exact_gaussian_one_and_below_the_conversion(ours, steps):
+    exact = ours.epsilon(delta=1e-4, steps=steps)
+    assert ours.mu(steps) ** 2 == pytest.approx(ours.rdp([2.0], steps=steps)[0], rel=1e-12)
+    assert exact <= Certificate.epsilon(ours, delta=1e-4, steps=steps) * (1.0 + 1e-12)  # rounding
+    assert oracles.gaussian_delta(ours.mu(steps), exact) <= 1e-4
+
+
+def test_smallest_numbers_do_not_vanish():
+    tiny = NoisyFineTuningCertificate(1.0, 0.0, 0.5, 1.0, 1.0)
+    assert tiny.rdp([2.0], steps=10**6)[0] == 2e-300
+    listed = dataclasses.replace(tiny, noise_std=(1.0,) * 3_000)
+    assert listed.rdp([2.0], steps=3_000)[0] == 2e-300
+
+
 def test_no_steps_certify_nothing():
     ours = NoisyFineTuningCertificate(1.0, 1.0, 0.1, 0.1, 1.0)
     assert ours.epsilon(delta=1e-5, steps=0) == math.inf
@@ -161,6 +252,9 @@ def test_decay_beyond_a_sign_change_is_refused():
         ("step_size", 0.0),
         ("weight_decay", -0.1),
         ("noise_std", 0.0),
+        ("noise_std", (0.0, 0.0)),
+        ("noise_std", ()),
+        ("noise_std", ((0.5,),)),
         ("initial_distance", -1.0),
     ],
 )
@@ -180,3 +274,15 @@ def test_assumptions_carry_their_numbers():
     assert ours.two_sided is True
     with pytest.raises(dataclasses.FrozenInstanceError):
         ours.noise_std = 9.0
+
+
+def test_schedule_is_checked_and_named():
+    with pytest.raises(ValueError, match=r"noise_std finite and >= 0, .* row 1, value -0\.5"):
+        NoisyFineTuningCertificate(1.0, 1.0, 0.1, 0.1, (0.5, -0.5))
+    with pytest.raises(ValueError, match="has no certificate"):
+        NoisyFineTuningCertificate(1.0, 1.0, 0.1, 0.1, (0.0,))
+    ours = NoisyFineTuningCertificate(1.0, 1.0, 0.1, 0.1, np.array([0.5, 0.25]))
+    assert ours == NoisyFineTuningCertificate(1.0, 1.0, 0.1, 0.1, (0.5, 0.25))
+    sentence = next(line for line in ours.assumptions if "noise of standard" in line)
+    for words in ("0.25 to 0.5", "2 steps", "fixed before", "not counted"):
+        assert words in sentence

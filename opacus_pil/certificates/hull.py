@@ -74,7 +74,7 @@ class Hull:
         else:
             # Noise of the new steps, pulled back into the frame of the last segment: it lengthens
             # that segment, which then swallows every left neighbour that has become steeper.
-            variance = _pulled_back_variance(steps, contraction, noise_std)
+            variance = pulled_back_variance(steps, contraction, noise_std)
             last = len(self.segments) - 1
             shift, own, factor = self.segments[last]
             tail = (shift, _log_sum(own, variance), factor)
@@ -87,7 +87,7 @@ class Hull:
         return max(math.sqrt(squared) * (1.0 + self.slack), _SMALLEST)
 
 
-def _pulled_back_variance(steps: int, contraction: float, noise_std: float) -> float:
+def pulled_back_variance(steps: int, contraction: float, noise_std: float) -> float:
     """Log of ζ²·Σ_{j=1..steps} c^(−2j), for c > 0."""
     if noise_std == 0.0:
         return -math.inf

@@ -89,6 +89,17 @@ class Balances:
         value[self.infinite[rows]] = np.inf
         return value
 
+    def at(self, rows: IntArray, columns: IntArray) -> FloatArray:
+        """Return `rdp` of `rows` at each one's own orders only; columns and result (rows, k)."""
+        level = self.level[rows, None]
+        shared, own = self.base[level, columns], self.offset[rows[:, None], columns]
+        if self.pending is not None:
+            shared = shared + self.pending.repeats * self.pending.table[level, columns]
+        value = own + shared + self._slack * (shared + np.abs(own))
+        value = np.clip(value, 0.0, self._top()[columns])
+        value[self.infinite[rows]] = np.inf
+        return value
+
     def worst(self) -> FloatArray:
         """Return the same for an instance on the highest level in every step, shape (orders,)."""
         top = self._top()

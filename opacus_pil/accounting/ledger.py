@@ -14,9 +14,11 @@ import numpy.typing as npt
 
 from .._validate import FloatArray
 from ..errors import LedgerError
+from .filter import PrivacyFilter
 from .guarantee import GUARANTEES, weakest
+from .history import History
 
-VERSION = 1
+VERSION = 2
 
 # Where the levels come from decides what a step may claim: constants or caps fixed before the run;
 # caps enforced but chosen during it; a full pass at this very step; anything older or partial.
@@ -55,12 +57,16 @@ class Ledger:
     unattributed: int
     guarantee: str
     instance_ids: npt.NDArray[Any]
+    privacy_filter: PrivacyFilter | None
+    history: History | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return copies of the arrays and plain values, with the format's version."""
         state: dict[str, Any] = {"version": VERSION}
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, PrivacyFilter | History):
+                value = value.to_dict()
             state[field.name] = value.copy() if isinstance(value, np.ndarray) else value
         if self.instance_ids.dtype.kind == "U":  # tensors hold no strings; lists of them are plain
             state["instance_ids"] = self.instance_ids.tolist()
@@ -101,11 +107,17 @@ class Ledger:
                 unattributed=int(state["unattributed"]),
                 guarantee=str(state["guarantee"]),
                 instance_ids=_array(state["instance_ids"]),
+                privacy_filter=None,
+                history=None,
             )
         except (TypeError, ValueError) as error:
             raise LedgerError(f"Expected a readable ledger, got one with {error}.") from error
         ledger._check()
-        return ledger
+        return replace(
+            ledger,
+            privacy_filter=ledger._read_filter(state["privacy_filter"]),
+            history=ledger._read_history(state["history"]),
+        )
 
     def require_same_instances(self, other: Ledger) -> None:
         """Raise unless `other` is a ledger of the same instances on the same orders and levels."""
@@ -120,6 +132,32 @@ class Ledger:
                 "Expected a ledger with this accountant's instance_ids, got other ids. "
                 "Load the ledger of this training set."
             )
+        if self.history is not None and other.history is None and other.steps:
+            raise LedgerError(
+                f"Expected a ledger with the history of its {other.steps} steps, got one without. "
+                "Construct the accountant without history."
+            )
+
+    def _read_filter(self, state: Mapping[str, Any] | None) -> PrivacyFilter | None:
+        if state is None:
+            return None
+        if self.caps is None:
+            raise LedgerError("Expected caps in a ledger with budgets, got none.")
+        size, orders = len(self.level), len(self.orders)
+        return PrivacyFilter.from_dict(_plain(state), size=size, orders=orders)
+
+    def _read_history(self, state: Mapping[str, Any] | None) -> History | None:
+        if state is None:
+            return None
+        read = History.from_dict(
+            _plain(state), size=len(self.level), num_levels=len(self.sensitivities)
+        )
+        if read.steps != self.steps or not np.array_equal(read.levels(), self.level):
+            raise LedgerError(
+                f"Expected a history that ends at step {self.steps} on the ledger's levels, got "
+                f"one of {read.steps} steps. Use an earlier copy."
+            )
+        return read
 
     def merged(self, other: Ledger) -> Ledger:
         """Return the ledger of both shards' instances, ordered by id.
@@ -141,8 +179,9 @@ class Ledger:
                 f"Expected shards that were charged the same steps, got {self.steps} and "
                 f"{other.steps} steps or other noise. Charge every shard at every step."
             )
-        if (self.caps is None) != (other.caps is None):
-            raise LedgerError("Expected caps in both shards or in neither, got caps in one.")
+        for name in ("caps", "privacy_filter", "history"):
+            if (getattr(self, name) is None) != (getattr(other, name) is None):
+                raise LedgerError(f"Expected {name} in both shards or in neither, got it in one.")
         ids = np.concatenate([self.instance_ids, other.instance_ids])
         order = np.argsort(ids, kind="stable")
 
@@ -161,6 +200,12 @@ class Ledger:
             source=weakest_source,
             guarantee=weakest([self.guarantee, other.guarantee]),
             instance_ids=ids[order],
+            privacy_filter=None
+            if self.privacy_filter is None or other.privacy_filter is None
+            else self.privacy_filter.merged(other.privacy_filter, order),
+            history=None
+            if self.history is None or other.history is None
+            else self.history.merged(other.history, order),
         )
 
     def _require_same_frame(self, other: Ledger) -> None:
@@ -207,3 +252,10 @@ class Ledger:
 def _array(value: Any, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
     """Return a fresh array from an array, a list or a CPU tensor, without importing torch."""
     return np.array(value.numpy() if hasattr(value, "numpy") else value, dtype=dtype)
+
+
+def _plain(value: Any) -> Any:
+    """Turn CPU tensors in a nested state into arrays."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.numpy() if hasattr(value, "numpy") else value

@@ -161,11 +161,7 @@ def rdp_to_epsilon(rdp: npt.ArrayLike, *, orders: npt.ArrayLike, delta: float) -
             f"Expected rdp to have one value per order on its last axis ({alphas.size}), "
             f"got rdp of shape {curves.shape}. Pass the orders the RDP was computed at."
         )
-    quotient = (math.log(probability) + np.log(alphas)) / (alphas - 1.0)
-    offset = np.log1p(-1.0 / alphas) - quotient
-    # Each logarithm and quotient is good to an ulp or two of its own size.
-    size = 1.0 - math.log(probability) + np.log(alphas)
-    offset += 4.0 * _EPS * (np.abs(offset) + size / (alphas - 1.0))
+    offset = epsilon_offset(alphas, delta=probability)
 
     flat = curves.reshape(-1, alphas.size)
     epsilon = np.empty(len(flat))
@@ -185,3 +181,12 @@ def rdp_to_epsilon(rdp: npt.ArrayLike, *, orders: npt.ArrayLike, delta: float) -
         order[start : start + _ROWS] = np.where(np.isinf(value), np.nan, alphas[best])
     shape = curves.shape[:-1]
     return epsilon.reshape(shape)[()], order.reshape(shape)[()]
+
+
+def epsilon_offset(orders: FloatArray, *, delta: float) -> FloatArray:
+    """What `rdp_to_epsilon` adds to the RDP at each order, rounded up: shape (orders,), in nats."""
+    quotient = (math.log(delta) + np.log(orders)) / (orders - 1.0)
+    offset = np.log1p(-1.0 / orders) - quotient
+    # Each logarithm and quotient is good to an ulp or two of its own size.
+    size = 1.0 - math.log(delta) + np.log(orders)
+    return np.asarray(offset + 4.0 * _EPS * (np.abs(offset) + size / (orders - 1.0)))

@@ -207,6 +207,12 @@ class TestEpsilonDelta:
             empty_step(accountant, sample_rate=0.01)
         np.testing.assert_array_equal(first.get_epsilon(1e-5).order, second.get_epsilon(1e-5).order)
 
+    def test_whoever_pays_nothing_at_first_gets_the_order_of_the_worst_case(self):
+        accountant = PerInstanceAccountant(2, caps=[0.0, 1.0], budget=(2.0, 1e-5))
+        empty_step(accountant, sample_rate=0.01)
+        orders = accountant.get_epsilon(1e-5).order
+        assert orders[0] == orders[1]
+
     def test_realised_epsilon_never_exceeds_the_budget(self):
         accountant = PerInstanceAccountant(1, budget=(2.0, 1e-5))
         for _ in range(2000):

@@ -20,7 +20,7 @@ from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .chien2024 import Chien2024Certificate, sharp_constants
 from .data_processing import DataProcessingCertificate
-from .log_sobolev import fixed_order_factor, log_growth, moving_order
+from .log_sobolev import fixed_order_factor, log_growth, moving_order_factor
 from .record import Certificate
 
 _EPS = float(np.finfo(np.float64).eps)
@@ -317,7 +317,7 @@ class LangevinCertificate(Certificate):
         with np.errstate(under="ignore", over="ignore", invalid="ignore"):
             result = start * fixed_order_factor(orders, growth)
             if self.moving_order:
-                first, factor = moving_order(orders, growth)
+                first, factor = moving_order_factor(orders, growth)
                 if self.reference == "retrained":
                     # D grows with the order, so a larger first order is valid too. Mironov's
                     # inequality explodes at order 1; at 2 it is within 3 % of the least there is

@@ -86,7 +86,7 @@ def log_growth(
     size = abs(math.log(lsi_constant)) + 2.0 * abs(math.log(noise_std)) + 80.0
     # For ℓ > 1 the sum converges: its size does not grow with the number of terms.
     size += 4.0 * abs(math.log(lipschitz)) * (terms if lipschitz < 1.0 else 1)
-    return factors * float(np.logaddexp(0.0, ratio - 8.0 * _EPS * size)) * (1.0 - 4.0 * _EPS)
+    return factors * float(np.logaddexp(0.0, ratio - 8.0 * _EPS * size))
 
 
 def fixed_order_factor(orders: FloatArray, growth: float) -> FloatArray:
@@ -96,7 +96,7 @@ def fixed_order_factor(orders: FloatArray, growth: float) -> FloatArray:
         return np.asarray(np.exp(-exponent) * (_ROUND_UP + _EPS * exponent))
 
 
-def moving_order(orders: FloatArray, growth: float) -> tuple[FloatArray, FloatArray]:
+def moving_order_factor(orders: FloatArray, growth: float) -> tuple[FloatArray, FloatArray]:
     """α₀ = 1 + (α − 1)/G and α/(G + α − 1), both rounded up, for growth = log G < inf."""
     first = (1.0 + (orders - 1.0) * math.exp(-growth)) * (1.0 + 4.0 * _EPS)
     factor = orders / (math.expm1(min(growth, 709.0)) + orders) * _ROUND_UP

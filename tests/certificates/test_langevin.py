@@ -18,7 +18,11 @@ from opacus_pil.certificates import (
     LangevinCertificate,
     lsi_constant_after,
 )
-from opacus_pil.certificates.log_sobolev import log_growth
+from opacus_pil.certificates.log_sobolev import (
+    fixed_order_factor,
+    log_growth,
+    moving_order_factor,
+)
 from tests.certificates import oracles
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "cases.json").read_text())
@@ -176,6 +180,12 @@ def test_stationary_factor_is_the_contraction_rate(ell, noise, mean, k):
     )
 
 
+def test_a_declared_constant_of_the_stationary_law_stays():
+    ours = LangevinCertificate((0.3,), (2.0,), 0.9, 0.5, 4.0, "stationary")
+    plain = 0.3 * (1.0 + 0.25 / (0.81 * 4.0)) ** (-30.0 / 2.0)
+    assert ours.rdp([2.0], steps=30)[0] == pytest.approx(plain, rel=1e-12)  # roundings
+
+
 @pytest.mark.parametrize("radius", [math.inf, 1.5])
 def test_bounds_hold_on_a_nonlinear_projected_chain(radius):
     # θ ← Π(θ − η(mθ + a·tanh(θ − c)) + noise), m-strongly convex, (m + a)-smooth; the two data sets
@@ -273,7 +283,7 @@ def retrained_certificate(case, moving_order=False):
         orders,
         ell,
         noise,
-        stationary[1],
+        1.3 * stationary[1],  # a valid declaration, above the least
         "retrained",
         lambda order: gaussian_renyi(retrained, stationary, order),
         lambda order: gaussian_renyi(stationary, retrained, order),
@@ -297,7 +307,7 @@ def test_retrained_form_bounds_linear_chains(case, k):
             back=lambda a: gaussian_renyi(stationary, retrained, a),
             ell=ell,
             noise=noise,
-            constant=stationary[1],
+            constant=1.3 * stationary[1],
         )
         for order in ASKED
     ]
@@ -353,6 +363,34 @@ def test_moving_the_order_shortens_the_retrained_form():
     assert 1 <= moving < fixed / 5  # the rate loses its factor 1/(2α), and α is above 10 here
 
 
+def test_retrained_form_at_a_moving_order_starts_no_lower_than_two():
+    ours = toy_retrained(moving_order=True, rest=0.0)
+    near = 1.5 * 0.05 * 4.0 + 0.02 * 3.0  # (2 − ½)/(2 − 1)·P(4) + D_3(ν′‖π′)
+    for steps in (10, 60, 200):  # 1 + 5/G < 2 for the order 2·3
+        expected = 2.5 / 2.0 * 6.0 / (0.9 ** (-2 * steps) + 5.0) * near
+        # roundings of 400 factors
+        assert ours.rdp([3.0], steps=steps)[0] == pytest.approx(expected, rel=1e-10)
+
+
+def test_retrained_form_takes_the_smaller_of_both_forms():
+    # where P is the same at every order, the first steps are worth more at a fixed order
+    fixed = dataclasses.replace(
+        toy_retrained(),
+        initial_rdp=(0.4,) * len(DEFAULT_ORDERS),
+        retrained_to_stationary=lambda order: 0.0,
+    )
+    moving = dataclasses.replace(fixed, moving_order=True)
+    assert (moving.rdp([3.0], steps=1) == fixed.rdp([3.0], steps=1)).all()
+    assert (moving.rdp([3.0], steps=60) < fixed.rdp([3.0], steps=60)).all()
+
+
+def test_given_orders_take_part_in_the_conversion_of_the_retrained_form():
+    # known up to order 21.2 only, which serves the order 5.3
+    ours = dataclasses.replace(toy_retrained(rest=0.0), initial_rdp=(0.02,), orders=(21.2,))
+    expected, _ = rdp_to_epsilon(ours.rdp([5.3], steps=500), orders=[5.3], delta=1e-3)
+    assert ours.epsilon(delta=1e-3, steps=500) == expected
+
+
 # --- growth, constants, numerics ------------------------------------------------------------------
 
 
@@ -391,6 +429,21 @@ def test_growth_neither_overflows_nor_exceeds_the_closed_form(ell, noise, steps)
             assert truth * (1 - mp.mpf("1e-9")) <= ours <= truth * (1 + mp.mpf("1e-15"))
 
 
+@given(st.floats(1.0001, 4096.0), st.floats(1e-9, 600.0))
+def test_both_factors_and_the_first_order_are_rounded_up(order, growth):
+    fixed = fixed_order_factor(np.array([order]), growth)[0]
+    first, factor = (value[0] for value in moving_order_factor(np.array([order]), growth))
+    with mp.workdps(40):
+        big, alpha = mp.exp(mp.mpf(growth)), mp.mpf(order)
+        for ours, truth in (
+            (fixed, big ** (-1 / alpha)),
+            (first, 1 + (alpha - 1) / big),
+            (factor, alpha / (big + alpha - 1)),
+        ):
+            # 64 ulps, and one per unit of an exponent below 600
+            assert truth <= ours <= truth * (1 + mp.mpf("2e-13"))
+
+
 @given(st.floats(0.0, 1.5), st.floats(0.0, 2.0), st.floats(0.0, 2.0), st.integers(0, 80))
 def test_constant_after_is_the_recursion_rounded_up(ell, noise, start, steps):
     with mp.workdps(50):
@@ -407,6 +460,7 @@ def test_constant_after_edge_cases():
     assert lsi_constant_after(0, start=0.4, lipschitz=0.0, noise_std=1.0) == 0.4
     assert lsi_constant_after(9, start=0.4, lipschitz=0.0, noise_std=2.0) == pytest.approx(4.0)
     assert lsi_constant_after(10**6, start=0.4, lipschitz=2.0, noise_std=0.0) == math.inf
+    assert lsi_constant_after(600, start=0.4, lipschitz=2.0, noise_std=0.0) == math.inf
     assert lsi_constant_after(10**6, start=0.0, lipschitz=2.0, noise_std=0.0) == 0.0
     with pytest.raises(ValueError, match="noise_std"):
         lsi_constant_after(1, start=0.4, lipschitz=1.0, noise_std=-1.0)

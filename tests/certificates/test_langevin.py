@@ -539,6 +539,8 @@ def test_edge_cases(moving_order):
     assert (ours(curve=(0.0, 0.0))(asked, steps=3) == 0.0).all()
     assert (ours(curve=(math.inf, math.inf))(asked, steps=10**9) == math.inf).all()
     assert (ours()(asked, steps=10**9) == 1e-290).all()
+    for steps in (0, 5):  # the floor holds from the start, so that nothing grows
+        assert (ours(curve=(1e-300, 1e-300))(asked, steps=steps) == 1e-290).all()
     # a map that expands: G stays below 1 + ζ²/(C(ℓ² − 1))
     limit = 1.0 + 1.0 / (0.6 * (4.0 - 1.0))
     far = ours(ell=2.0)([2.0], steps=500)[0]

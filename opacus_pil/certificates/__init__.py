@@ -4,7 +4,9 @@ from .best import BestCertificate as BestCertificate
 from .best import best_of as best_of
 from .contraction import ContractionCertificate as ContractionCertificate
 from .data_processing import DataProcessingCertificate as DataProcessingCertificate
+from .known_batches import known_batches as known_batches
 from .langevin import LangevinCertificate as LangevinCertificate
 from .log_sobolev import lsi_constant_after as lsi_constant_after
+from .mini_batches import PoissonContractionCertificate as PoissonContractionCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate as NoisyFineTuningCertificate
 from .record import Certificate as Certificate

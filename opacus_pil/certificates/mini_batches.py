@@ -1,0 +1,299 @@
+"""Unlearning by contraction where training and unlearning draw Poisson mini-batches.
+
+Does not know the loss: it is given its smoothness, a bound on each forgotten instance's gradient,
+and the settings of the run. For batches that are known before the run see `known_batches`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _validate
+from .._validate import FloatArray
+from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
+from ..errors import CertificateError
+from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
+from .causal_plan import log_moment
+from .contraction import ContractionCertificate
+from .data_processing import DataProcessingCertificate
+from .gaussian import gaussian_epsilon
+from .record import Certificate
+
+# Neighbours (in α − 1) are a factor 1.5 apart: the best of them is within 2 % of the best order.
+_ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 24)
+_SIZE_SHARE = 0.01  # of δ, spent on batches so large that they are not followed
+_COUNTED = (2_000, 1_000_000)  # unlearning steps that are counted: sizes followed, one factor
+_SHIFT_ROUND_UP = 1.0 + 1e-5  # room for float32 gradients some ulps (6e-8) above their bound
+
+
+@dataclass(frozen=True)
+class PoissonContractionCertificate(Certificate):
+    """Noisy Poisson mini-batch training contracts, in the mean over batches, towards retraining.
+
+    Guarantee: D_α <= 1/(α−1) · log E exp(α(α−1)μ²/2), both directions, over the random batches,
+        with μ as in `ContractionCertificate` given the batches: the runs share all batches, the
+        one without the forgotten instances drops their rows and divides by the same number. The
+        expectation is bounded by a plan that looks at past batches only; never above the bound
+        with every forgotten instance in every batch. `epsilon` leaves batches of a size that occurs
+        with probability below δ/100 aside and counts their probability.
+
+    Args:
+        gradient_bounds: (members,) for each forgotten instance the supremum of its (clipped)
+            gradient's norm over all models. >= 0.
+        sample_rate: q, probability that an instance is in a batch. In [0, 1].
+        noise_std: ζ, noise on the parameters at every step, of training and unlearning. >= 0.
+        training_steps: T >= 0.
+        step_size: η. > 0.
+        weight_decay: λ, decoupled from clipping. >= 0.
+        smoothness: β, Lipschitz constant of one retained instance's gradient, as it enters the sum
+            (after clipping, which only a model with one linear output survives). >= 0.
+        expected_batch_size: b, the normaliser of the gradient sum, whatever was drawn. > 0.
+        num_retained: Instances of the retain set. >= 0.
+        context: Further assumptions, from whoever derived the constants.
+
+    Raises:
+        ValueError: A value outside its range.
+
+    Edge cases of `.rdp` (first match wins):
+        sample_rate, training_steps or all gradient_bounds 0   0
+        noise_std = 0                                           inf
+
+    Source: conditioning on the batches, then shifted interpolation (Bok, Su, Altschuler 2024,
+        arXiv:2403.00278) with the factor max(|1 − ηλ|, |1 − η(λ + β|B|/b)|), which may exceed 1
+        for a large batch B. A batch gives no amplification here: compare with
+        `DataProcessingCertificate` by `best_of`.
+
+    >>> ours = PoissonContractionCertificate((1.0,), 0.1, 1.0, 20, 0.5, 0.1, 0.2, 10.0, 99)
+    >>> everywhere = ContractionCertificate(0.95, 1.0, shifts=(0.05,) * 20)
+    >>> bool(2 * ours.epsilon(delta=1e-3, steps=5) < everywhere.epsilon(delta=1e-3, steps=5))
+    True
+    """
+
+    gradient_bounds: Sequence[float]
+    sample_rate: float
+    noise_std: float
+    training_steps: int
+    step_size: float
+    weight_decay: float
+    smoothness: float
+    expected_batch_size: float
+    num_retained: int
+    context: tuple[str, ...] = field(default=(), kw_only=True)
+
+    two_sided = True
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        bounds = _validate.real_array("gradient_bounds", self.gradient_bounds, low=0.0)
+        if bounds.ndim != 1:
+            domain = "to be one value per forgotten instance"
+            raise ValueError(_validate.expected("gradient_bounds", domain, bounds))
+        checked: dict[str, object] = {"gradient_bounds": tuple(bounds.tolist())}
+        checked["sample_rate"] = _validate.probability("sample_rate", self.sample_rate)
+        positive = ("step_size", "expected_batch_size")
+        for name in (*positive, "noise_std", "weight_decay", "smoothness"):
+            open_low = name in positive
+            checked[name] = _validate.real(name, getattr(self, name), low=0.0, open_low=open_low)
+        for name in ("training_steps", "num_retained"):
+            checked[name] = _validate.integer(name, getattr(self, name), low=0)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def one_output_glm(
+        cls,
+        *,
+        caps: npt.ArrayLike,
+        max_grad_norm: float,
+        step_size: float,
+        weight_decay: float,
+        feature_norm: float,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        num_instances: int,
+        training_steps: int,
+        sample_rate: float,
+        loss_smoothness: float = 0.25,
+        num_outputs: int = 1,
+        momentum: float = 0.0,
+        sampling: str = "poisson",
+        guarantee: str = "bound",
+    ) -> PoissonContractionCertificate:
+        """Certificate of Poisson DP-SGD with fixed caps on a model with one linear output.
+
+        Guarantee: as the class, for the losses and the clipping of
+            `ContractionCertificate.one_output_glm`, which explains the other arguments.
+
+        Args:
+            num_outputs: Must be 1: clipping breaks contraction for any other model.
+            momentum: Must be 0: a step must depend on the model alone.
+            sampling: Must be "poisson"; for batches fixed before the run see `known_batches`.
+            guarantee: The ledger's label; must be "bound": caps that follow the model break it.
+
+        Raises:
+            CertificateError: An assumption does not hold; the message names it.
+            ValueError: A value outside its range.
+        """
+        _require("num_outputs", num_outputs, 1, "Clipping breaks contraction for other models.")
+        _require("momentum", momentum, 0.0, "Train and unlearn with plain SGD.")
+        _require("sampling", sampling, "poisson", "Fixed batches: known_batches. Shuffled: none.")
+        _require("guarantee", guarantee, "bound", "Fix caps before the run, from public data.")
+        limits = _validate.real_array("caps", caps, low=0.0, high=1.0)
+        if limits.ndim != 1 or limits.size == 0:
+            domain = "to be one value per member of the forget set"
+            raise ValueError(_validate.expected("caps", domain, caps))
+        clip = _validate.real("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
+        norm = _validate.real("feature_norm", feature_norm, low=0.0, open_low=True)
+        noise = _validate.real("noise_multiplier", noise_multiplier, low=0.0)
+        batch = _validate.real("expected_batch_size", expected_batch_size, low=0.0, open_low=True)
+        eta = _validate.real("step_size", step_size, low=0.0, open_low=True)
+        smooth = _validate.real("loss_smoothness", loss_smoothness, low=0.0)
+        size = _validate.integer("num_instances", num_instances, low=limits.size)
+        return cls(
+            (limits * clip * _SHIFT_ROUND_UP).tolist(),
+            sample_rate,
+            eta * noise * clip / batch,
+            training_steps,
+            eta,
+            weight_decay,
+            smooth * norm * norm,
+            batch,
+            size - limits.size,
+            context=(
+                f"The model has one linear output, and every record's features have norm at most "
+                f"{norm:g}, the constant feature of a bias included.",
+                f"The loss is convex in that output, and its derivative changes by at most "
+                f"{smooth:g} per unit; it contains no L2 term.",
+                f"Per-sample gradients are clipped to {clip:g} times a cap fixed before the run, "
+                f"from public data and the instance's own record only; the {limits.size} forgotten "
+                f"ones have caps summing to {math.fsum(limits.tolist()):.6g}.",
+            ),
+        )
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """One plain sentence per assumption, with its numbers."""
+        return (
+            f"Every batch of training and unlearning is drawn by Poisson sampling: each instance "
+            f"by its own coin of probability {self.sample_rate:g}, whatever the data are; no "
+            "shuffled epochs.",
+            f"A step is θ ← (1 − {self.step_size:g}·{self.weight_decay:g})θ − {self.step_size:g}/"
+            f"{self.expected_batch_size:g} · (sum of the batch's gradients) + fresh Gaussian noise "
+            f"of standard deviation {self.noise_std:g} on every parameter; the divisor is that "
+            "constant, whatever was drawn and whoever was forgotten.",
+            f"Each of the {self.num_retained} retained instances adds the gradient of a convex "
+            f"function, {self.smoothness:g}-Lipschitz, which depends on no other instance.",
+            f"Whatever the model is, the {len(self.gradient_bounds)} forgotten instances' "
+            f"gradients have norms at most {max(self.gradient_bounds, default=0.0):g}, in sum at "
+            f"most {math.fsum(self.gradient_bounds):.6g}; no unlearning step uses them.",
+            f"The reference is retraining on the retained data from the same initialisation, for "
+            f"as many steps as training ({self.training_steps}) and unlearning together, with the "
+            "same constants.",
+            "Step size, clipping, noise, decay and the number of steps are the same constants in "
+            "both runs and do not depend on the data; arithmetic is exact.",
+            "There is no momentum, no dropout, no BatchNorm and no stopping on a private signal.",
+            *self.context,
+        )
+
+    def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:
+        """Rényi divergence bound in nats after `steps` steps, shape (orders,)."""
+        asked = _validate.orders(orders)
+        steps = _validate.integer("steps", steps, low=0)
+        return self._bounds(asked, steps, self.num_retained)[0]
+
+    def epsilon(self, *, delta: float, steps: int) -> float:
+        """ε of the (ε, δ) statement after `steps` unlearning steps; see `Certificate.epsilon`.
+
+        The least of the conversion over DEFAULT_ORDERS and the exact Gaussian curve with every
+        forgotten instance in every batch, each at δ less the probability of too large a batch.
+        """
+        delta = _validate.delta(delta)
+        steps = _validate.integer("steps", steps, low=0)
+        largest, rest = self._largest_batch(delta)
+        curve, mu = self._bounds(np.asarray(DEFAULT_ORDERS), steps, largest)
+        converted = float(rdp_to_epsilon(curve, orders=DEFAULT_ORDERS, delta=rest)[0])
+        return min(converted, gaussian_epsilon(mu, delta=rest))
+
+    def _largest_batch(self, delta: float) -> tuple[int, float]:
+        """Largest batch to follow, and δ less the probability that any batch is larger."""
+        if self._factor(self.num_retained) == self._factor(0):
+            return self.num_retained, delta
+        rate = _SIZE_SHARE * delta / (self.training_steps + _COUNTED[1])
+        size = largest_size(trials=self.num_retained, rate=self.sample_rate, tail=rate)
+        # A union bound over all steps, as many as are ever counted: the same δ for every K.
+        return size, delta * (1.0 - _SIZE_SHARE) * (1.0 - 1e-15)
+
+    def _bounds(self, orders: FloatArray, steps: int, largest: int) -> tuple[FloatArray, float]:
+        """Rényi bound, and μ with everyone present, if no batch retains more than `largest`."""
+        steps = min(steps, _COUNTED[1])  # the rest is data processing
+        shifts = (self._present,) * self.training_steps
+        factor = float(self._factor(largest))
+        mu = ContractionCertificate(factor, self.noise_std, shifts).mu(steps)
+        curve = DataProcessingCertificate(self._curve(steps, largest).tolist(), _ORDERS.tolist())
+        return np.minimum(orders * (mu * mu / 2.0), curve.rdp(orders, steps=steps)), mu
+
+    def _curve(self, steps: int, largest: int) -> FloatArray:
+        """Rényi bound at `_ORDERS` by the causal plan."""
+        factors = self._factors(largest)
+        if len(factors.values) > 1:
+            steps = min(steps, _COUNTED[0])
+        key = steps, largest
+        if key not in self._curves:
+            moment = np.full_like(_ORDERS, math.inf)
+            if self._present == 0.0:
+                moment = np.zeros_like(_ORDERS)
+            elif self.noise_std > 1e-100 * self._present:
+                moment = log_moment(
+                    _ORDERS,
+                    factors=factors,
+                    shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
+                    training_steps=self.training_steps,
+                    unlearning_steps=steps,
+                )
+            self._curves[key] = moment / (_ORDERS - 1.0)
+        return self._curves[key]
+
+    @cached_property
+    def _curves(self) -> dict[tuple[int, int], FloatArray]:
+        """What `_curve` has computed: the search for K and the report ask for the same K twice."""
+        return {}
+
+    @property
+    def _shifts(self) -> FloatArray:
+        """How far each forgotten instance moves a step that draws it, rounded up."""
+        scale = self.step_size / self.expected_batch_size * (1.0 + 1e-15)
+        return np.asarray(self.gradient_bounds) * scale
+
+    @property
+    def _present(self) -> float:
+        """Shift of a batch that holds every forgotten instance; 0 if none ever does."""
+        return math.fsum(self._shifts.tolist()) if self.sample_rate > 0.0 else 0.0
+
+    def _factor(self, sizes: npt.ArrayLike) -> FloatArray:
+        """Lipschitz constant of a step with at most so many retained instances, rounded up."""
+        return step_factor(
+            sizes,
+            step_size=self.step_size,
+            weight_decay=self.weight_decay,
+            smoothness=self.smoothness,
+            expected_batch_size=self.expected_batch_size,
+        )
+
+    def _factors(self, largest: int) -> Law:
+        """Law of the factor over batches of at most `largest` retained instances."""
+        values = self._factor(np.arange(largest + 1))
+        return factor_law(values, trials=self.num_retained, rate=self.sample_rate)
+
+
+def _require(name: str, value: object, needed: object, cure: str) -> None:
+    """Refuse a run for which contraction is not proved."""
+    if value != needed:
+        raise CertificateError(
+            f"Expected {name} = {needed!r} for contraction, got {name}={value!r}. {cure}"
+        )

@@ -131,6 +131,8 @@ def _log_mean_exp(log_mass: FloatArray, exponent: FloatArray, order: int) -> flo
     if terms.max() > 600.0:  # the masses sum to 1 and no more
         peak = float(terms.max())
         return peak + math.log(float(np.exp(terms - peak).sum()) + math.exp(-peak)) + slack * worst
-    parts = np.exp(log_mass) * np.expm1(exponent)
+    # mass·e^x as one exponential: its factors may leave the range of doubles
+    small = np.exp(log_mass) * np.expm1(np.minimum(exponent, 1.0))
+    parts = np.where(exponent < 1.0, small, -np.exp(terms) * np.expm1(-np.maximum(exponent, 1.0)))
     spread = float(np.abs(parts).sum()) * (slack * (1.0 + worst)) + 1e-300
     return math.log1p(float(parts.sum()) + spread)

@@ -117,14 +117,19 @@ def group_rdp(
         shifts = values[members] / noise * (1.0 + _EPS)
         ceiling = alphas * (shifts.sum() ** 2 / 2.0) * (1.0 + (members.size + 8) * _EPS)
         ceiling = np.maximum(ceiling, SMALLEST)
-        inner = None
-        if products is not None:
-            inner = products[np.ix_(members, members)] / noise / noise * (1.0 + 4.0 * _EPS)
-        if rate == 1.0 and inner is not None:
-            square = inner.sum() + members.size**2 * 4.0 * _EPS * np.abs(inner).sum()
-            return np.minimum(ceiling, np.maximum(alphas * square / 2.0, SMALLEST))
+        chosen = None if products is None else products[np.ix_(members, members)]
+        if rate == 1.0 and chosen is not None:
+            square = float(chosen.sum() + members.size**2 * 4.0 * _EPS * np.abs(chosen).sum())
+            square *= 1.0 + 8.0 * _EPS
+            return np.minimum(
+                ceiling, np.maximum(alphas * (square / noise / noise / 2.0), SMALLEST)
+            )
         if rate == 1.0 or ceiling.max() <= SMALLEST or not shifts.sum() < 1e100:
             return ceiling
+        inner = None
+        if chosen is not None:
+            inner = chosen / noise / noise
+            inner += 4.0 * _EPS * np.abs(inner)
         return np.minimum(ceiling, _sampled(shifts, inner, rate, alphas))
 
 
@@ -178,7 +183,7 @@ def _lattice_law(shifts: FloatArray, rate: float) -> ShiftLaw:
     equal = float(shifts.min()) == largest
     step = largest if equal else largest / math.ceil(largest * bins / end)
     step *= 1.0 + 8.0 * _EPS
-    places = np.sort(np.ceil(shifts / step * (1.0 - 2.0 * _EPS)).astype(np.int64))
+    places = np.sort(np.ceil(shifts / step * (1.0 + 2.0 * _EPS)).astype(np.int64))
     size = int(places.sum()) + 1
     if rare.size:
         size = min(size, math.ceil(end / step) + 1)

@@ -8,12 +8,13 @@ F(z) = z^α (forward) and z^(1−α) (reverse). Raising one m_k to m'_k raises e
 m_k·m_l of the Gaussian exponents, so E[F(Z)] does not fall (Kahane 1986, C. R. Acad. Sci. 303,
 convexity inequality). Hence every rounding here is a move of probability to the right.
 
-What lies beyond a cut c is bounded by Minkowski, ‖e^X‖_α = exp((α−1)m²/2), in the forward
-direction, and by convexity of D(N(0,1) ‖ ·), at most α·m²/2 each, in the reverse one. What is left
-is integrated by the trapezoid rule (see `quadrature`). In |Im t| < d the mixture Z has no zero as
-long as d²·V < 2, where V bounds the variance of the shift given t (V <= c²/4), because
-|Z(t+id)| >= Z(t)·(1 − d²V/2); and |Z(t+id)| <= Z(t). Both error terms then have the form used
-there, with growth 1 forward and 1 + 1.4·(α−1)·V reverse.
+What lies beyond a cut c is bounded by Minkowski, ‖e^X‖_α = exp((α−1)m²/2), forward, and by
+convexity of D(N(0,1) ‖ ·), at most α·m²/2 each, reverse. What is left is integrated by the
+trapezoid rule (see `quadrature`); its error is governed by Z in |Im t| < d. Forward, with d times
+the largest shift below π, all terms of Z lie in one half-plane: no zero, and |Z(t+id)| <= Z(t), so
+the growth is 1. Reverse, |Z(t+id)| >= Z(t)·(1 − d²V/2), where V bounds the variance of the shift
+given t: its second moment at the last node is the largest. With d²V <= 1 and −log(1−y) <= 1.4·y
+up to y = 1/2 the growth is 1 + 1.4·(α−1)·V.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .._validate import FloatArray
-from .quadrature import SMALLEST, _forward_excess, _reverse_excess
+from .quadrature import SMALLEST, forward_excess, reverse_excess
 
 _EPS = float(np.finfo(np.float64).eps)
 _MARGIN = 9.0  # a standard normal is farther out with probability 2e-19
@@ -89,7 +90,8 @@ def forward_divergence(law: ShiftLaw, orders: FloatArray) -> FloatArray:
     tails_fit[:, -1] = True
     cuts = tails_fit.argmax(axis=1)
     cuts = np.maximum(cuts, 1)
-    reach = np.floor(np.log2(2.0 * _MARGIN + orders * law.shifts[cuts]))
+    tilt = np.maximum(orders, 2.0)  # where Z − 1 is small, its square counts
+    reach = np.floor(np.log2(2.0 * _MARGIN + tilt * law.shifts[cuts]))
     for size in np.unique(reach):  # orders of like reach share their nodes
         rows = np.flatnonzero((reach == size) & ~settled)
         if not rows.size:
@@ -98,7 +100,7 @@ def forward_divergence(law: ShiftLaw, orders: FloatArray) -> FloatArray:
         span = float(law.shifts[cut])
         width = min(2.5 / span, math.sqrt(2.0 * _DECAY))
         step = 2.0 * math.pi * width / (_DECAY + width * width / 2.0)
-        high = float(orders[rows].max()) * span + _MARGIN
+        high = float(tilt[rows].max()) * span + _MARGIN
         body = _Body(law, cut, high, renormalise=False)
         count = math.ceil((high + _MARGIN) / step) + 1
         if count * body.cost > _BUDGET:
@@ -123,8 +125,11 @@ def reverse_divergence(law: ShiftLaw, orders: FloatArray, *, ignored: FloatArray
     """
     second = float(law.masses @ law.shifts**2 + np.exp(law.far_log_masses) @ law.far_shifts**2)
     bound = orders * second / 2.0  # convexity
-    if law.masses[0] > 0:
-        bound = np.minimum(bound, -math.log(law.masses[0]))  # Z >= p_0
+    if law.masses[0] > 0.5:  # Z >= p_0, which may be 1 in double precision
+        shifted = float(law.masses[1:].sum() + np.exp(law.far_log_masses).sum())
+        bound = np.minimum(bound, -math.log1p(-shifted))
+    elif law.masses[0] > 0:
+        bound = np.minimum(bound, -math.log(law.masses[0]))
     bound *= 1.0 + 64.0 * _EPS
     wanted = np.flatnonzero(bound > ignored)
     if not wanted.size:
@@ -142,8 +147,8 @@ def reverse_divergence(law: ShiftLaw, orders: FloatArray, *, ignored: FloatArray
         peak = (1.0 - order) * body.log_density(np.array([right]))[0] - right * right / 2.0
         low = left - _MARGIN
         # The integrand is log-concave with curvature >= 1, so its peak region is all of it; a
-        # small divergence is the sum of two parts, and the second one lies around the shifts.
-        high = right + _MARGIN if peak > 4.0 else min(2.0 * span, span + 1.0) + _MARGIN
+        # small divergence has a second part, of (Z − 1)², which lies below twice the shifts.
+        high = (right if peak > 4.0 else 2.0 * span) + _MARGIN
         spread = min(span * span / 4.0, body.second_moment(high))
         growth = 1.0 + 1.4 * (order - 1.0) * spread
         width = min(1.0 / math.sqrt(spread), math.sqrt(2.0 * _DECAY / growth))
@@ -290,7 +295,7 @@ def _log_moment(
             result = peak + math.log(scale * float(np.exp(exponent - peak).sum()))
             size = order * abs(float(log_density[best])) + float(half_square[best])
             return result * (1.0 + 1e-12) + 32.0 * _EPS * size
-        excess = _forward_excess if forward else _reverse_excess
+        excess = forward_excess if forward else reverse_excess
         total = float(excess(log_density, half_square, np.asarray(order - 1.0)).sum())
     result = math.log1p(scale * total)
     size = order * order / (order - 1.0) * (45.0 - min(0.0, math.log(mean)))

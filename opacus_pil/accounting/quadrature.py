@@ -17,7 +17,8 @@ SIAM Review 56(3), Thm. 5.1). V·d²/2 bounds the growth of the integrand into t
 
 - forward: |1 + u(t+id)| <= 1 + u(t), so V = 1, up to the branch point at d = π/r;
 - reverse: |1 + u(t+id)|² = (1+u)²·(1 − 2p(1−p)(1−cos rd)) with p = (u+q)/(1+u), so for
-  rd <= π/2 the growth is at most (α−1)·0.7·p(1−p)·r²d², hence V = 1 + 1.4(α−1)·max p(1−p)·r².
+  rd <= π/2 the growth is at most (α−1)·0.7·p(1−p)·r²d², hence V = 1 + 1.4(α−1)·max p(1−p)·r²
+  over the nodes. Beyond them the contour may return to the line: the integrand is negligible.
 """
 
 from __future__ import annotations
@@ -105,15 +106,18 @@ def _grid(
     shifts = np.minimum(shifts, 400.0)  # beyond, the closed forms answer
     with np.errstate(over="ignore"):
         if forward:
-            # (1+u)^α tilts the normal by at most αr.
+            # (1+u)^α tilts the normal by at most αr, and where u is small, u² does by 2r.
             low = np.full(shifts.shape, -_MARGIN)
-            high = orders * shifts + _MARGIN
+            high = np.maximum(orders, 2.0) * shifts + _MARGIN
             growth = np.ones(shifts.shape)
             width = np.pi / np.maximum(shifts, 1e-3)
         else:
             peak = _reverse_peak(shifts, orders, weight)
             low = peak - _MARGIN
-            high = np.minimum(2.0 * shifts, shifts + 1.0) + _MARGIN
+            # u² tilts by 2r, but only up to where u = 1; then u takes over, which tilts by r.
+            log_odds = math.log1p(-weight) - math.log(weight)
+            turn = shifts / 2.0 + log_odds / np.maximum(shifts, 1e-3)
+            high = np.minimum(2.0 * shifts, np.maximum(shifts, turn) + 1.0) + _MARGIN
             share = np.minimum(_shifted_share(high, shifts, weight), 0.5)
             growth = 1.0 + 1.4 * (orders - 1.0) * share * (1.0 - share) * shifts * shifts
             width = np.pi / 2.0 / np.maximum(shifts, 1e-3)
@@ -170,7 +174,7 @@ def _log_moment(
         small = ~large
         if large.any():
             log_density, half_square = log_density[small], half_square[small]
-        excess = _forward_excess if forward else _reverse_excess
+        excess = forward_excess if forward else reverse_excess
         total = excess(log_density, half_square, orders[small, None] - 1.0).sum(axis=1)
         result[small] = np.log1p(scale[small] * total)
     return result
@@ -189,9 +193,7 @@ def _log_density(t: FloatArray, shifts: FloatArray, weight: float) -> FloatArray
     return np.asarray(result + beyond)
 
 
-def _forward_excess(
-    log_density: FloatArray, half_square: FloatArray, gap: FloatArray
-) -> FloatArray:
+def forward_excess(log_density: FloatArray, half_square: FloatArray, gap: FloatArray) -> FloatArray:
     """e^(−t²/2)·((1+u)^α − 1 − αu), gap = α − 1."""
     tilted = gap * log_density
     base = np.exp(log_density - half_square)
@@ -204,9 +206,7 @@ def _forward_excess(
     return result
 
 
-def _reverse_excess(
-    log_density: FloatArray, half_square: FloatArray, gap: FloatArray
-) -> FloatArray:
+def reverse_excess(log_density: FloatArray, half_square: FloatArray, gap: FloatArray) -> FloatArray:
     """e^(−t²/2)·((1+u)^(1−α) − 1 + (α−1)u), gap = α − 1."""
     base = np.exp(-half_square)
     first = _psi(-gap * log_density)

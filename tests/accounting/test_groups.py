@@ -129,6 +129,7 @@ def test_golden_groups_are_met_from_above(case):
         ([1e-3, 4e-3, 2e-3], 0.05, 64.0),
         ([1e-7, 3e-7], 1e-3, 1.5),
         ([1e-5, 3.0], 1e-6, 2.2),
+        ([4.0, 0.5], 1e-18, 1.01),  # the square of Z − 1 has its mode at 8
         ([0.4, 0.6, 0.2], 0.9, 1.01),
         ([0.05, 0.04], 0.5, 300.0),
     ],
@@ -383,12 +384,36 @@ def test_probability_known_only_beyond_the_atoms_counts_in_both_directions():
 
 @pytest.mark.parametrize(
     ("shifts", "rate", "order"),
-    [([1.0, 1.0], 0.5, 60.0), ([3.0, 2.0], 0.3, 12.0), ([0.8, 1.5], 0.1, 90.0)],
+    [
+        ([1.0, 1.0], 0.5, 60.0),
+        ([3.0, 2.0], 0.3, 12.0),
+        ([0.8, 1.5], 0.1, 90.0),
+        ([0.1, 0.05], 0.5, 4096.0),  # far from 0 and narrow: a rule of growth 1 is 8e-9 too low
+        ([0.05, 0.05], 0.5, 4096.0),  # and one of a tenth of the growth 5e-12
+    ],
 )
 def test_sharp_turns_of_the_reverse_integrand_are_resolved(shifts, rate, order):
     value = both(shifts, rate, order)[1]
     truth = collinear_truth(shifts, rate, order, forward=False)
     assert truth * (1 - ROUNDING) <= value <= truth * (1 + ABOVE)
+
+
+def test_rare_draws_of_a_far_shift_give_half_the_order_times_chi_square():
+    # E[(Z−1)²] = q²·expm1(r²); higher moments are smaller by q·e^(2r²) = 1e-25 and more.
+    rate, shift, order = 1e-150, 12.0, 2.0
+    law = ShiftLaw(np.array([0.0, shift]), np.array([1.0, rate]))
+    expected = order / 2 * rate * math.expm1(shift * shift) * rate
+    reverse = reverse_divergence(law, np.array([order]), ignored=NONE)[0]
+    for value in (forward_divergence(law, np.array([order]))[0], reverse):
+        assert expected * (1 - ROUNDING) <= value <= expected * (1 + ABOVE)
+
+
+def test_a_lattice_never_places_a_member_below_its_shift():
+    shifts = np.random.default_rng(6).uniform(0.05, 1.0, size=400)
+    for members in np.split(shifts, 100):
+        law = _lattice_law(members, 0.3)
+        # every subset of a short list is on the lattice, its total at or above the true one
+        assert law.largest >= math.fsum(members)
 
 
 def test_the_other_direction_counts_where_its_bound_is_the_larger():
@@ -423,6 +448,16 @@ def test_extremes_are_positive_and_never_nan(count, shift, rate):
     values = rdp([1.0] * (count - 1) + [0.5], rate, [1.01, 2.0, 64.0, 4096.0], noise=1 / shift)
     assert (values > 0).all()  # NaN fails as well
     assert (values[1:] >= values[:-1] * (1 - ABOVE)).all()
+
+
+@pytest.mark.parametrize("noise", [1e-300, 1e-200, 1e-160, 0.01, 0.1, 1.0, 1e160, 1e300])
+@pytest.mark.parametrize("rate", [5e-324, 1e-300, 1e-30, 0.5, 1 - 1e-16, 1.0])
+def test_extremes_with_opposite_gradients_are_positive_and_never_nan(noise, rate):
+    gram = [[1.0, -1.0], [-1.0, 1.0]]
+    orders = [1.01, 2.0, 20.0, 50.0, 90.0, 4096.0]
+    values = rdp([1.0, 1.0], rate, orders, noise, gram)
+    assert (values > 0).all()
+    assert (values <= rdp([1.0, 1.0], rate, orders, noise) * (1 + ABOVE)).all()
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ EXTREMES = [
     (20.0, 1.01, 1e-2, "forward"),  # two distant modes of comparable weight
     (20.0, 1.1, 1e-8, "forward"),  # D of order 1 from a mode that φ alone would hide
     (0.3, 300.5, 1e-4, "forward"),  # modes near 0 and 90
+    (4.0, 1.01, 1e-20, "forward"),  # u² has its mode at 8, far beyond order · shift
     (1e-8, 1.01, 1e-4, "forward"),  # D ~ 1e-25: u² is 1e-24 beside 1
     (1e-8, 4096.0, 1e-8, "reverse"),
     (0.5, 2.5, 1 - 1e-12, "forward"),  # almost the plain Gaussian
@@ -107,6 +108,16 @@ def test_extreme_value_is_met_from_above_by_quadrature(shift, order, rate, colum
     )
     value = one(shift, order, rate, DIRECTIONS[column])
     assert truth <= value <= truth * (1 + ABOVE)
+
+
+@pytest.mark.parametrize("column", DIRECTIONS)
+def test_rare_draws_of_a_far_shift_give_half_the_order_times_chi_square(column):
+    # E[u²] = q²·expm1(r²); E|u|³ is smaller by q·e^(2r²) = 1e-25, and u < 1 up to 10 beyond 2r.
+    rate, shift = 1e-150, 12.0
+    for order in (1.01, 1.5, 2.0, 3.0):
+        expected = order / 2 * rate * math.expm1(shift * shift) * rate
+        value = one(shift, order, rate, DIRECTIONS[column])
+        assert expected * (1 - 1e-13) <= value <= expected * (1 + ABOVE)  # e^144 to 144 ulps
 
 
 @given(

@@ -10,3 +10,4 @@ from .log_sobolev import lsi_constant_after as lsi_constant_after
 from .mini_batches import PoissonContractionCertificate as PoissonContractionCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate as NoisyFineTuningCertificate
 from .record import Certificate as Certificate
+from .sequential import sequential_requests as sequential_requests

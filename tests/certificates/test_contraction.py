@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from opacus_pil import CertificateError
-from opacus_pil.certificates import ContractionCertificate
+from opacus_pil.certificates import ContractionCertificate, sequential_requests
 from opacus_pil.certificates.record import Certificate
 from tests.certificates import oracles
 
@@ -309,3 +309,106 @@ def test_record_is_frozen_and_says_what_it_assumes():
     assert all(isinstance(line, str) and line.endswith(".") for line in ours.assumptions)
     assert ours.two_sided is True
     assert ours == ContractionCertificate(0.9, 0.25, np.array([0.1, 0.3]), 0.5)
+
+
+# --- requests one after the other (THEORY 5.6) ----------------------------------------------------
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(0, 8), st.floats(0.0, 1.5)), min_size=1, max_size=4
+).filter(lambda phases: any(shift for _, shift in phases))
+
+
+def distances_composed(c, noise, phases):
+    """Distance at the start of the last unlearning: Z ← c^K·Z + shifts of the later requests."""
+    distance = 0.0
+    for number, (steps, _) in enumerate(phases):
+        active = sum(shift for _, shift in phases[number:])
+        distance = c**steps * distance + active * sum(c**j for j in range(steps))
+    return ContractionCertificate(c, noise, initial_distance=distance)
+
+
+@given(REQUESTS, st.floats(0.3, 1.1), st.floats(0.1, 2.0), st.integers(1, 8))
+def test_requests_solve_the_programme_of_their_phases_written_out(phases, c, noise, last):
+    ours = sequential_requests(
+        c,
+        noise_std=noise,
+        phase_steps=[steps for steps, _ in phases],
+        request_shifts=[shift for _, shift in phases],
+    )
+    # step by step: the run with everybody against the one with nobody of any request
+    shifts = []
+    for number, (steps, _) in enumerate(phases):
+        shifts += [sum(shift for _, shift in phases[number:])] * steps
+    shifts += [0.0] * last
+    exact = oracles.programme_mu([c] * len(shifts), [noise] * len(shifts), shifts, 0.0)
+    # nnls works on conditioned doubles
+    assert ours.mu(last) == pytest.approx(exact, rel=1e-7, abs=1e-7)
+    gap, std = oracles.linear_chain([c] * len(shifts), [noise] * len(shifts), shifts, 0.0)
+    assert ours.mu(last) >= gap / std * (1.0 - 1e-13)  # the oracle's rounding
+
+
+@given(REQUESTS, st.floats(0.3, 1.1), st.floats(0.1, 2.0), st.integers(1, 8))
+def test_composing_distances_is_never_sharper(phases, c, noise, last):
+    ours = sequential_requests(
+        c,
+        noise_std=noise,
+        phase_steps=[steps for steps, _ in phases],
+        request_shifts=[shift for _, shift in phases],
+    )
+    # the distance itself loses some ulps in the loop above
+    assert ours.mu(last) <= distances_composed(c, noise, phases).mu(last) * (1.0 + 1e-12) + 1e-150
+
+
+def test_composing_distances_loses_a_lot_right_after_a_request():
+    phases = [(200, 0.02), (50, 0.03)]
+    ours = sequential_requests(
+        0.98, noise_std=0.5, phase_steps=(200, 50), request_shifts=(0.02, 0.03)
+    )
+    assert distances_composed(0.98, 0.5, phases).mu(1) > 4.0 * ours.mu(1)
+
+
+@given(REQUESTS, st.floats(0.3, 1.0), st.floats(0.1, 2.0), st.integers(0, 8))
+def test_forgetting_all_requests_costs_at_least_each_of_them(phases, c, noise, last):
+    settings = {"noise_std": noise, "phase_steps": [steps for steps, _ in phases]}
+    shifts = np.array([shift for _, shift in phases])
+    together = sequential_requests(c, request_shifts=shifts, **settings)
+    for number in range(len(phases)):
+        alone = sequential_requests(
+            c, request_shifts=np.where(np.arange(len(shifts)) == number, shifts, 0.0), **settings
+        )
+        # both rounded up within 1e-12
+        assert alone.mu(last) <= together.mu(last) * (1.0 + 1e-12)
+    # the first request never shifts a later phase: its later phases are more unlearning steps
+    first = ContractionCertificate(c, noise, (shifts[0],) * phases[0][0])
+    later = sum(steps for steps, _ in phases[1:])
+    only = sequential_requests(
+        c, request_shifts=np.where(np.arange(len(shifts)) == 0, shifts, 0.0), **settings
+    )
+    assert only.mu(last) == pytest.approx(first.mu(later + last), rel=1e-11, abs=1e-150)
+
+
+def test_one_request_is_the_plain_certificate():
+    ours = sequential_requests(0.9, noise_std=0.5, phase_steps=[7], request_shifts=[0.3])
+    plain = ContractionCertificate(0.9, 0.5, (0.3,) * 7)
+    assert ours.mu(4) == plain.mu(4)
+    assert plain.assumptions == ours.assumptions[: len(plain.assumptions)]
+    text = " ".join(sequential_requests(
+        0.9, noise_std=0.5, phase_steps=(7, 4), request_shifts=(0.3, 0.2)
+    ).assumptions)  # fmt: skip
+    for words in ("2 requests", "until its own request", "7, 4", "released in between"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"phase_steps": (3,)}, "request_shifts .* phase_steps"),
+        ({"phase_steps": (3, -1)}, "phase_steps"),
+        ({"request_shifts": (0.1, -0.1)}, "row 1"),
+        ({"noise_std": -1.0}, "noise_std"),
+    ],
+)
+def test_wrong_requests_are_named(change, words):
+    setting = {"noise_std": 0.5, "phase_steps": (3, 2), "request_shifts": (0.1, 0.2)}
+    with pytest.raises(ValueError, match=words):
+        sequential_requests(0.9, **(setting | change))

@@ -140,12 +140,13 @@ class Mixture:
         power = order if forward else 1.0 - order
         top = float(shifts[-1])
         low = -16.0 if forward else -16.0 + self._reverse_peak(order)
-        high = (order * top if forward else 2.0 * top) + 16.0
+        high = (max(order, 2.0) * top if forward else 2.0 * top) + 16.0  # u² tilts by 2·top
         grid = np.linspace(low, high, 8001)
         exponent = power * self.log_density(grid.astype(Long)).astype(float) - grid * grid / 2
         inner = np.flatnonzero((exponent[1:-1] >= exponent[:-2]) & (exponent[1:-1] >= exponent[2:]))
         keys = [0.0, *grid[inner + 1][:40], *(shifts / 2)[:40]]
-        keys += list(order * shifts[-40:]) if forward else [self._reverse_peak(order)]
+        keys += [*order * shifts[-40:]] if forward else [self._reverse_peak(order)]
+        keys += [*2.0 * shifts[-40:]]
         logs = np.log(self.masses).astype(float)
         for k in range(1, min(len(shifts), 40)):
             gap = shifts[k] - shifts[k - 1]

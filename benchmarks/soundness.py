@@ -30,6 +30,7 @@ from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 import soundness_accounting  # noqa: E402
+import soundness_batches  # noqa: E402
 import soundness_certificates  # noqa: E402
 import soundness_composition  # noqa: E402
 import soundness_langevin  # noqa: E402
@@ -44,6 +45,7 @@ MODULES = (
     soundness_composition,
     soundness_certificates,
     soundness_langevin,
+    soundness_batches,
 )  # a new bound brings its cases in a module with a list FAMILIES
 FAMILIES: dict[str, Family] = {
     family.name: family for module in MODULES for family in module.FAMILIES

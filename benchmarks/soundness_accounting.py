@@ -11,7 +11,7 @@ import numpy as np
 from exact import Long, Mixture, binomial_divergence
 from exact_curves import gaussian_epsilon, mixture_delta
 from scipy.optimize import brentq
-from soundness_cases import Case, Family, any_order, any_rate, as_mpf, log_uniform
+from soundness_cases import Case, Family, any_order, any_rate, as_mpf, log_uniform, rare_and_far
 
 from opacus_pil.accounting import PerInstanceAccountant, group_rdp
 from opacus_pil.accounting.pld import tight_epsilon, tight_group_epsilon
@@ -22,7 +22,10 @@ from opacus_pil.accounting.pld import tight_epsilon, tight_group_epsilon
 def _members(rng: np.random.Generator, low: int, high: int) -> tuple[list[float], float, float]:
     size = log_uniform(rng, 1e-3, 2.0)
     values = (size * rng.uniform(0.1, 1.0, size=int(rng.integers(low, high + 1)))).tolist()
-    return values, float(np.clip(any_rate(rng, 1e-6), 0.0, 0.999)), any_order(rng, high=300.0)
+    if rng.integers(0, 4):
+        return values, float(np.clip(any_rate(rng, 1e-6), 0.0, 0.999)), any_order(rng, high=300.0)
+    far, rate = rare_and_far(rng)
+    return [far / size * value for value in values], rate, any_order(rng, high=300.0)
 
 
 def group_collinear(rng: np.random.Generator) -> Case:
@@ -36,6 +39,8 @@ def group_collinear(rng: np.random.Generator) -> Case:
 def group_gram(rng: np.random.Generator) -> Case:
     """Two or three gradients in a plane, both directions by the tensor trapezoid rule."""
     gradients = rng.normal(size=(int(rng.integers(2, 4)), 2)) * log_uniform(rng, 0.1, 1.0)
+    if rng.integers(0, 5) == 0:
+        gradients[1] = -gradients[0] * rng.choice([0.5, 1.0])
     rate = float(rng.uniform(0.02, 0.7))
     order = float(rng.integers(2, 6)) if rng.integers(0, 2) else float(rng.uniform(1.1, 6.0))
     bound = group_rdp(
@@ -171,13 +176,19 @@ def accountant_budgets(rng: np.random.Generator) -> Case:
     """Under a filter: budgets against the exact sum at the caps that were enforced."""
     size, orders = 4, (2, 5, 16)
     caps, budget = rng.uniform(size=size), log_uniform(rng, 0.05, 20.0)
-    curve = budget * np.array([1.0, 1.0, math.inf])[rng.permutation(3)]
-    ours = PerInstanceAccountant(size, orders=orders, caps=caps, budget=curve)
     kernels = [(log_uniform(rng, 0.5, 10.0), any_rate(rng, 1e-3)) for _ in range(3)]
+    moving = bool(rng.integers(0, 2))
+    if not moving:  # a hair less than a whole number of the first instance's steps
+        caps[0], kernels = 1.0, kernels[:1]
+        price = float(binomial_divergence(1 / mpmath.mpf(kernels[0][0]), 5, kernels[0][1]))
+        budget = price * int(rng.integers(1, 15)) * (1 - 1e-9)
+    places = rng.permutation(3) if moving else [0, 1, 2]
+    curve = budget * np.array([math.inf, 1.0, 1.0 if moving else math.inf])[places]
+    ours = PerInstanceAccountant(size, orders=orders, caps=caps, budget=curve)
     held = [[mpmath.mpf(0)] * len(orders) for _ in range(size)]
     for _ in range(int(rng.integers(1, 25))):
-        noise, rate = kernels[int(rng.integers(0, 3))]
-        if rng.integers(0, 3) == 0:
+        noise, rate = kernels[int(rng.integers(0, len(kernels)))]
+        if moving and rng.integers(0, 3) == 0:
             ours.set_caps(rng.uniform(size=size))
         enforced = ours.caps_for(noise_multiplier=noise, sample_rate=rate)
         rows = np.flatnonzero(rng.uniform(size=size) < 0.5)

@@ -85,5 +85,10 @@ def any_rate(rng: np.random.Generator, tiny: float = 1e-12) -> float:
     return float(rng.uniform()) if kind < 5 else log_uniform(rng, tiny, 1.0)
 
 
+def rare_and_far(rng: np.random.Generator) -> tuple[float, float]:
+    """A far shift and a sample rate so small that it still matters little."""
+    return log_uniform(rng, 1.0, 100.0), log_uniform(rng, 1e-100, 1e-6)
+
+
 def any_order(rng: np.random.Generator, low: float = 1.01, high: float = 4096.0) -> float:
     return 1.0 + log_uniform(rng, low - 1.0 + 1e-12, high - 1.0)

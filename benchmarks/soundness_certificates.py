@@ -18,6 +18,7 @@ from opacus_pil.certificates import (
     ContractionCertificate,
     DataProcessingCertificate,
     NoisyFineTuningCertificate,
+    sequential_requests,
 )
 
 DIGITS = 40
@@ -66,6 +67,25 @@ def contraction_chord(rng: np.random.Generator) -> Case:
         "steps": steps, "order": order,
     }  # fmt: skip
     return Case(pairs, parameters)
+
+
+def contraction_requests(rng: np.random.Generator) -> Case:
+    """Requests served one after the other: shifts that fall at each; the chain is exact."""
+    c, noise, _, _, _ = _constant_chain(rng)
+    phases = rng.integers(0, 20, size=int(rng.integers(1, 5))).tolist()
+    phases[0] += 1
+    shifts, steps = noise * rng.uniform(0.0, 1.0, size=len(phases)), int(rng.integers(0, 40))
+    ours = sequential_requests(c, noise_std=noise, phase_steps=phases, request_shifts=shifts)
+    with mpmath.workdps(DIGITS):
+        chain = LinearChain()
+        for phase, length in enumerate(phases):
+            left = mpmath.fsum(mpmath.mpf(shift) for shift in shifts[phase:])
+            chain.step(c, noise, left, length)
+        exact = chain.step(c, noise, times=steps).mu
+    parameters = {
+        "c": c, "noise": noise, "phases": phases, "shifts": shifts.tolist(), "steps": steps,
+    }  # fmt: skip
+    return Case([(ours.mu(steps), exact)], parameters)
 
 
 def contraction_hull(rng: np.random.Generator) -> Case:
@@ -251,6 +271,7 @@ def data_processing(rng: np.random.Generator) -> Case:
 CHAIN = "linear chain"
 FAMILIES = [
     Family("contraction, one chord", CHAIN, contraction_chord, 500, 1e-30, 1e-4),
+    Family("contraction, requests", CHAIN, contraction_requests, 200, 1e-30, 1e-4),
     Family("contraction, hull", "dual of the QP (nnls)", contraction_hull, 500, 1e-13),
     Family("contraction, clipped GLM", CHAIN, contraction_glm, 200, 1e-30),
     Family("contraction, ε, δ, steps", "Gaussian curve", contraction_epsilon, 250, 1e-30),

@@ -10,7 +10,7 @@ import numpy as np
 from exact import Long, binomial_divergence, step_divergence
 from exact_curves import epsilon_at, log_delta_at, normal_tail
 from scipy.optimize import minimize_scalar
-from soundness_cases import Case, Family, any_order, any_rate, log_uniform
+from soundness_cases import Case, Family, any_order, any_rate, log_uniform, rare_and_far
 
 from opacus_pil.accounting import (
     DEFAULT_ORDERS,
@@ -25,7 +25,12 @@ from opacus_pil.accounting import (
 
 def _one_step(rng: np.random.Generator, *, forward: bool) -> Case:
     noise = log_uniform(rng, 1e-2, 1e4)
-    sensitivity, order, rate = noise / log_uniform(rng, 1e-2, 1e8), any_order(rng), any_rate(rng)
+    order = any_order(rng)
+    if rng.integers(0, 4):
+        sensitivity, rate = noise / log_uniform(rng, 1e-2, 1e8), any_rate(rng)
+    else:
+        far, rate = rare_and_far(rng)
+        sensitivity = noise * far
     bound = sampled_gaussian_rdp(
         sensitivity, noise_multiplier=noise, sample_rate=rate, orders=[order],
         direction="with_without" if forward else "without_with",

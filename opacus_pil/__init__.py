@@ -6,6 +6,7 @@ The names below are loaded when first used, so that `import opacus_pil.accountin
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,3 +45,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# Opacus looks accountants up by name. Where Opacus is loaded already, "per_instance_rdp" is there
+# from now on; otherwise from the first use of a name above.
+if "opacus" in sys.modules:
+    importlib.import_module(".worst_case_accountant", __name__)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from opacus import PrivacyEngine
 
 from . import _validate as check
+from . import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
 from .errors import LedgerError, UnsupportedError
 from .norm_policy import Charger, checked_policy
@@ -38,14 +39,20 @@ class LedgerEngine(PrivacyEngine):
         orders: Sequence[float] = DEFAULT_ORDERS,
         levels: int = 1024,
         caps: npt.ArrayLike | None = None,
+        budget: Any = None,
+        history: bool = False,
     ) -> None:
-        policy, every = checked_policy(norm_policy, refresh_every=refresh_every, caps=caps)
+        policy, every = checked_policy(
+            norm_policy, refresh_every=refresh_every, caps=caps, budget=budget
+        )
         self._orders = tuple(check.orders(orders).tolist())
         self._levels = check.integer("levels", levels, low=2)
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self._norm_policy = policy
         self._refresh_every = every
         self._caps = None if caps is None else np.array(caps, dtype=np.float64)
+        self._budget = budget
+        self._history = history
         self._kernels: list[TrainingKernel] = []
         self._charger: Charger | None = None
         self._criterion: Any = None  # the loss that make_private was given by name
@@ -65,7 +72,8 @@ class LedgerEngine(PrivacyEngine):
 
         Raises:
             ValueError: make_private was not called yet.
-            UnsupportedError: It was called several times with different constants.
+            UnsupportedError: It was called several times with different constants, with other
+                than flat clipping, or without Poisson sampling.
         """
         if not self._kernels:
             raise ValueError(
@@ -76,7 +84,14 @@ class LedgerEngine(PrivacyEngine):
                 f"Expected one training kernel, got {len(self._kernels)} make_private calls with "
                 "different constants. Use one engine per training."
             )
-        return self._kernels[0]
+        kernel = self._kernels[0]
+        if kernel.clipping != "flat" or not kernel.poisson_sampling:
+            raise UnsupportedError(
+                f"Expected a training with flat clipping and Poisson sampling, got clipping="
+                f"{kernel.clipping!r} and poisson_sampling={kernel.poisson_sampling}. Its kernel "
+                "cannot be run again on part of the data."
+            )
+        return kernel
 
     @property
     def per_instance(self) -> PerInstanceAccountant:
@@ -116,12 +131,19 @@ class LedgerEngine(PrivacyEngine):
         charges = self._charges()
         policy = self._norm_policy if norm_policy is None else norm_policy
         every = self._refresh_every if policy == "refresh" else None
-        policy, every = checked_policy(policy, refresh_every=every, caps=self._caps)
+        policy, every = checked_policy(
+            policy, refresh_every=every, caps=self._caps, budget=self._budget
+        )
         fork = copy.copy(self)
         fork.accountant = copy.deepcopy(self.accountant)
         fork._norm_policy, fork._refresh_every = policy, every
         fork._kernels = list(self._kernels)
-        fork._charger = Charger(charges.accountant.copy(), norm_policy=policy, refresh_every=every)
+        fork._charger = Charger(
+            charges.accountant.copy(),
+            norm_policy=policy,
+            refresh_every=every,
+            budgeted=charges.budgeted,
+        )
         fork._charger.load_state_dict(charges.state_dict())
         fork._accountings = []
         fork._origin = (self, charges.accountant.steps)

@@ -1,35 +1,27 @@
 """PerInstancePrivacyEngine: Opacus's PrivacyEngine that also knows each instance's privacy loss.
 
-Training is Opacus's, bit for bit (except with caps, which clip more). Here capture meets
-accounting; neither knows the other.
+Training is Opacus's, bit for bit (except with caps, which clip more). Watching and charging it is
+`recording_engine.py`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from opacus import PrivacyEngine
 from opacus.data_loader import DPDataLoader
-from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader
 
 from . import _validate as check
-from ._validate import IntArray
-from .accounting import PerInstanceAccountant
-from .capture.clipping import checked_caps
+from .capture.fixed_batches import recording_copy
 from .capture.indices import record_indices
-from .capture.norms import Recorder
-from .capture.sweep import Sweep
-from .errors import UnsupportedError
-from .ledgers import LedgerEngine
-from .norm_policy import Charger, raised
-from .step_accounting import StepAccounting
+from .recording_engine import RecordingEngine
 from .training_kernel import (
     TrainingKernel,
     require_map_style,
@@ -45,30 +37,38 @@ _DEFAULT_CRITERIA = tuple(
 )
 
 
-class PerInstancePrivacyEngine(LedgerEngine):
+class PerInstancePrivacyEngine(RecordingEngine):
     """Opacus's PrivacyEngine with a second ledger: the privacy loss of every training instance.
 
     Guarantee: `get_epsilon` is Opacus's. Per-instance values hold for adding or removing one
         instance under Poisson sampling, with the label in their `guarantee`:
         worst_case       "bound"
         last_seen        "estimate": the norm of the last batch an instance was in
-        refresh          "estimate"; with refresh_every=1 and a forward pass without randomness
-                         "output_specific"
-        capped           "bound": each instance is clipped to its own cap, fixed before the run
+        refresh          "estimate": a full pass every so many steps
+        full             "output_specific": a full pass at every step (with randomness in the
+                         forward pass: "estimate")
+        capped           "bound": each instance is clipped to its own cap, fixed before the run, or
+                         to 0 once its budget is spent
+        participation    "output_specific", for poisson_sampling=False: only who is in a batch is
+                         charged, without amplification, under zero-out adjacency (with randomness
+                         in the forward pass: "estimate")
+        Adaptive clipping is an "estimate" under every policy.
 
     Args:
-        accountant: Opacus's accountant: "prv", "rdp" or "gdp".
+        accountant: Opacus's accountant: "prv", "rdp", "gdp" or "per_instance_rdp".
         secure_mode: As in Opacus.
-        norm_policy: "worst_case", "last_seen", "refresh" or "capped".
+        norm_policy: One of the above.
         refresh_every: With "refresh": a full pass over the data every so many steps.
         orders: Rényi orders of the per-instance ledger.
         levels: Number of sensitivities it tells apart.
         caps: With "capped": shape (instances,), clipping bounds in units of max_grad_norm, in
             [0, 1], from public data and each instance's own record only.
+        budget: With "capped": as in PerInstanceAccountant. Nobody exceeds it: whoever could is
+            clipped to 0 from that step on.
+        history: As in PerInstanceAccountant: log levels, so that `per_instance.group_rdp` works.
 
     Raises:
         ValueError: Arguments that do not fit each other.
-        UnsupportedError: A norm policy that is not available yet.
 
     Privacy: per-instance values depend on private data and are not private to release.
     """
@@ -105,14 +105,19 @@ class PerInstancePrivacyEngine(LedgerEngine):
             "noise_multiplier", noise_multiplier, low=0.0,
             cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
         )  # fmt: skip
-        bound = check.real(
-            "max_grad_norm", max_grad_norm, low=0.0, open_low=True,
-            cure="Per-layer bounds need clipping='per_layer', which is not supported yet.",
-        )  # fmt: skip
+        bound = _checked_bound(max_grad_norm, clipping=options.get("clipping", "flat"))
         mode = options.get("grad_sample_mode", "hooks")
+        poisson = options.get("poisson_sampling", True)
         named = not any(criterion is default for default in _DEFAULT_CRITERIA)
+        require_map_style(data_loader)
+        if poisson:
+            require_uniform_batches(data_loader)
         charger = self._ready_charger(
-            module, data_loader, options, criterion_known=named or mode == "ghost"
+            module,
+            data_loader.dataset,
+            options,
+            noise_multiplier=noise,
+            criterion_known=named or mode == "ghost",
         )
         made = super().make_private(
             module=module,
@@ -124,9 +129,16 @@ class PerInstancePrivacyEngine(LedgerEngine):
             **options,
         )
         private_module, private_optimizer, loader = made[0], made[1], made[-1]
-        sampler_rate = float(loader.batch_sampler.sample_rate)
+        if poisson:
+            tracker = record_indices(loader)
+            collate = loader.collate_fn.wrapped_collator_fn
+            drawn_rate = float(loader.batch_sampler.sample_rate)
+        else:
+            loader, tracker = recording_copy(loader)
+            made = (*made[:-1], loader)
+            collate, drawn_rate = loader.collate_fn, 1.0
         kernel = TrainingKernel(
-            sample_rate=sampler_rate,
+            sample_rate=drawn_rate,
             expected_batch_size=private_optimizer.expected_batch_size,
             noise_multiplier=noise,
             max_grad_norm=bound,
@@ -134,6 +146,8 @@ class PerInstancePrivacyEngine(LedgerEngine):
             grad_sample_mode=mode,
             batch_first=options.get("batch_first", True),
             num_instances=len(loader.dataset),
+            clipping=options.get("clipping", "flat"),
+            poisson_sampling=poisson,
         )
         self._charger = charger
         self._kernels.append(kernel)
@@ -142,12 +156,14 @@ class PerInstancePrivacyEngine(LedgerEngine):
         self._account(
             private_module,
             private_optimizer,
-            loader,
+            tracker,
             kernel=kernel,
+            dataset=loader.dataset,
+            collate_fn=collate,
             criterion=self._criterion,
             rand_on_empty=options.get("rand_on_empty", False),
             # Opacus may account at 1 / (n - 1) while drawing at 1 / n: the larger counts.
-            sample_rate=max(1 / len(loader), sampler_rate),
+            sample_rate=max(1 / len(loader), drawn_rate),
         )
         return made
 
@@ -156,7 +172,7 @@ class PerInstancePrivacyEngine(LedgerEngine):
     ) -> Any:
         """Choose the noise for a target epsilon as Opacus does, then make_private."""
         require_map_style(data_loader)
-        require_supported(module, options)
+        require_supported(module, options, norm_policy=self._norm_policy)
         require_uniform_batches(data_loader)
         return super().make_private_with_epsilon(module=module, data_loader=data_loader, **options)
 
@@ -243,12 +259,13 @@ class PerInstancePrivacyEngine(LedgerEngine):
         self._account(
             private_module,
             private_optimizer,
-            loader,
+            record_indices(loader, population=rows, steps=count),
             kernel=kernel,
+            dataset=dataset,
+            collate_fn=collate_fn,
             criterion=loss,
             sample_rate=kernel.sample_rate,
             population=rows,
-            steps=count,
         )
         if kernel.grad_sample_mode != "ghost":
             return private_module, private_optimizer, loader
@@ -260,131 +277,13 @@ class PerInstancePrivacyEngine(LedgerEngine):
         )
         return private_module, private_optimizer, private_loss, loader
 
-    @contextmanager
-    def batch(self, *, indices: npt.ArrayLike) -> Iterator[None]:
-        """Say which rows the next step's batch holds, for loops with loaders of their own.
 
-        The caller vouches that the rows were drawn by independent coins at the accounted rate.
-
-        Args:
-            indices: Rows of the data set, each once, in the order of the batch.
-        """
-        rows = check.index_array("indices", indices, size=self.per_instance.num_instances)
-        trackers = [accounting.tracker for accounting in self._accountings]
-        for tracker in trackers:
-            tracker.set_explicit(rows)
-        try:
-            yield
-        finally:
-            for tracker in trackers:
-                tracker.set_explicit(None)
-
-    def refresh_norms(self, *, criterion: Any = None) -> Sweep:
-        """Measure every instance at the current parameters; later steps charge these norms.
-
-        Args:
-            criterion: The loss trained with. Default: the one make_private was given.
-
-        Raises:
-            ValueError: No criterion is known, or a norm is not finite.
-            UnsupportedError: norm_policy is "worst_case" or "capped", which charge no norms.
-        """
-        if self._norm_policy in ("worst_case", "capped"):
-            raise UnsupportedError(
-                f"Expected a norm policy that charges norms, got norm_policy="
-                f"{self._norm_policy!r}. Use 'last_seen' or 'refresh'; "
-                "opacus_pil.capture.sweep measures without charging."
-            )
-        if not self._accountings:
-            raise ValueError("Expected make_private to be called first, got nothing to measure.")
-        training = self._accountings[-1]
-        if criterion is not None:
-            training.criterion = criterion
-        if training.criterion is None:
-            raise ValueError(
-                "Expected criterion to be the loss trained with, got none. Pass it here or to "
-                "make_private."
-            )
-        found, _ = training.measure()
-        self._charges().observe(found, max_grad_norm=training.clip_bound)
-        return found
-
-    # --- inside -------------------------------------------------------------------------------
-
-    def _ready_charger(
-        self,
-        module: nn.Module,
-        data_loader: DataLoader[Any],
-        options: Mapping[str, Any],
-        *,
-        criterion_known: bool,
-    ) -> Charger:
-        """Return what will charge this training, after every check that needs no mutation."""
-        require_map_style(data_loader)
-        require_supported(module, options)
-        require_uniform_batches(data_loader)
-        size = len(data_loader.dataset)  # type: ignore[arg-type]
-        if self._caps is not None and options.get("grad_sample_mode", "hooks") == "ghost":
-            raise UnsupportedError(
-                "Expected grad_sample_mode='hooks' with norm_policy='capped', got 'ghost'. Ghost "
-                "clipping scales the losses inside backward(), before a cap could be applied."
-            )
-        if self._refresh_every is not None and not criterion_known:
-            raise ValueError(
-                "Expected criterion to be named with norm_policy='refresh', got Opacus's default. "
-                "A full pass needs the loss you train with: make_private(criterion=...)."
-            )
-        if self._charger is not None:
-            if self.per_instance.num_instances != size:
-                raise UnsupportedError(
-                    f"Expected the data set of {self.per_instance.num_instances} instances this "
-                    f"engine accounts for, got one of {size}. Use a new engine for other data, or "
-                    "make_private_on for part of the same."
-                )
-            return self._charger
-        caps = None
-        if self._caps is not None:
-            # Clipping to a cap is exact up to rounding; the charge is raised by as much.
-            dtypes = {torch.float32, *(p.dtype for p in module.parameters())}
-            caps = raised(
-                checked_caps(self._caps, num_instances=size),
-                rounding=max(torch.finfo(dtype).eps for dtype in dtypes),
-            )
-        accountant = PerInstanceAccountant(
-            size, orders=self._orders, levels=self._levels, caps=caps
-        )
-        return Charger(accountant, norm_policy=self._norm_policy, refresh_every=self._refresh_every)
-
-    def _account(
-        self,
-        module: Any,
-        optimizer: DPOptimizer,
-        loader: DPDataLoader,
-        *,
-        kernel: TrainingKernel,
-        criterion: Any,
-        sample_rate: float,
-        rand_on_empty: bool = False,
-        population: IntArray | None = None,
-        steps: int | None = None,
-    ) -> None:
-        """Record rows and norms of one training and charge this engine for its steps."""
-        recorder = Recorder(
-            record_indices(loader, population=population, steps=steps),
-            caps=self._caps,
-            rand_on_empty=rand_on_empty,
-        )
-        self._accountings.append(
-            StepAccounting(
-                module=module,
-                optimizer=optimizer,
-                recorder=recorder,
-                charger=self._charges(),
-                kernel=kernel,
-                dataset=loader.dataset,
-                collate_fn=loader.collate_fn.wrapped_collator_fn,
-                population=population,
-                criterion=criterion,
-                sample_rate=sample_rate,
-            )
-        )
+def _checked_bound(max_grad_norm: Any, *, clipping: str) -> float:
+    """Return the clip bound on a whole gradient; one bound per layer with per-layer clipping."""
+    cure = "Pass a positive number; with clipping='per_layer' a list of one per parameter."
+    if clipping != "per_layer":
+        return check.real("max_grad_norm", max_grad_norm, low=0.0, open_low=True, cure=cure)
+    bounds = check.real_array("max_grad_norm", max_grad_norm, low=0.0, open_low=True, cure=cure)
+    if bounds.ndim != 1 or not len(bounds):
+        raise ValueError(check.expected("max_grad_norm", "to be a list", max_grad_norm, cure))
+    return float(np.linalg.norm(bounds))

@@ -14,7 +14,8 @@ from opacus.optimizers import DPOptimizer
 from torch.nn.modules.dropout import _DropoutNd
 
 from ._validate import IntArray
-from .capture.norms import Recorder, record_norms
+from .capture.norms import record_norms
+from .capture.recorder import Recorder
 from .capture.sweep import Sweep, sweep
 from .norm_policy import Charger
 from .training_kernel import TrainingKernel
@@ -63,9 +64,7 @@ class StepAccounting:
         self._sample_rate = sample_rate
         self._opacus_hook = optimizer.step_hook
         self._ghost = kernel.grad_sample_mode == "ghost"
-        if self._ghost:
-            recorder.ghost_module = module
-        record_norms(optimizer, recorder)
+        record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
         recorder.guarded = True
 
@@ -80,11 +79,14 @@ class StepAccounting:
                 f"{optimizer.max_grad_norm:g}. Instances are charged for what happened; Opacus's "
                 "own epsilon is not.",
             )
+        noise, count = self._noise(optimizer)
         self._charger.charge(
             record,
-            noise_std=float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm),
+            noise_std=noise * float(optimizer.max_grad_norm),
             sample_rate=min(self._sample_rate * optimizer.accumulated_iterations, 1.0),
             measure=self.measure,
+            random_forward=self.random_forward,
+            released_count=count,
         )
 
     @property
@@ -92,6 +94,26 @@ class StepAccounting:
         """Bound that gradients are clipped to: the module's own in ghost mode."""
         holder = self._module if self._ghost else self._optimizer
         return float(holder.max_grad_norm)
+
+    def coming_kernel(self) -> tuple[float, float]:
+        """Return noise multiplier and sample rate that the step under way will be charged at."""
+        noise, _ = self._noise(self._optimizer)
+        ratio = float(self._optimizer.max_grad_norm) / self.clip_bound
+        return noise * ratio, self._sample_rate  # one batch per step: caps refuse several
+
+    def _noise(self, optimizer: DPOptimizer) -> tuple[float, float]:
+        """Return the gradient's noise multiplier, and the released count's shift in its units."""
+        noise = float(optimizer.noise_multiplier)
+        if self._kernel.clipping != "adaptive":
+            return noise, 0.0
+        return adaptive_noise(noise, float(optimizer.unclipped_num_std))
+
+    def random_forward(self) -> bool:
+        """Whether the training's forward pass draws dropout masks."""
+        return any(
+            isinstance(part, _DropoutNd) and part.training and part.p > 0
+            for part in self._module._module.modules()
+        )
 
     def measure(self) -> tuple[Sweep, bool]:
         """Run a full pass over the instances in training; say whether dropout is active there."""
@@ -113,8 +135,22 @@ class StepAccounting:
             collate_fn=self._collate_fn,
             parameters=names,
         )
-        dropout = any(
-            isinstance(part, _DropoutNd) and part.training and part.p > 0
-            for part in inner.modules()
-        )
-        return found, dropout
+        return found, self.random_forward()
+
+
+def adaptive_noise(noise_multiplier: float, unclipped_num_std: float) -> tuple[float, float]:
+    """Return adaptive clipping's noise on gradients, and its count's shift in units of that noise.
+
+    It splits the nominal noise: gradients get (z^-2 - (2σ)^-2)^(-1/2), the count of unclipped rows
+    gets σ. The count is a sum of zeros and ones, so that an instance moves it by 1, not by the 1/2
+    that the split assumes.
+
+    Source: Andrew et al. (2021), arXiv:1905.03871, Theorem 1, as in Opacus's AdaClipDPOptimizer.
+
+    >>> adaptive_noise(1.0, 10.0)[1] > 0.1
+    True
+    """
+    if noise_multiplier == 0.0:
+        return 0.0, 0.0
+    noise = (noise_multiplier**-2 - (2.0 * unclipped_num_std) ** -2) ** -0.5
+    return noise, noise / unclipped_num_std

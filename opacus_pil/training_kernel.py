@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from . import _validate as check
 from .errors import UnsupportedError
 
+GRAD_SAMPLE_MODES = ("hooks", "functorch", "ew", "ghost", "no_op")
+
 
 @dataclass(frozen=True)
 class TrainingKernel:
@@ -29,9 +31,11 @@ class TrainingKernel:
         noise_multiplier: Noise std on the gradient sum / max_grad_norm. Unitless.
         max_grad_norm: Clip bound on a per-sample gradient norm.
         loss_reduction: "mean" or "sum".
-        grad_sample_mode: "hooks" or "ghost".
+        grad_sample_mode: As in Opacus, one of GRAD_SAMPLE_MODES.
         batch_first: Whether the batch is the inputs' first dimension.
         num_instances: Size of the training set.
+        clipping: "flat", "per_layer" or "adaptive".
+        poisson_sampling: False for fixed batches.
     """
 
     sample_rate: float
@@ -42,6 +46,8 @@ class TrainingKernel:
     grad_sample_mode: str
     batch_first: bool
     num_instances: int
+    clipping: str = "flat"
+    poisson_sampling: bool = True
 
 
 def require_map_style(data_loader: Any) -> None:
@@ -80,23 +86,31 @@ def require_uniform_batches(data_loader: DataLoader[Any]) -> None:
             )
 
 
-def require_supported(module: nn.Module, options: Mapping[str, Any]) -> None:
+def require_supported(
+    module: nn.Module, options: Mapping[str, Any], *, norm_policy: str = "last_seen"
+) -> None:
     """Raise for a combination of Opacus's options without a sound per-instance number."""
-    if options.get("clipping", "flat") != "flat":
+    clipping = check.choice(
+        "clipping", options.get("clipping", "flat"), ("flat", "per_layer", "adaptive")
+    )
+    if clipping == "adaptive" and norm_policy == "capped":
         raise UnsupportedError(
-            f"Expected clipping to be 'flat', got clipping={options['clipping']!r}. Other clipping "
-            "has no single norm per instance yet. Pass clipping='flat'."
+            "Expected flat clipping with norm_policy='capped', got clipping='adaptive'. The count "
+            "that adaptive clipping releases is not bounded by a cap."
         )
     mode = options.get("grad_sample_mode", "hooks")
-    if mode not in ("hooks", "ghost"):
+    if mode not in GRAD_SAMPLE_MODES:
         raise UnsupportedError(
-            f"Expected grad_sample_mode to be 'hooks' or 'ghost', got grad_sample_mode={mode!r}. "
-            "Norms are captured in these two modes. Pass one of them."
+            f"Expected grad_sample_mode to be one of {', '.join(GRAD_SAMPLE_MODES)}, got "
+            f"grad_sample_mode={mode!r}. Parameters sharded over processes have no norm in one "
+            "place. Pass one of these."
         )
-    if not options.get("poisson_sampling", True):
+    if options.get("poisson_sampling", True) == (norm_policy == "participation"):
         raise UnsupportedError(
-            "Expected poisson_sampling to be True, got poisson_sampling=False. Shuffled batches "
-            "get no amplification by sampling. Leave poisson_sampling at its default."
+            "Expected poisson_sampling=False with norm_policy='participation' and only there, got "
+            f"poisson_sampling={options.get('poisson_sampling', True)} with {norm_policy=}. "
+            "Shuffled batches get no amplification by sampling: only who is in the batch is "
+            "charged. Change one of the two."
         )
     distributed = (
         DistributedDataParallel, DifferentiallyPrivateDistributedDataParallel, FSDPModule,

@@ -61,6 +61,7 @@ POLICIES = {
     "last_seen": {},
     "refresh 1": {"norm_policy": "refresh", "refresh_every": 1},
     "refresh 3": {"norm_policy": "refresh", "refresh_every": 3},
+    "full": {"norm_policy": "full"},
     "capped at one": {"norm_policy": "capped", "caps": np.ones(SIZE)},
 }
 
@@ -76,8 +77,6 @@ def test_training_is_opacus_own_bit_for_bit_under_every_policy(mode, workers):
 
     expected = run(PrivacyEngine(accountant="rdp"))
     for name, options in POLICIES.items():
-        if mode == "ghost" and "caps" in options:
-            continue
         engine = PerInstancePrivacyEngine(accountant="rdp", **options)
         found = run(engine)
         assert torch.equal(found[0], expected[0]), name
@@ -403,9 +402,8 @@ REFUSED = {
         },
         "Subset",
     ),
-    "no Poisson": ({"poisson_sampling": False}, "poisson_sampling"),
-    "per layer": ({"clipping": "per_layer"}, "clipping='per_layer'"),
-    "functorch": ({"grad_sample_mode": "functorch"}, "grad_sample_mode='functorch'"),
+    "no Poisson": ({"poisson_sampling": False}, "participation"),
+    "sharded": ({"grad_sample_mode": "ghost_fsdp"}, "grad_sample_mode='ghost_fsdp'"),
 }
 
 
@@ -437,14 +435,13 @@ def test_arguments_that_do_not_fit_each_other_are_refused():
         {"refresh_every": 3},
         {"norm_policy": "capped"},
         {"caps": [1.0]},
+        {"budget": (1.0, 1e-5)},
+        {"norm_policy": "full", "refresh_every": 2},
         {"norm_policy": "refresh", "refresh_every": 0},
         {"norm_policy": "newest"},
     ):
         with pytest.raises(ValueError, match="Expected"):
             PerInstancePrivacyEngine(**options)
-    for later in ("full", "participation"):
-        with pytest.raises(UnsupportedError, match="worst_case, last_seen, refresh, capped"):
-            PerInstancePrivacyEngine(norm_policy=later)
     refresh = PerInstancePrivacyEngine(norm_policy="refresh", refresh_every=2)
     module = convolutional()
     with pytest.raises(ValueError, match="criterion to be named"):
@@ -455,8 +452,6 @@ def test_arguments_that_do_not_fit_each_other_are_refused():
         )  # fmt: skip
     with pytest.raises(ValueError, match="caps"):
         prepared(PerInstancePrivacyEngine(norm_policy="capped", caps=np.ones(SIZE - 1)))
-    with pytest.raises(UnsupportedError, match="hooks"):
-        prepared(PerInstancePrivacyEngine(norm_policy="capped", caps=np.ones(SIZE)), mode="ghost")
     used = PerInstancePrivacyEngine()
     prepared(used)
     with pytest.raises(UnsupportedError, match="data set of 60"):

@@ -146,6 +146,9 @@ class PerInstanceAccountant(PrivacyLosses):
         rows, levels = self._checked_rows(indices, sensitivities, caps)
         label = self._checked_label(guarantee, rows)  # the last thing to fail
 
+        if self._source == "absent":  # fixed batches came before: nothing is known about the others
+            self._move_everyone(len(self._grid) - 1)
+            self._source = "stale"
         if privacy_filter is not None and caps is not None:
             self._leave_out(privacy_filter, caps)
         if rows is not None and self._caps is None and len(rows):
@@ -161,6 +164,62 @@ class PerInstanceAccountant(PrivacyLosses):
             self._history.charge(noise, rate, attributed=rows is not None)
         if self._source == "measured":
             self._source = "stale"  # exact for this step only
+        self._guarantee = weakest([self._guarantee, label])
+        self._steps += 1
+
+    def participate(
+        self,
+        *,
+        indices: npt.ArrayLike | None,
+        sensitivities: npt.ArrayLike | None,
+        noise_multiplier: float,
+        guarantee: str = "output_specific",
+    ) -> None:
+        """Charge only the instances in a batch that was not drawn by independent coins.
+
+        For fixed or shuffled batches: the full Gaussian mechanism for whoever is in the batch,
+        nothing for the others, no amplification by sampling.
+
+        Guarantee: as `step`, under *zero-out* adjacency (the instance's slot stays empty) and with
+            the schedule of batches taken as public: "output_specific" at most.
+
+        Args:
+            indices: Shape (batch,), each instance once. None: everyone is charged
+                `max_sensitivity`.
+            sensitivities: Shape (batch,), min(norm, clip bound) / max_grad_norm.
+            noise_multiplier: Noise std on the gradient sum / max_grad_norm. Unitless, >= 0.
+            guarantee: "output_specific" or "estimate".
+
+        Raises:
+            TypeError, ValueError: As in `step`; or caps or budgets are in force, which are meant
+                for sampled batches. The accountant is left as it was.
+
+        Source: Mironov (2017), arXiv:1702.07476, Gaussian mechanism. Under add/remove adjacency
+            another instance would move into the slot, and the shift could be larger by 1.
+        """
+        noise, _ = _checked_kernel(noise_multiplier, 1.0)
+        label = check.choice("guarantee", guarantee, ("output_specific", "estimate"))
+        if self._caps is not None:
+            raise ValueError(
+                "Expected an accountant without caps or budget for fixed batches, got one with. "
+                "Call step, or construct it without."
+            )
+        table = self._grid.rdp(noise_multiplier=noise, sample_rate=1.0)
+        rows, levels = self._checked_rows(indices, sensitivities, None)
+
+        if self._source != "absent":
+            self._move_everyone(0)
+            self._source = "absent"
+        if rows is None:
+            self._balances.charge_everyone(table[-1])
+            self._unattributed += 1
+        else:
+            self._move(rows, levels)
+            self._balances.charge(table, (noise, 1.0))
+        if self._history is not None:
+            self._history.charge(noise, 1.0, attributed=rows is not None)
+        if rows is not None:
+            self._move(rows, np.zeros(len(rows), dtype=np.int64))
         self._guarantee = weakest([self._guarantee, label])
         self._steps += 1
 
@@ -240,6 +299,10 @@ class PerInstanceAccountant(PrivacyLosses):
             changed = self._balances.level[rows] != levels
             self._history.move(rows[changed], levels[changed])
         self._balances.move(rows, levels)
+
+    def _move_everyone(self, level: int) -> None:
+        present = np.flatnonzero(self._present())
+        self._move(present, np.full(len(present), level))
 
     def _set_caps(self, caps: FloatArray) -> None:
         if self._filter is not None:

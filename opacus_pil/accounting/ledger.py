@@ -21,12 +21,14 @@ from .history import History
 VERSION = 2
 
 # Where the levels come from decides what a step may claim: constants or caps fixed before the run;
-# caps enforced but chosen during it; a full pass at this very step; anything older or partial.
+# caps enforced but chosen during it; a full pass at this very step; anything older or partial;
+# nobody, between fixed batches.
 STRONGEST_LABEL = {
     "fixed": "bound",
     "enforced": "output_specific",
     "measured": "output_specific",
     "stale": "estimate",
+    "absent": "estimate",
 }
 
 

@@ -96,12 +96,19 @@ class PrivacyLosses:
         return self._guarantee
 
     @property
-    def caps(self) -> FloatArray | None:
-        """Clipping bounds of a step like the last one, in units of max_grad_norm, or None.
+    def budgeted(self) -> bool:
+        """Whether a filter holds every instance to a budget."""
+        return self._filter is not None
 
-        Shape (instances,). 0 for whoever has no budget left for such a step.
+    @property
+    def caps(self) -> FloatArray | None:
+        """Enforced clipping bounds in units of max_grad_norm, shape (instances,), or None.
+
+        Under a budget those of a step like the last one: 0 for whoever has none left for it.
         """
-        return None if self._caps is None else np.where(self.active, self._caps, 0.0)
+        if self._caps is None or self._filter is None:
+            return None if self._caps is None else self._caps.copy()
+        return np.where(self.active, self._caps, 0.0)
 
     @property
     def active(self) -> npt.NDArray[np.bool_]:

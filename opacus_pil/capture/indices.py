@@ -119,24 +119,27 @@ class RecordingDataLoader(DPDataLoader):
     def __iter__(self) -> Any:
         """Start a pass over the data."""
         # Eager, as in DataLoader: workers are primed and the base seed is drawn here.
-        return _Batches(self, super().__iter__())
+        return Batches(self, super().__iter__())
 
 
-class _Batches:
-    """One pass over a RecordingDataLoader; pairs batches and rows first in, first out."""
+class Batches:
+    """One pass over a recording loader; pairs batches and rows first in, first out."""
 
-    def __init__(self, loader: RecordingDataLoader, batches: Any) -> None:
+    def __init__(self, loader: Any, batches: Any) -> None:
         self._loader = loader
         self._batches = batches
         self._emitted: deque[list[int]] | None = loader.batch_sampler.emitted
 
-    def __iter__(self) -> _Batches:
+    def __iter__(self) -> Batches:
+        """Return itself: one pass."""
         return self
 
     def __len__(self) -> int:
+        """Return the number of batches of the pass."""
         return len(self._batches)
 
     def __next__(self) -> Any:
+        """Return the next batch, after publishing its rows."""
         try:
             batch = next(self._batches)
         except StopIteration:

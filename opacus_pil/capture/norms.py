@@ -1,7 +1,7 @@
 """Per-sample gradient norms out of Opacus's optimizers, at no extra pass over the gradients.
 
-Opacus computes every norm and throws it away; the optimizers here keep it. Knows rows and norms of
-the current step, no accountant.
+Opacus computes every norm and throws it away; the optimizers here keep it. Knows how each of
+Opacus's optimizers clips, no accountant.
 """
 
 from __future__ import annotations
@@ -9,161 +9,23 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+    GradSampleHooksFastGradientClipping,
+)
+from opacus.optimizers import (
+    AdaClipDPOptimizer,
+    DPOptimizer,
+    DPOptimizerFastGradientClipping,
+    DPPerLayerOptimizer,
+)
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
-from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
 from .clipping import clip_factors
-from .indices import BatchTracker
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one noisy step saw.
-
-    Attributes:
-        indices: Shape (batch,), rows of the data set; None: not known for certain.
-        norms: Shape (batch,), float64, unclipped per-sample gradient norms.
-        max_grad_norm: Bound that the gradients were clipped to.
-        rounding: Machine epsilon of the dtype the norms were computed in.
-        mismatch: Why `indices` is None, for a warning; empty when they are known.
-    """
-
-    indices: IntArray | None
-    norms: FloatArray
-    max_grad_norm: float
-    rounding: float
-    mismatch: str = ""
-
-
-@dataclass(frozen=True)
-class _Capture:
-    rows: IntArray | None
-    norms: torch.Tensor
-    max_grad_norm: float
-    dropped: torch.Tensor | None  # rows with cap 0, which took no part
-    mismatch: str
-
-
-class Recorder:
-    """Collects the norms of the physical batches that make up one noisy step.
-
-    Args:
-        tracker: Knows the current batch's rows.
-        caps: Shape (instances,), enforced per-instance caps in units of max_grad_norm, or None.
-        rand_on_empty: Opacus replaces an empty draw by one random row, whose norm is nobody's.
-        ghost_module: Where ghost clipping leaves its norms; None in hooks mode.
-    """
-
-    def __init__(
-        self,
-        tracker: BatchTracker,
-        *,
-        caps: FloatArray | None = None,
-        rand_on_empty: bool = False,
-        ghost_module: Any = None,
-    ) -> None:
-        self.tracker = tracker
-        self.caps = caps
-        self.ghost_module = ghost_module
-        self.guarded = False  # True once the accounting hook is attached and must stay
-        self._rand_on_empty = rand_on_empty
-        self._captures: list[_Capture] = []
-
-    def clear(self) -> None:
-        """Forget captured batches whose gradients were dropped without a step."""
-        self._captures = []
-
-    def capture(self, norms: torch.Tensor, *, max_grad_norm: float) -> torch.Tensor | None:
-        """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
-
-        Raises:
-            UnsupportedError: Caps must be enforced and the batch's rows are not known.
-        """
-        handed_out = self.tracker.handed_out
-        rows = self.tracker.claim()
-        norms = norms.detach()
-        if rows is not None and self._rand_on_empty and len(rows) == 0 and len(norms) == 1:
-            norms, phantom = norms[:0], True
-        else:
-            phantom = False
-        mismatch = ""
-        if rows is None:
-            mismatch = "no loader or batch(indices=...) said which rows the batch holds"
-        elif len(rows) != len(norms):
-            mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
-            rows = None
-        caps = dropped = None
-        if self.caps is not None:
-            if handed_out > 1:  # a batch fetched ahead may have the same length
-                rows, mismatch = None, f"{handed_out} batches were handed out since the last step"
-            if rows is None:
-                raise UnsupportedError(
-                    "Expected the rows of this batch to be known, since each has its own cap, but "
-                    f"{mismatch}. Step once on each batch of the private loader, or wrap the step "
-                    "in engine.batch(indices=...)."
-                )
-            if phantom:
-                caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
-            else:
-                caps = torch.as_tensor(self.caps[rows], device=norms.device, dtype=norms.dtype)
-                dropped = caps == 0
-        self._captures.append(_Capture(rows, norms, max_grad_norm, dropped, mismatch))
-        return caps
-
-    def take(self, *, max_grad_norm: float) -> StepRecord:
-        """Return what the step saw and start the next one.
-
-        Args:
-            max_grad_norm: Clip bound to report if nothing was captured.
-
-        Raises:
-            ValueError: A norm is not finite; names the first instance.
-            UnsupportedError: Several drawn batches were summed into one noisy step.
-        """
-        captures, self._captures = self._captures, []
-        known = [c for c in captures if c.rows is not None]
-        if len(captures) > 1 and known:
-            raise UnsupportedError(
-                f"Expected one drawn batch per noisy step, got {len(captures)}. An instance drawn "
-                "into several would be charged for one. Step after every batch."
-            )
-        rows = captures[0].rows if known else None
-        norms = _joined([c.norms for c in captures])
-        if captures and captures[0].dropped is not None:
-            norms = np.where(captures[0].dropped.cpu().numpy(), 0.0, norms)
-        _require_finite(norms, rows)
-        return StepRecord(
-            indices=rows,
-            norms=norms,
-            max_grad_norm=max((c.max_grad_norm for c in captures), default=max_grad_norm),
-            rounding=max((torch.finfo(c.norms.dtype).eps for c in captures), default=0.0),
-            mismatch=captures[0].mismatch if captures else "no gradient was captured",
-        )
-
-
-def _joined(parts: list[torch.Tensor]) -> FloatArray:
-    if not parts:
-        return np.empty(0)
-    together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return together.to("cpu", torch.float64).numpy()
-
-
-def _require_finite(norms: FloatArray, rows: IntArray | None) -> None:
-    if not np.isfinite(norms).all():
-        bad = np.flatnonzero(~np.isfinite(norms))
-        first = int(bad[0])
-        who = f"instance {int(rows[first])}" if rows is not None else f"batch position {first}"
-        raise ValueError(
-            f"Expected finite per-sample gradient norms, got {len(bad)} of {len(norms)} not finite "
-            f"(first: {who}). A non-finite gradient cannot be clipped; check its loss."
-        )
+from .recorder import Recorder
 
 
 class _Recording:
@@ -181,13 +43,18 @@ class _Recording:
             "was added after it.",
             stacklevel=2,
         )
-        self.step_hook: Callable[[Any], None] = functools.partial(_chain, self.step_hook, fn)
+        self.step_hook: Callable[[Any], None] = chained(self.step_hook, fn)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients as Opacus does, and the captures that belonged to them."""
         super().zero_grad(set_to_none)  # type: ignore[misc]
         if not self._is_last_step_skipped:  # type: ignore[attr-defined]
             self.recorder.clear()
+
+
+def chained(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a step hook that calls both, in order."""
+    return functools.partial(_chain, first, second)
 
 
 def _chain(first: Callable[[Any], None], second: Callable[[Any], None], optimizer: Any) -> None:
@@ -227,42 +94,108 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
             _mark_as_processed(p.grad_sample)
 
 
+class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
+    """Opacus's per-layer clipping, keeping the norm of what is left of each gradient."""
+
+    def clip_and_accumulate(self) -> None:
+        """Record the clipped norm over all layers, then clip and sum as Opacus does."""
+        bounds = [float(bound) for bound in self.max_grad_norms]
+        samples = self.grad_samples
+        layers = [
+            sample.reshape(len(sample), -1).norm(2, dim=-1).clamp(max=bound)
+            for sample, bound in zip(samples, bounds, strict=True)
+        ]
+        device = layers[0].device
+        norms = torch.stack([norm.to(device) for norm in layers], dim=1).norm(2, dim=1)
+        self.recorder.capture(norms, max_grad_norm=self.max_grad_norm)
+        super().clip_and_accumulate()
+
+
+class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
+    """Opacus's adaptive clipping, keeping the norms by the bound that is in force at the step."""
+
+    def clip_and_accumulate(self) -> None:
+        """Record the norms, then clip, count and sum as Opacus does."""
+        layers = [g.reshape(len(g), -1).norm(2, dim=-1) for g in self.grad_samples]
+        device = layers[0].device
+        norms = torch.stack([norm.to(device) for norm in layers], dim=1).norm(2, dim=1)
+        self.recorder.capture(norms, max_grad_norm=float(self.max_grad_norm))
+        super().clip_and_accumulate()
+
+
 class RecordingGhostOptimizer(_Recording, DPOptimizerFastGradientClipping):
     """Opacus's ghost-clipping optimizer, reading the norms that the module computed."""
+
+    module: Any
 
     def accumulate(self) -> None:
         """Accumulate as Opacus does, then keep the norms of the backward pass behind it."""
         super().accumulate()
-        module = self.recorder.ghost_module
-        self.recorder.capture(
-            module.per_sample_gradient_norms, max_grad_norm=float(module.max_grad_norm)
+        if self.recorder.caps is None:  # with caps the module has recorded them before clipping
+            module = self.module
+            self.recorder.capture(
+                module.per_sample_gradient_norms, max_grad_norm=float(module.max_grad_norm)
+            )
+
+
+def _capped_coefficients(module: Any, recorder: Recorder) -> torch.Tensor:
+    """Return each row's factor in place of the ghost module's own, after recording the norms."""
+    norms = module.get_norm_sample()
+    if not bool(torch.isfinite(norms).all()):
+        # A factor of 0 would not help: 0 · NaN is NaN, and the rows are summed inside backward.
+        raise ValueError(
+            "Expected finite per-sample gradient norms, got "
+            f"{int((~torch.isfinite(norms)).sum())} of {len(norms)} not finite. A non-finite "
+            "gradient cannot be clipped; check its loss."
         )
+    caps = recorder.capture(norms, max_grad_norm=float(module.max_grad_norm))
+    return clip_factors(norms, max_grad_norm=module.max_grad_norm, caps=caps)
 
 
 _RECORDING: dict[type, type] = {
     DPOptimizer: RecordingDPOptimizer,
+    DPPerLayerOptimizer: RecordingPerLayerOptimizer,
+    AdaClipDPOptimizer: RecordingAdaptiveOptimizer,
     DPOptimizerFastGradientClipping: RecordingGhostOptimizer,
 }
 
 
-def record_norms(optimizer: DPOptimizer, recorder: Recorder) -> None:
+def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> None:
     """Make a freshly built Opacus optimizer keep its per-sample norms, in place.
 
+    Args:
+        optimizer: Opacus's optimizer; its class is exchanged.
+        recorder: Collects rows and norms.
+        module: What Opacus made of the module; with ghost clipping and caps its clipping factors
+            are exchanged.
+
     Raises:
-        UnsupportedError: Another class of optimizer than flat or ghost clipping in one process; or
-            caps with ghost clipping.
+        UnsupportedError: An optimizer for several processes or of another library; or caps with
+            per-layer or adaptive clipping.
     """
-    recording = _RECORDING.get(type(optimizer))
-    if recording is None:
-        raise UnsupportedError(
-            f"Expected an optimizer of {', '.join(c.__name__ for c in _RECORDING)}, got "
-            f"{type(optimizer).__name__}. Use clipping='flat' with grad_sample_mode='hooks' or "
-            "'ghost' in one process."
-        )
-    if recorder.caps is not None and recording is RecordingGhostOptimizer:
-        raise UnsupportedError(
-            "Expected grad_sample_mode='hooks' with caps, got 'ghost'. Ghost clipping scales the "
-            "losses inside backward(), before the optimizer could apply a cap."
-        )
+    require_known(optimizer)
+    recording = _RECORDING[type(optimizer)]
+    ghost = recording is RecordingGhostOptimizer
+    if recorder.caps is not None and recording is not RecordingDPOptimizer:
+        if not (ghost and isinstance(module, GradSampleHooksFastGradientClipping)):
+            raise UnsupportedError(
+                f"Expected flat clipping with caps, got {type(optimizer).__name__} with "
+                f"{type(module).__name__}. A cap bounds the whole gradient of an instance. Use "
+                "clipping='flat'."
+            )
+        module.get_clipping_coef = functools.partial(_capped_coefficients, module, recorder)
+    if ghost:
+        optimizer.module = module
+    else:
+        recorder.publish = module
     optimizer.__class__ = recording
     optimizer.recorder = recorder
+
+
+def require_known(optimizer: DPOptimizer) -> None:
+    """Raise unless the optimizer is one of Opacus's whose clipping is known here."""
+    if type(optimizer) not in _RECORDING:
+        raise UnsupportedError(
+            f"Expected an optimizer of {', '.join(c.__name__ for c in _RECORDING)}, got "
+            f"{type(optimizer).__name__}. Train in one process with Opacus's own optimizers."
+        )

@@ -85,6 +85,12 @@ class OneOutputRun:
             f"guarantee={ledger.guarantee!r}",
             "Train with norm_policy='capped' and caps from public data only.",
         )
+        _require(
+            not ledger.budgeted,
+            "caps fixed before the run",
+            "a budget, under which caps follow what was spent",
+            "Train without a budget; a cap that moves with the model breaks the coupling.",
+        )
         self.step_size, self.weight_decay = _plain_sgd(optimizer)
         assert isinstance(module, nn.Linear)
         self.feature_norm = _checked_feature_norm(

@@ -10,18 +10,21 @@ from opacus.optimizers import (
     AdaClipDPOptimizer,
     DPOptimizer,
     DPOptimizerFastGradientClipping,
+    DPPerLayerOptimizer,
 )
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from opacus_pil.capture.clipping import checked_caps, clip_factors
 from opacus_pil.capture.indices import BatchTracker
-from opacus_pil.capture.norms import Recorder, record_norms
+from opacus_pil.capture.norms import record_norms
+from opacus_pil.capture.recorder import Recorder
 from opacus_pil.errors import UnsupportedError
 from tests.capture.models import Words, convolutional, images, one_by_one_norms, sentences
 
 FLOAT32, FLOAT64 = 1e-4, 1e-9  # as in test_sweep
 BOUND = 0.5
+CRITERION = nn.CrossEntropyLoss()
 
 
 def stepper(module, *, ghost=False, recorded=True, noise=0.0, reduction="mean", **recorder):
@@ -44,8 +47,10 @@ def stepper(module, *, ghost=False, recorded=True, noise=0.0, reduction="mean", 
         optimizer = DPOptimizer(inner, **options)
     record = None
     if recorded:
-        record = Recorder(tracker, ghost_module=wrapped if ghost else None, **recorder)
-        record_norms(optimizer, record)
+        if recorder.get("caps") is not None:
+            recorder["caps"] = recorder["caps"].__getitem__
+        record = Recorder(tracker, **recorder)
+        record_norms(optimizer, record, module=wrapped)
 
     def step(data, rows, *, published="same"):
         optimizer.zero_grad()
@@ -210,19 +215,116 @@ def test_a_later_hook_runs_after_the_accounting_instead_of_replacing_it():
     assert calls == ["accounting", "user"]
 
 
-def test_unknown_optimizers_and_ghost_caps_are_refused():
+class Foreign(DPOptimizer):
+    """An optimizer that clips in a way nobody here knows."""
+
+
+def test_unknown_optimizers_and_caps_without_one_norm_are_refused():
     module = convolutional()
     wrapped = GradSampleModule(module)
-    adaptive = AdaClipDPOptimizer(
+    inner = torch.optim.SGD(module.parameters(), lr=0.1)
+    options = {"noise_multiplier": 1.0, "expected_batch_size": 8}
+    foreign = Foreign(inner, max_grad_norm=BOUND, **options)
+    with pytest.raises(UnsupportedError, match="Foreign"):
+        record_norms(foreign, Recorder(BatchTracker()), module=wrapped)
+    layered = DPPerLayerOptimizer(inner, max_grad_norm=[1.0] * 6, **options)
+    with pytest.raises(UnsupportedError, match="whole gradient"):
+        record_norms(layered, Recorder(BatchTracker(), caps=np.ones(60).take), module=wrapped)
+    assert type(layered) is DPPerLayerOptimizer
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_ghost_clipping_with_caps_sums_what_flat_clipping_with_caps_sums(dropped):
+    caps, rows = np.linspace(0.02, 1.0, 60), [3, 17, 40, 59]
+    if dropped:
+        caps[17] = 0.0
+    sums = []
+    for ghost in (False, True):
+        torch.manual_seed(3)
+        step, optimizer = stepper(convolutional(), ghost=ghost, caps=caps)
+        record = step(images(), rows)
+        sums.append(torch.cat([p.grad.flatten() for p in optimizer.params]))
+        assert (record.norms[1] == 0.0) == dropped  # it took no part
+    torch.testing.assert_close(sums[1], sums[0], rtol=1e-4, atol=1e-6)  # two ways, float32
+
+
+def test_ghost_clipping_cannot_drop_a_row_that_is_not_finite():
+    caps = np.ones(60)
+    caps[2] = 0.0
+    data = images()
+    data.tensors[0][2] = float("nan")
+    step, _ = stepper(convolutional(), ghost=True, caps=caps)
+    with pytest.raises(ValueError, match="1 of 2 not finite"):
+        step(data, [1, 2])
+
+
+def test_per_layer_clipping_records_what_is_left_of_each_gradient():
+    torch.manual_seed(5)
+    module = convolutional()
+    rows, bounds = [0, 5, 9, 33], [0.3, 0.1, 2.0, 0.2, 1.0, 0.5]
+    names = [name for name, _ in module.named_parameters()]
+    expected = []
+    for row in rows:
+        inputs, target = images()[row]
+        loss = CRITERION(module(inputs[None]), target[None])
+        gradients = torch.autograd.grad(loss, list(module.parameters()))
+        kept = [min(float(g.norm()), b) for g, b in zip(gradients, bounds, strict=True)]
+        expected.append(np.linalg.norm(kept))
+    wrapped = GradSampleModule(module)
+    optimizer = DPPerLayerOptimizer(
+        torch.optim.SGD(module.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=bounds,
+        expected_batch_size=8,
+    )  # fmt: skip
+    tracker, owner = BatchTracker(), nn.Identity()
+    record = Recorder(tracker)
+    record_norms(optimizer, record, module=wrapped)
+    tracker.publish(rows, owner=owner)
+    inputs, targets = images()[rows]
+    CRITERION(wrapped(inputs), targets).backward()
+    optimizer.step()
+    found = record.take(max_grad_norm=BOUND)
+    np.testing.assert_allclose(found.norms, expected, rtol=1e-5)  # float32
+    assert found.max_grad_norm == pytest.approx(np.linalg.norm(bounds))
+    assert len(names) == len(bounds)
+
+
+def test_adaptive_clipping_records_the_bound_in_force():
+    torch.manual_seed(5)
+    module = convolutional()
+    rows = [0, 5, 9, 33]
+    truth = one_by_one_norms(module, images(), rows, CRITERION)
+    wrapped = GradSampleModule(module)
+    optimizer = AdaClipDPOptimizer(
         torch.optim.SGD(module.parameters(), lr=0.1), noise_multiplier=1.0,
-        target_unclipped_quantile=0.5, clipbound_learning_rate=0.2, max_clipbound=2.0,
+        target_unclipped_quantile=0.5, clipbound_learning_rate=0.2, max_clipbound=20.0,
         min_clipbound=0.1, unclipped_num_std=2.0, max_grad_norm=BOUND, expected_batch_size=8,
     )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="AdaClipDPOptimizer"):
-        record_norms(adaptive, Recorder(BatchTracker()))
-    wrapped.to_standard_module()
-    with pytest.raises(UnsupportedError, match="hooks"):
-        stepper(module, ghost=True, caps=np.ones(60))
+    tracker, owner = BatchTracker(), nn.Identity()
+    record = Recorder(tracker)
+    record_norms(optimizer, record, module=wrapped)
+    seen = []
+    optimizer.attach_step_hook(lambda _: seen.append(record.take(max_grad_norm=0.0)))
+    for _ in range(2):
+        optimizer.zero_grad()
+        tracker.publish(rows, owner=owner)
+        inputs, targets = images()[rows]
+        CRITERION(wrapped(inputs), targets).backward()
+        optimizer.step()
+    np.testing.assert_allclose(seen[0].norms, truth, rtol=1e-5)  # float32
+    assert seen[0].max_grad_norm == BOUND
+    assert seen[1].max_grad_norm != BOUND  # moved after the first step's hook
+    assert seen[1].max_grad_norm != float(optimizer.max_grad_norm)  # and again after the second's
+
+
+@pytest.mark.parametrize("ghost", [False, True], ids=["hooks", "ghost"])
+def test_the_wrapped_module_offers_the_norms_of_the_last_batch(ghost):
+    torch.manual_seed(5)
+    module = convolutional()
+    truth = one_by_one_norms(module, images(), [4, 8], CRITERION)
+    step, optimizer = stepper(module, ghost=ghost)
+    step(images(), [4, 8])
+    holder = optimizer.module if ghost else optimizer.recorder.publish
+    np.testing.assert_allclose(holder.per_sample_gradient_norms, truth, rtol=1e-5)  # float32
 
 
 def test_clip_factors_bound_the_product():

@@ -86,6 +86,7 @@ def logistic_run(
     steps=300,
     noise_multiplier=1.0,
     seed=0,
+    budget=None,
 ) -> Run:
     torch.manual_seed(seed)
     x = torch.randn(SIZE, 5)
@@ -99,8 +100,9 @@ def logistic_run(
     criterion = nn.BCEWithLogitsLoss()
     caps = np.random.default_rng(seed).uniform(0.05, 1.0, SIZE)
     engine = PerInstancePrivacyEngine(
-        norm_policy=norm_policy, **({"caps": caps} if norm_policy == "capped" else {})
-    )
+        norm_policy=norm_policy, budget=budget,
+        **({"caps": caps} if norm_policy == "capped" else {}),
+    )  # fmt: skip
     private, private_optimizer = _train(
         engine, module, optimizer, dataset, criterion,
         batch_size=batch_size, epochs=steps * batch_size // SIZE,

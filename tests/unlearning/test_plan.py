@@ -171,6 +171,16 @@ class TestBrokenAssumptions:
         with pytest.raises(CertificateError, match="step_size"):
             self.plan(logistic_run(step_size=9.0))
 
+    def test_caps_that_follow_a_budget(self):
+        run = logistic_run(budget=(1.0, 1e-2))
+        assert run.engine.per_instance.guarantee == "bound"
+        assert not run.engine.per_instance.active.all()  # some caps have become 0 by now
+        with pytest.raises(CertificateError, match="a budget"):
+            self.plan(run)
+        # What training alone gives stays certified: the budget itself.
+        plan = run.unlearning().plan([0], epsilon=1.0, delta=1e-2, method="dp_sgd")
+        assert plan.steps == 0
+
     def test_levels_that_are_estimates(self):
         run = logistic_run(norm_policy="last_seen")
         with pytest.raises(CertificateError, match="fixed before the run"):

@@ -1,0 +1,95 @@
+"""Fixed batches: a loader like the caller's own that publishes the rows of each batch.
+
+For `poisson_sampling=False`, where Opacus hands back the caller's loader. That object is never
+changed: the copy shares its data set and samplers. Knows no model, optimizer or accountant.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Sampler
+
+from ..errors import UnsupportedError
+from .indices import Batches, BatchTracker
+
+
+class RecordingBatchSampler(Sampler[list[int]]):
+    """Passes on the caller's batches, remembering them.
+
+    Args:
+        batches: The caller's batch sampler.
+        tracker: Told when a new iterator begins.
+    """
+
+    def __init__(self, batches: Any, *, tracker: BatchTracker) -> None:
+        self.batches = batches
+        self.emitted: deque[list[int]] = deque()
+        self._tracker = tracker
+
+    def __len__(self) -> int:
+        """Return the number of batches of a pass."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Start a pass with its own queue of emitted batches."""
+        # Not a generator: the queue must exist before a DataLoader with workers primes itself.
+        self.emitted = deque()
+        self._tracker.begin()
+        return self._pass_on(self.emitted)
+
+    def _pass_on(self, emitted: deque[list[int]]) -> Iterator[list[int]]:
+        for rows in self.batches:
+            emitted.append([int(row) for row in rows])
+            yield rows
+
+
+class RecordingFixedLoader(DataLoader[Any]):
+    """A DataLoader that publishes each batch's rows to `tracker` just before it is handed out."""
+
+    tracker: BatchTracker
+
+    def __iter__(self) -> Any:
+        """Start a pass over the data."""
+        return Batches(self, super().__iter__())
+
+
+def recording_copy(loader: DataLoader[Any]) -> tuple[RecordingFixedLoader, BatchTracker]:
+    """Return a loader that yields what `loader` would, and the tracker of its rows.
+
+    Raises:
+        UnsupportedError: Batches are not formed by the loader, or may arrive out of order.
+    """
+    if loader.batch_sampler is None:
+        raise UnsupportedError(
+            "Expected a loader that forms batches, got batch_size=None. The rows of a batch are "
+            "not known to such a loader. Pass batch_size, or use batch(indices=...)."
+        )
+    if not getattr(loader, "in_order", True):
+        raise UnsupportedError(
+            "Expected a loader with in_order=True, got in_order=False. Batches that overtake each "
+            "other cannot be matched with their rows."
+        )
+    tracker = BatchTracker()
+    options: dict[str, Any] = {}
+    if loader.num_workers:
+        options = {
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+    copied = RecordingFixedLoader(
+        loader.dataset,
+        batch_sampler=RecordingBatchSampler(loader.batch_sampler, tracker=tracker),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,
+        **options,
+    )
+    copied.tracker = tracker
+    return copied, tracker

@@ -1,0 +1,332 @@
+"""RecordingEngine: watches trainings that Opacus made private, and charges both ledgers.
+
+Here capture meets accounting; neither knows the other. Making training private is
+`privacy_engine.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from opacus.data_loader import DPDataLoader
+from opacus.optimizers import (
+    AdaClipDPOptimizer,
+    DPOptimizer,
+    DPOptimizerFastGradientClipping,
+    DPPerLayerOptimizer,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from . import _validate as check
+from ._validate import FloatArray, IntArray
+from .accounting import PerInstanceAccountant
+from .capture.clipping import checked_caps
+from .capture.indices import BatchTracker, record_indices
+from .capture.norms import chained, require_known
+from .capture.recorder import Recorder
+from .capture.sweep import Sweep
+from .errors import UnsupportedError
+from .ledgers import LedgerEngine
+from .norm_policy import Charger, raised
+from .step_accounting import StepAccounting, adaptive_noise
+from .training_kernel import (
+    TrainingKernel,
+    require_map_style,
+    require_supported,
+)
+
+
+class RecordingEngine(LedgerEngine):
+    """An engine that accounts for trainings made private by Opacus.
+
+    Args and Raises: those of PerInstancePrivacyEngine.
+    """
+
+    # --- a training of somebody else ----------------------------------------------------------
+
+    def attach(
+        self,
+        *,
+        module: Any,
+        optimizer: DPOptimizer,
+        data_loader: DataLoader[Any] | None = None,
+        dataset: Any = None,
+        sample_rate: float | None = None,
+        criterion: Any = None,
+    ) -> None:
+        """Account for a training that was made private elsewhere, before its first step.
+
+        For loops whose framework calls Opacus itself. A step hook that is attached already stays,
+        and is called first; this engine's own worst-case ledger counts beside it.
+
+        Args:
+            module: What Opacus's make_private returned first.
+            optimizer: Opacus's optimizer, flat, per-layer, adaptive or ghost clipping.
+            data_loader: Opacus's DPDataLoader, not yet iterated. None: rows come from
+                `batch(indices=...)`; then `dataset` and `sample_rate` are needed.
+            dataset: The training set, without a `data_loader`.
+            sample_rate: Probability that an instance is drawn, without a `data_loader`.
+            criterion: The loss trained with, for full passes.
+
+        Raises:
+            UnsupportedError, TypeError, ValueError: A training without a sound per-instance number;
+                nothing was changed.
+        """
+        if not isinstance(optimizer, DPOptimizer):
+            raise TypeError(
+                check.expected(
+                    "optimizer", "to be Opacus's DPOptimizer", type(optimizer).__name__,
+                    "Attach after make_private; a plain optimizer adds no noise.",
+                )
+            )  # fmt: skip
+        require_known(optimizer)
+        if data_loader is not None:
+            if dataset is not None or sample_rate is not None:
+                raise ValueError(
+                    "Expected data_loader or dataset with sample_rate, got both. Pass one."
+                )
+            require_map_style(data_loader)
+            if not isinstance(data_loader, DPDataLoader):
+                raise UnsupportedError(
+                    f"Expected Opacus's DPDataLoader, got {type(data_loader).__name__}. Pass "
+                    "dataset and sample_rate, and say batch(indices=...) around each step."
+                )
+            dataset, rate = data_loader.dataset, float(data_loader.sample_rate)
+        else:
+            if dataset is None:
+                raise ValueError(
+                    "Expected data_loader, or dataset with sample_rate, got neither. Pass one."
+                )
+            rate = check.probability(
+                "sample_rate", sample_rate, "Pass the rate your loader draws every row at."
+            )
+        ghost = isinstance(optimizer, DPOptimizerFastGradientClipping)
+        clipping = "flat"
+        if isinstance(optimizer, DPPerLayerOptimizer):
+            clipping = "per_layer"
+        elif isinstance(optimizer, AdaClipDPOptimizer):
+            clipping = "adaptive"
+        options = {"grad_sample_mode": "ghost" if ghost else "hooks", "clipping": clipping}
+        if clipping == "adaptive":
+            options["unclipped_num_std"] = optimizer.unclipped_num_std
+        charger = self._ready_charger(
+            module, dataset, options, noise_multiplier=float(optimizer.noise_multiplier),
+            criterion_known=criterion is not None,
+        )  # fmt: skip
+        kernel = TrainingKernel(
+            sample_rate=rate,
+            expected_batch_size=optimizer.expected_batch_size,
+            noise_multiplier=float(optimizer.noise_multiplier),
+            max_grad_norm=float(optimizer.max_grad_norm),
+            loss_reduction=optimizer.loss_reduction,
+            grad_sample_mode=options["grad_sample_mode"],
+            batch_first=getattr(module, "batch_first", True),
+            num_instances=len(dataset),
+            clipping=clipping,
+        )
+        tracker = BatchTracker() if data_loader is None else record_indices(data_loader)
+        collate = None if data_loader is None else data_loader.collate_fn.wrapped_collator_fn
+        counts = self.accountant.get_optimizer_hook_fn(sample_rate=rate)
+        previous = optimizer.step_hook
+        optimizer.step_hook = counts if previous is None else chained(previous, counts)
+        self._charger = charger
+        self._kernels.append(kernel)
+        if criterion is not None:
+            self._criterion = criterion
+        self._account(
+            module, optimizer, tracker, kernel=kernel, dataset=dataset, collate_fn=collate,
+            criterion=self._criterion, sample_rate=rate,
+        )  # fmt: skip
+
+    # --- during training ----------------------------------------------------------------------
+
+    @contextmanager
+    def batch(self, *, indices: npt.ArrayLike) -> Iterator[None]:
+        """Say which rows the next step's batch holds, for loops with loaders of their own.
+
+        The caller vouches that the rows were drawn by independent coins at the accounted rate.
+
+        Args:
+            indices: Rows of the data set, each once, in the order of the batch.
+        """
+        rows = check.index_array("indices", indices, size=self.per_instance.num_instances)
+        trackers = [accounting.tracker for accounting in self._accountings]
+        for tracker in trackers:
+            tracker.set_explicit(rows)
+        try:
+            yield
+        finally:
+            for tracker in trackers:
+                tracker.set_explicit(None)
+
+    def refresh_norms(self, *, criterion: Any = None) -> Sweep:
+        """Measure every instance at the current parameters; later steps charge these norms.
+
+        Args:
+            criterion: The loss trained with. Default: the one make_private was given.
+
+        Raises:
+            ValueError: No criterion is known, or a norm is not finite.
+            UnsupportedError: norm_policy is "worst_case" or "capped", which charge no norms.
+        """
+        if self._norm_policy in ("worst_case", "capped"):
+            raise UnsupportedError(
+                f"Expected a norm policy that charges norms, got norm_policy="
+                f"{self._norm_policy!r}. Use 'last_seen' or 'refresh'; "
+                "opacus_pil.capture.sweep measures without charging."
+            )
+        if not self._accountings:
+            raise ValueError("Expected make_private to be called first, got nothing to measure.")
+        training = self._accountings[-1]
+        if criterion is not None:
+            training.criterion = criterion
+        if training.criterion is None:
+            raise ValueError(
+                "Expected criterion to be the loss trained with, got none. Pass it here or to "
+                "make_private."
+            )
+        found, _ = training.measure()
+        self._charges().observe(found, max_grad_norm=training.clip_bound)
+        return found
+
+    def set_caps(self, caps: npt.ArrayLike) -> None:
+        """Clip each instance to another cap from the next step on.
+
+        Guarantee: with a budget the ledger stays "bound" if each cap is a function of the released
+            models and of the instance's own record only; without one it becomes "output_specific".
+
+        Args:
+            caps: Shape (instances,), in units of max_grad_norm, in [0, 1].
+
+        Raises:
+            ValueError: Not one finite cap per instance; norm_policy is not "capped"; or steps
+                labelled "bound" were charged already and there is no budget.
+        """
+        if self._norm_policy != "capped":
+            raise ValueError(
+                f"Expected norm_policy='capped', got norm_policy={self._norm_policy!r}. "
+                "Caps are enforced under that policy only."
+            )
+        charges = self._charges()
+        checked = checked_caps(caps, num_instances=charges.accountant.num_instances)
+        charges.set_caps(raised(checked, rounding=self._cap_rounding))
+        self._caps = checked
+
+    # --- inside -------------------------------------------------------------------------------
+
+    _cap_rounding = float(torch.finfo(torch.float32).eps)
+
+    def _ready_charger(
+        self,
+        module: Any,
+        dataset: Any,
+        options: Mapping[str, Any],
+        *,
+        noise_multiplier: float,
+        criterion_known: bool,
+    ) -> Charger:
+        """Return what will charge this training, after every check that needs no mutation."""
+        require_supported(module, options, norm_policy=self._norm_policy)
+        size = len(dataset)
+        clipping = options.get("clipping", "flat")
+        if self._norm_policy == "capped" and clipping != "flat":
+            raise UnsupportedError(
+                f"Expected clipping='flat' with norm_policy='capped', got {clipping=}. A cap "
+                "bounds the whole gradient of an instance."
+            )
+        if self._refresh_every is not None and not criterion_known:
+            raise ValueError(
+                f"Expected criterion to be named with norm_policy={self._norm_policy!r}, got "
+                "Opacus's default. A full pass needs the loss you train with: "
+                "make_private(criterion=...)."
+            )
+        if self._charger is not None:
+            if self.per_instance.num_instances != size:
+                raise UnsupportedError(
+                    f"Expected the data set of {self.per_instance.num_instances} instances this "
+                    f"engine accounts for, got one of {size}. Use a new engine for other data, or "
+                    "make_private_on for part of the same."
+                )
+            return self._charger
+        caps = None
+        if self._norm_policy == "capped":
+            # Clipping to a cap is exact up to rounding; the charge is raised by as much.
+            dtypes = {torch.float32, *(p.dtype for p in _parameters(module))}
+            self._cap_rounding = max(float(torch.finfo(dtype).eps) for dtype in dtypes)
+            if self._caps is None:
+                self._caps = np.ones(size)
+            caps = raised(checked_caps(self._caps, num_instances=size), rounding=self._cap_rounding)
+        top = 1.0
+        if clipping == "adaptive":
+            deviation = float(options.get("unclipped_num_std", math.inf))
+            top = math.hypot(1.0, adaptive_noise(noise_multiplier, deviation)[1])
+        accountant = PerInstanceAccountant(
+            size,
+            orders=self._orders,
+            levels=self._levels,
+            max_sensitivity=top,
+            caps=caps,
+            budget=self._budget,
+            history=self._history,
+        )
+        return Charger(
+            accountant,
+            norm_policy=self._norm_policy,
+            refresh_every=self._refresh_every,
+            budgeted=self._budget is not None,
+        )
+
+    def _account(
+        self,
+        module: Any,
+        optimizer: DPOptimizer,
+        tracker: BatchTracker,
+        *,
+        kernel: TrainingKernel,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        criterion: Any,
+        sample_rate: float,
+        rand_on_empty: bool = False,
+        population: IntArray | None = None,
+    ) -> None:
+        """Record rows and norms of one training and charge this engine for its steps."""
+        caps = None
+        if self._norm_policy == "capped":
+            caps = functools.partial(self._caps_in_force, len(self._accountings))
+        self._accountings.append(
+            StepAccounting(
+                module=module,
+                optimizer=optimizer,
+                recorder=Recorder(tracker, caps=caps, rand_on_empty=rand_on_empty),
+                charger=self._charges(),
+                kernel=kernel,
+                dataset=dataset,
+                collate_fn=collate_fn,
+                population=population,
+                criterion=criterion,
+                sample_rate=sample_rate,
+            )
+        )
+
+    def _caps_in_force(self, training: int, rows: IntArray) -> FloatArray:
+        """Return the caps that `rows` are clipped to in the step under way."""
+        assert self._caps is not None
+        if self._budget is None:
+            return np.asarray(self._caps[rows])
+        noise, rate = self._accountings[training].coming_kernel()
+        allowed = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
+        return np.where(allowed > 0.0, self._caps[rows], 0.0)
+
+
+def _parameters(module: Any) -> list[nn.Parameter]:
+    inner = module if isinstance(module, nn.Module) else module._module
+    return list(inner.parameters())

@@ -471,3 +471,78 @@ def test_epsilon_of_a_selection_keeps_order_and_repetition():
     np.testing.assert_array_equal(some.epsilon, everyone.epsilon[[3, 0, 3]])
     expected, _ = rdp_to_epsilon(accountant.rdp(), orders=DEFAULT_ORDERS, delta=1e-3)
     np.testing.assert_array_equal(everyone.epsilon, expected)
+
+
+class TestFixedBatches:
+    """`participate`: no sampling, so only who is in the batch pays."""
+
+    @staticmethod
+    def charge(accountant, rows, values, noise=2.0, **extra):
+        accountant.participate(indices=rows, sensitivities=values, noise_multiplier=noise, **extra)
+
+    def test_a_batch_costs_its_members_the_gaussian_mechanism(self):
+        accountant = PerInstanceAccountant(4, orders=ORDERS, levels=64, history=True)
+        grid = accountant.levels
+        self.charge(accountant, [0, 1], grid[[10, 63]])
+        self.charge(accountant, [1, 2], grid[[20, 30]])
+        squares = np.array([grid[10] ** 2, 1.0 + grid[20] ** 2, grid[30] ** 2, 0.0])
+        expected = np.outer(squares, np.array(ORDERS)) / (2 * 2.0**2)
+        found = accountant.rdp()
+        assert (found >= expected * (1 - FLOAT64_SUMS)).all()
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+        assert (found[3] == 0.0).all()
+        assert accountant.guarantee == "output_specific"
+        # Together they pay for the sum of their norms, where they are in one batch.
+        pair = grid[10] + 1.0
+        np.testing.assert_allclose(
+            accountant.group_rdp([0, 1]),
+            np.array(ORDERS) * (pair**2 + grid[20] ** 2) / 8,
+            rtol=1e-10,
+        )
+
+    def test_sampled_steps_afterwards_know_nothing_about_anybody(self):
+        accountant = PerInstanceAccountant(2, orders=ORDERS)
+        self.charge(accountant, [0], [0.1])
+        before = accountant.rdp()
+        empty_step(accountant)
+        worst = sampled_gaussian_rdp([1.0], noise_multiplier=1.0, sample_rate=0.1, orders=ORDERS)
+        np.testing.assert_allclose(
+            accountant.rdp() - before, np.repeat(worst, 2, axis=0), rtol=1e-9
+        )
+        assert accountant.guarantee == "estimate"
+
+    def test_unknown_rows_charge_everyone(self):
+        accountant = PerInstanceAccountant(2, orders=ORDERS)
+        self.charge(accountant, None, None)
+        np.testing.assert_allclose(accountant.rdp(), np.tile(np.array(ORDERS) / 8, (2, 1)))
+        assert accountant.unattributed_steps == 1
+
+    def test_no_more_than_output_specific_may_be_claimed(self):
+        accountant = PerInstanceAccountant(2, orders=ORDERS)
+        with pytest.raises(ValueError, match="output_specific, estimate"):
+            self.charge(accountant, [0], [0.1], guarantee="bound")
+        self.charge(accountant, [0], [0.1], guarantee="estimate")
+        assert accountant.guarantee == "estimate"
+
+    def test_without_noise_the_members_lose_everything(self):
+        accountant = PerInstanceAccountant(3, orders=ORDERS)
+        self.charge(accountant, [0, 1], [0.3, 0.0], noise=0.0)
+        assert np.isinf(accountant.rdp()[0]).all()
+        assert (accountant.rdp()[1:] == 0.0).all()
+
+    def test_caps_and_budgets_are_for_sampled_batches(self):
+        accountant = PerInstanceAccountant(2, orders=ORDERS, budget=(5.0, 1e-2))
+        before = accountant.state_dict()
+        with pytest.raises(ValueError, match="without caps or budget"):
+            self.charge(accountant, [0], [0.1])
+        np.testing.assert_array_equal(accountant.state_dict()["offset"], before["offset"])
+        assert accountant.steps == 0
+
+    def test_it_goes_on_after_saving(self):
+        first = PerInstanceAccountant(3, orders=ORDERS)
+        self.charge(first, [0, 2], [0.3, 0.9])
+        second = PerInstanceAccountant(3, orders=ORDERS)
+        second.load_state_dict(first.state_dict())
+        for accountant in (first, second):
+            self.charge(accountant, [1], [0.5])
+        np.testing.assert_array_equal(first.rdp(), second.rdp())

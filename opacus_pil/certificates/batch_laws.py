@@ -16,6 +16,10 @@ from scipy.stats import binom
 
 from .._validate import FloatArray
 
+# Smaller probabilities are raised to this: what may happen must not vanish by underflow, because
+# the moments of what happens then may be as large as e^(10⁹).
+RAREST = 1e-300
+
 
 @dataclass(frozen=True)
 class Law:
@@ -60,7 +64,7 @@ def sum_law(shifts: FloatArray, rate: float, *, levels: int = 16) -> Law:
         values, place = np.unique(values, return_inverse=True)
         merged = np.zeros(len(values))
         np.add.at(merged, place, weights)
-        law = Law(values, merged)
+        law = Law(values, np.maximum(merged, RAREST) if 0.0 < rate < 1.0 else merged)
         if len(values) > 4096:
             law = spread(law, np.linspace(0.0, values[-1], 2048))
     kept = law.weights > 0.0  # rate 0 or 1
@@ -109,6 +113,8 @@ def factor_law(values: FloatArray, *, trials: int, rate: float) -> Law:
         return Law(values[:1], np.ones(1))
     law = _binomial(trials, rate)
     weights = law.pmf(np.arange(len(values)))
+    if 0.0 < rate < 1.0:
+        weights = np.maximum(weights, RAREST)
     first = int(np.searchsorted(values, values[0], side="right")) - 1
     usual = np.linspace(first, max(float(law.isf(1e-4)), first), 6)
     rare = law.isf(10.0 ** -np.array([6.0, 8.0, 11.0, 15.0, 22.0, 40.0, 80.0, 160.0]))

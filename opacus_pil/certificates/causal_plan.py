@@ -20,9 +20,9 @@ import math
 import numpy as np
 
 from .._validate import FloatArray
-from .batch_laws import Law
+from .batch_laws import RAREST, Law
 
-_NEAR, _FAR = 192, 64  # nodes where z usually is, and up to where it can get
+_NEAR, _FAR = 256, 64  # nodes where z usually is, and up to where it can get
 _SMALLEST = 1e-200  # smaller coefficients are taken as this, so that no quotient is 0/0
 # Relative and, above 1, absolute; covers the probabilities (1e-13) and a step's dozen roundings.
 _STEP_ROUNDING = 4e-12
@@ -96,34 +96,28 @@ class _Step:
 
     def __init__(self, nodes: FloatArray, factors: Law, shifts: Law) -> None:
         self.nodes, self.widths = nodes, np.diff(nodes)
-        self.factors, self.shifts = factors, shifts
-        largest = float(factors.values[-1])
-        if len(factors.values) == 1:
-            points = largest * nodes
-        else:
-            # The mean over shifts on the nodes first, a few added where factors lead beyond; then
-            # the mean over factors by interpolating that: it is convex, too.
-            beyond = np.geomspace(nodes[-1], nodes[-1] * max(largest, 1.0) * 1.01, 5)[1:]
-            points = np.append(nodes, beyond)
-            reached = factors.values[:, None] * nodes
-            self.left = np.searchsorted(points, reached, side="right") - 1
-            self.share = (reached - points[self.left]) / np.diff(points)[self.left]
-        self.moved = points + shifts.values[:, None]
+        reached = factors.values[:, None, None] * nodes + shifts.values[:, None]
+        self.reached = reached.reshape(-1, len(nodes))  # (coins, nodes)
+        pairs = factors.weights[:, None] * shifts.weights
+        self.weights = np.maximum(pairs, RAREST).reshape(-1)
+        # W is computed on the nodes and a few points beyond, and interpolated: it is convex, too.
+        end = max(float(self.reached.max()), nodes[-1]) * 1.01
+        self.points = np.append(nodes, np.geomspace(nodes[-1], end, 5)[1:])
+        self.left = np.searchsorted(self.points, self.reached, side="right") - 1
+        self.share = (self.reached - self.points[self.left]) / np.diff(self.points)[self.left]
 
     def back(self, value: FloatArray | None, kappa: FloatArray) -> FloatArray:
         """Value (orders, nodes) before this step from the value after it."""
-        price = kappa[:, None, None]
-        # None: the last step, everything is hidden now
-        cost = price * self.moved**2 if value is None else self._hidden(value, kappa)
-        result = _log_mean_exp(cost, self.shifts.weights)
-        if len(self.factors.values) > 1:
-            low = result[:, self.left]
-            cost = low + self.share * (result[:, self.left + 1] - low)
-            result = _log_mean_exp(cost, self.factors.weights)
-        return result
+        if value is None:  # the last step: everything is hidden now
+            cost = kappa[:, None, None] * self.reached**2
+        else:
+            hidden = self._hidden(value, kappa)
+            low = hidden[:, self.left]
+            cost = low + self.share * (hidden[:, self.left + 1] - low)
+        return _log_mean_exp(cost, self.weights)
 
     def _hidden(self, value: FloatArray, kappa: FloatArray) -> FloatArray:
-        """W (orders, shifts, points): what remains after the best a, and a's price."""
+        """W (orders, points): what remains after the best a, and a's price."""
         # W's best rest y = z' − a has 2κa equal to a slope of L there: y stays on a node while z'
         # crosses a jump of the slope, and moves along between nodes. In units of node numbers:
         slopes = np.diff(value) / self.widths / (2.0 * kappa[:, None])
@@ -131,20 +125,20 @@ class _Step:
         knots[:, 1:-1:2], knots[:, 2:-1:2] = self.nodes[:-1] + slopes, self.nodes[1:] + slopes
         numbers = np.repeat(np.arange(len(self.nodes), dtype=np.float64), 2)
         # All orders in one call, side by side; inaccurate knots only make the choice of a worse.
-        knots[:, -1] = max(float(knots.max()), float(self.moved.max()))
-        beside = np.arange(len(kappa)) * (1.5 * knots[0, -1])
+        knots[:, -1] = max(float(knots.max()), float(self.points[-1]))
+        beside = np.arange(len(kappa))[:, None] * (1.5 * knots[0, -1])
         place = np.interp(
-            (self.moved + beside[:, None, None]).reshape(-1),
-            np.maximum.accumulate((knots + beside[:, None]).reshape(-1)),
+            (self.points + beside).reshape(-1),
+            np.maximum.accumulate((knots + beside).reshape(-1)),
             np.tile(numbers, len(kappa)),
-        ).reshape(len(kappa), *self.moved.shape)
+        ).reshape(len(kappa), len(self.points))
         left = np.minimum(place.astype(np.int64), len(self.nodes) - 2)
         share = place - left
         rest = self.nodes[left] + share * self.widths[left]
-        row = np.arange(len(kappa))[:, None, None]
+        row = np.arange(len(kappa))[:, None]
         low = value[row, left]
         kept = low + share * (value[row, left + 1] - low)
-        return kept + kappa[:, None, None] * (self.moved - rest) ** 2
+        return kept + kappa[:, None] * (self.points - rest) ** 2
 
 
 def _log_mean_exp(cost: FloatArray, weights: FloatArray) -> FloatArray:
@@ -155,7 +149,9 @@ def _log_mean_exp(cost: FloatArray, weights: FloatArray) -> FloatArray:
     if small.any():
         result = np.log1p(weights @ np.expm1(np.minimum(cost, 1.0))) * (1.0 + _STEP_ROUNDING)
     if not small.all():
-        far = largest + np.log(weights @ np.exp(cost - largest[:, None]))
+        weighted = cost + np.log(weights)[:, None]
+        shift = weighted.max(axis=1)
+        far = shift + np.log(np.exp(weighted - shift[:, None]).sum(axis=1))
         far = far * (1.0 + _STEP_ROUNDING) + largest * _STEP_ROUNDING
         result = np.where(small, result, far)
     return result

@@ -18,7 +18,14 @@ from opacus_pil.certificates import (
     known_batches,
     mini_batches,
 )
-from opacus_pil.certificates.batch_laws import Law, factor_law, spread, step_factor, sum_law
+from opacus_pil.certificates.batch_laws import (
+    Law,
+    factor_law,
+    largest_size,
+    spread,
+    step_factor,
+    sum_law,
+)
 from opacus_pil.certificates.causal_plan import log_moment
 
 ORDERS = np.array([1.2, 2.0, 5.0, 20.0, 200.0])
@@ -222,7 +229,7 @@ def test_unlearning_alone_is_the_hull_of_a_distance(c):
         )
         hull = KAPPA * ContractionCertificate(c, 1.0, (0.7,)).mu(steps) ** 2
         assert (hull * (1 - 1e-11) <= ours).all()  # the hull itself is rounded up by 1e-12
-        # the first step splits 0.7 between itself and the rest on 192 nodes; κ·(an ulp)² remains
+        # the first step splits 0.7 between itself and the rest on 256 nodes; κ·(an ulp)² remains
         assert ours == pytest.approx(hull, rel=1e-3, abs=1e-25)
 
 
@@ -355,6 +362,22 @@ def test_sums_of_many_shifts_keep_the_mean_and_lose_no_tail(seed):
         assert np.log(law.weights @ np.exp(tilt * law.values)) >= exact
 
 
+def test_what_is_too_rare_for_a_double_is_not_lost():
+    # all 200 present: probability 1e-400; at this order that alone is the moment
+    law = sum_law(np.ones(200), 0.01)
+    assert law.values[-1] == 200.0
+    order = np.array([40.0])
+    ours = log_moment(order, factors=one(0.9), shifts=law, training_steps=1, unlearning_steps=0)
+    assert ours[0] >= 200 * math.log(0.01) + 40.0 * 39.0 / 2.0 * 200.0**2
+    sizes = factor_law(np.linspace(0.9, 3.0, 301), trials=300, rate=1e-3)
+    assert sizes.values[-1] == 3.0
+    # rare factors, rare shifts: the product of their probabilities underflows, too
+    ours = log_moment(order, factors=sizes, shifts=law, training_steps=1, unlearning_steps=1)
+    # the worst outcome: 200 apart, then tripled; both steps hide: 1/(1 + 1/9) = 0.9
+    worst = 0.9 * 40.0 * 39.0 / 2.0 * 200.0**2
+    assert ours[0] >= 200 * math.log(0.01) + 300 * math.log(1e-3) + worst
+
+
 def test_law_of_the_factor_keeps_what_is_given():
     constants = {"step_size": 1.0, "weight_decay": 0.1, "smoothness": 1.0}
     constants["expected_batch_size"] = 10.0
@@ -366,6 +389,20 @@ def test_law_of_the_factor_keeps_what_is_given():
     assert law.values[0] == values[0]
     assert law.values[-1] == values[-1]
     assert weights @ np.exp(3.0 * values) <= law.weights @ np.exp(3.0 * law.values)
+    # given that no batch is larger than 22: the conditional law, the rest has left
+    given_small = factor_law(values[:23], trials=100, rate=0.1)
+    assert values[22] > values[0]
+    assert given_small.weights.sum() == pytest.approx(1.0, rel=1e-12)
+    exact = weights[:23] @ values[:23] / weights[:23].sum()
+    assert given_small.mean == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize("tail", [0.3, 1e-3, 1e-12, 1e-200])
+def test_largest_size_is_the_smallest_that_is_rarely_exceeded(rate, tail):
+    size = largest_size(trials=60, rate=rate, tail=tail)
+    assert binom.sf(size, 60, rate) <= tail
+    assert size == 0 or binom.sf(size - 1, 60, rate) > tail * (1.0 - 1e-8)  # room for rounding
 
 
 def test_step_factor_is_the_larger_end_of_the_spectrum():

@@ -51,16 +51,21 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "accounting.levels",
         "accounting.privacy_losses",
         "certificates",
+        "certificates.batch_laws",
         "certificates.best",
+        "certificates.causal_plan",
         "certificates.chien2024",
         "certificates.contraction",
         "certificates.data_processing",
         "certificates.gaussian",
         "certificates.hull",
+        "certificates.known_batches",
         "certificates.langevin",
         "certificates.log_sobolev",
+        "certificates.mini_batches",
         "certificates.noisy_finetuning",
         "certificates.record",
+        "certificates.sequential",
     ),
     # adapters to torch and Opacus
     2: (
@@ -268,7 +273,7 @@ def test_only_the_facade_imports_by_computed_name() -> None:
         and (getattr(node.func, "attr", None) or getattr(node.func, "id", None))
         in ("import_module", "__import__")
     ]
-    assert dynamic in ([], [""])  # such an import is invisible to the checker above
+    assert set(dynamic) <= {""}  # such an import is invisible to the checker above
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "capture.fixed_batches",
         "capture.indices",
         "capture.norms",
+        "capture.passes",
         "capture.recorder",
         "capture.sweep",
     ),

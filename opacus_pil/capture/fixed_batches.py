@@ -7,16 +7,16 @@ changed: the copy shares its data set and samplers. Knows no model, optimizer or
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UnsupportedError
 from .indices import Batches, BatchTracker
+from .passes import Pass, Resumable, started
 
 
-class RecordingBatchSampler(Sampler[list[int]]):
+class RecordingBatchSampler(Resumable, Sampler[list[int]]):
     """Passes on the caller's batches, remembering them.
 
     Args:
@@ -33,17 +33,14 @@ class RecordingBatchSampler(Sampler[list[int]]):
         """Return the number of batches of a pass."""
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        self.emitted = deque()
         self._tracker.begin()
-        return self._pass_on(self.emitted)
-
-    def _pass_on(self, emitted: deque[list[int]]) -> Iterator[list[int]]:
-        for rows in self.batches:
-            emitted.append([int(row) for row in rows])
-            yield rows
+        # The caller's sampler keeps its order to itself: a saved pass holds the order, not a seed.
+        running = self.begin(lambda draws: iter(self.batches if draws else ()), redrawn=False)
+        self.emitted = running.emitted
+        return running
 
 
 class RecordingFixedLoader(DataLoader[Any]):
@@ -53,7 +50,7 @@ class RecordingFixedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         """Start a pass over the data."""
-        return Batches(self, super().__iter__())
+        return Batches(self, started(self, super().__iter__))
 
 
 def recording_copy(loader: DataLoader[Any]) -> tuple[RecordingFixedLoader, BatchTracker]:
@@ -92,4 +89,5 @@ def recording_copy(loader: DataLoader[Any]) -> tuple[RecordingFixedLoader, Batch
         **options,
     )
     copied.tracker = tracker
+    tracker.loader = copied
     return copied, tracker

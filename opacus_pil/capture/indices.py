@@ -6,6 +6,7 @@ or accountant; the random stream and the batches are Opacus's.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from .. import _validate as check
 from .._validate import IntArray
 from ..errors import UnsupportedError
+from .passes import Pass, Resumable, started
 
 
 class BatchTracker:
@@ -35,6 +37,7 @@ class BatchTracker:
         self._owner: weakref.ref[Any] | None = None  # iterator whose batch is unclaimed
         self._explicit = False
         self.handed_out = 0  # batches of this pass since the last claim
+        self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
 
     def begin(self) -> None:
         """A new iterator starts: a batch of an older one is no longer the current batch."""
@@ -63,7 +66,7 @@ class BatchTracker:
         self._explicit = rows is not None
 
 
-class RecordingSampler(UniformWithReplacementSampler):
+class RecordingSampler(Resumable, UniformWithReplacementSampler):
     """Opacus's Poisson sampler, remembering what it emitted; optionally over part of the rows.
 
     Guarantee: one independent coin of probability `sample_rate` per member of `population` and
@@ -96,18 +99,18 @@ class RecordingSampler(UniformWithReplacementSampler):
         self.emitted: deque[list[int]] = deque()
         self._tracker = tracker
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        self.emitted = deque()
         self._tracker.begin()
-        return self._draw(self.emitted)
+        running = self.begin(self._draw, redrawn=True)
+        self.emitted = running.emitted
+        return running
 
-    def _draw(self, emitted: deque[list[int]]) -> Iterator[list[int]]:
-        for rows in super().__iter__():
+    def _draw(self, count: int) -> Iterator[list[int]]:
+        for rows in itertools.islice(super().__iter__(), count):
             if self.population is not None:
                 rows = self.population[rows].tolist() if rows else []
-            emitted.append(rows)
             yield rows
 
 
@@ -119,7 +122,7 @@ class RecordingDataLoader(DPDataLoader):
     def __iter__(self) -> Any:
         """Start a pass over the data."""
         # Eager, as in DataLoader: workers are primed and the base seed is drawn here.
-        return Batches(self, super().__iter__())
+        return Batches(self, started(self, super().__iter__))
 
 
 class Batches:
@@ -129,6 +132,13 @@ class Batches:
         self._loader = loader
         self._batches = batches
         self._emitted: deque[list[int]] | None = loader.batch_sampler.emitted
+        self.finished = False
+        loader.batch_sampler.hand_out(self)
+
+    @property
+    def lost(self) -> bool:
+        """Whether batches and rows can no longer be paired."""
+        return self._emitted is None
 
     def __iter__(self) -> Batches:
         """Return itself: one pass."""
@@ -143,6 +153,7 @@ class Batches:
         try:
             batch = next(self._batches)
         except StopIteration:
+            self.finished = True
             raise
         except BaseException:
             self._emitted = None  # was the failed batch consumed? Unknown from here on.
@@ -195,4 +206,5 @@ def record_indices(
     )
     loader.__class__ = RecordingDataLoader
     loader.tracker = tracker
+    tracker.loader = loader
     return tracker

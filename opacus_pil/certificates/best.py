@@ -194,6 +194,14 @@ def best_of(certificates: Sequence[Certificate]) -> BestCertificate:
         TypeError: Something that is not a certificate.
         ValueError: No certificate.
 
+    Edge cases (first match wins):
+        one certificate            itself, wrapped
+        a member that is a best    replaced by its members
+        a member that says inf     passed over while another says less
+
+    Source: every member bounds the same divergence, so the least of them does, at each order and
+        for each (ε, δ) by itself.
+
     >>> from opacus_pil.certificates import ContractionCertificate, DataProcessingCertificate
     >>> contraction = ContractionCertificate(0.9, 1.0, shifts=(1.0,) * 10)
     >>> training = DataProcessingCertificate((1.0, 5.0), (2.0, 10.0))

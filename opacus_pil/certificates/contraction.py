@@ -246,7 +246,7 @@ class ContractionCertificate(Certificate):
         return _validate.orders(orders) * (mu * mu / 2.0)
 
     def delta(self, *, epsilon: float, steps: int) -> float:
-        """Smallest δ of the exact Gaussian curve at `epsilon`, rounded up."""
+        """Smallest δ of the exact Gaussian curve at `epsilon` after `steps` steps, rounded up."""
         return gaussian_delta(self.mu(steps), epsilon=_validate.epsilon(epsilon))
 
     def epsilon(self, *, delta: float, steps: int) -> float:

@@ -53,6 +53,14 @@ def known_batches(
     Raises:
         ValueError: A value outside its range, a row twice.
 
+    Edge cases (first match wins):
+        no batches                         no shift: every divergence is 0
+        no forgotten row in any batch      the same
+        a batch without retained rows      factor |1 − ηλ|
+
+    Source: Bok, Su, Altschuler (2024), arXiv:2403.00278 (shifted interpolation), with the factor
+        max(|1 − ηλ|, |1 − η(λ + β·rows/b)|) of each batch, which may exceed 1.
+
     >>> known_batches(
     ...     [[0, 1], [2, 3]], forget=[3], gradient_bounds=[1.0], noise_std=1.0, step_size=0.5,
     ...     weight_decay=0.1, smoothness=0.25, expected_batch_size=2,

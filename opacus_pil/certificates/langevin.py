@@ -148,7 +148,10 @@ class LangevinCertificate(Certificate):
         gradient_bound: float,
         step_grid: int = 1,
     ) -> Chien2024Certificate:
-        """Certificate in the authors' own constants, rate and conversion; see its class."""
+        """Certificate in the authors' own constants, rate and conversion.
+
+        Args: as `Chien2024Certificate`, which explains them and what is guaranteed.
+        """
         return Chien2024Certificate(
             num_instances=num_instances,
             num_deleted=num_deleted,

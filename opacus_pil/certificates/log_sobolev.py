@@ -47,6 +47,17 @@ def lsi_constant_after(steps: int, *, start: float, lipschitz: float, noise_std:
     Returns:
         The constant, rounded up; may be inf.
 
+    Raises:
+        ValueError: A value outside its range.
+
+    Edge cases (first match wins):
+        steps = 0                start
+        lipschitz = 0            noise_std**2
+        beyond double range      inf
+
+    Source: Chien, Wang, Chen, Li (2024), arXiv:2401.10371, Sec. 4: a Lipschitz map multiplies the
+        constant by at most ℓ², independent Gaussian noise adds its variance.
+
     >>> round(lsi_constant_after(2, start=1.0, lipschitz=0.5, noise_std=1.0), 9)  # 1/16 + 1 + 1/4
     1.3125
     """

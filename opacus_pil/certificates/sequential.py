@@ -41,6 +41,11 @@ def sequential_requests(
     Raises:
         ValueError: A value outside its range, lengths that differ.
 
+    Edge cases (first match wins):
+        one request           `ContractionCertificate` with its shift at every training step
+        all shifts 0          every divergence is 0
+        a phase of 0 steps    adds nothing
+
     Source: shifted interpolation, Bok, Su, Altschuler (2024), arXiv:2403.00278: request j
         shifts every step of training and of unlearning the requests before it, and none later.
 

@@ -255,6 +255,7 @@ class Charger:
             "max_grad_norm": self._max_grad_norm,
             "since_refresh": self._since_refresh,
             "caps_changed": self._caps_changed,
+            "released_count": self._released_count,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -275,3 +276,4 @@ class Charger:
         self._max_grad_norm = float(state["max_grad_norm"])
         self._since_refresh = int(state["since_refresh"])
         self._caps_changed = bool(state["caps_changed"])
+        self._released_count = float(state["released_count"])

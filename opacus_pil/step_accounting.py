@@ -53,15 +53,15 @@ class StepAccounting:
     ) -> None:
         self.criterion = criterion
         self.tracker = recorder.tracker
-        self._module = module
-        self._optimizer = optimizer
-        self._recorder = recorder
+        self.module = module
+        self.optimizer = optimizer
+        self.recorder = recorder
         self._charger = charger
-        self._kernel = kernel
-        self._dataset = dataset
+        self.kernel = kernel
+        self.dataset = dataset
         self._collate_fn = collate_fn
         self._population = population
-        self._sample_rate = sample_rate
+        self.sample_rate = sample_rate
         self._opacus_hook = optimizer.step_hook
         self._ghost = kernel.grad_sample_mode == "ghost"
         record_norms(optimizer, recorder, module=module)
@@ -70,7 +70,7 @@ class StepAccounting:
 
     def __call__(self, optimizer: DPOptimizer) -> None:
         """Charge Opacus's ledger, then the per-instance one."""
-        record = self._recorder.take(max_grad_norm=self.clip_bound)
+        record = self.recorder.take(max_grad_norm=self.clip_bound)
         self._opacus_hook(optimizer)
         if self.clip_bound != optimizer.max_grad_norm:
             self._charger.warn(
@@ -83,7 +83,7 @@ class StepAccounting:
         self._charger.charge(
             record,
             noise_std=noise * float(optimizer.max_grad_norm),
-            sample_rate=min(self._sample_rate * optimizer.accumulated_iterations, 1.0),
+            sample_rate=min(self.sample_rate * optimizer.accumulated_iterations, 1.0),
             measure=self.measure,
             random_forward=self.random_forward,
             released_count=count,
@@ -92,19 +92,19 @@ class StepAccounting:
     @property
     def clip_bound(self) -> float:
         """Bound that gradients are clipped to: the module's own in ghost mode."""
-        holder = self._module if self._ghost else self._optimizer
+        holder = self.module if self._ghost else self.optimizer
         return float(holder.max_grad_norm)
 
     def coming_kernel(self) -> tuple[float, float]:
         """Return noise multiplier and sample rate that the step under way will be charged at."""
-        noise, _ = self._noise(self._optimizer)
-        ratio = float(self._optimizer.max_grad_norm) / self.clip_bound
-        return noise * ratio, self._sample_rate  # one batch per step: caps refuse several
+        noise, _ = self._noise(self.optimizer)
+        ratio = float(self.optimizer.max_grad_norm) / self.clip_bound
+        return noise * ratio, self.sample_rate  # one batch per step: caps refuse several
 
     def _noise(self, optimizer: DPOptimizer) -> tuple[float, float]:
         """Return the gradient's noise multiplier, and the released count's shift in its units."""
         noise = float(optimizer.noise_multiplier)
-        if self._kernel.clipping != "adaptive":
+        if self.kernel.clipping != "adaptive":
             return noise, 0.0
         return adaptive_noise(noise, float(optimizer.unclipped_num_std))
 
@@ -112,7 +112,7 @@ class StepAccounting:
         """Whether the training's forward pass draws dropout masks."""
         return any(
             isinstance(part, _DropoutNd) and part.training and part.p > 0
-            for part in self._module._module.modules()
+            for part in self.module._module.modules()
         )
 
     def measure(self) -> tuple[Sweep, bool]:
@@ -120,18 +120,18 @@ class StepAccounting:
         rows = self._charger.active_rows()
         if self._population is not None:
             rows = np.intersect1d(rows, self._population)
-        inner = self._module._module
+        inner = self.module._module
         names = None
         if not self._ghost:  # flat clipping clips what the optimizer holds
-            held = {id(p) for p in self._optimizer.params}
+            held = {id(p) for p in self.optimizer.params}
             names = {n for n, p in inner.named_parameters() if id(p) in held and p.requires_grad}
         found = sweep(
-            self._module,
-            self._dataset,
+            self.module,
+            self.dataset,
             criterion=self.criterion,
             indices=rows,
-            loss_reduction=self._kernel.loss_reduction,
-            batch_first=self._kernel.batch_first,
+            loss_reduction=self.kernel.loss_reduction,
+            batch_first=self.kernel.batch_first,
             collate_fn=self._collate_fn,
             parameters=names,
         )

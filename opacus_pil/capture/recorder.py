@@ -72,6 +72,11 @@ class Recorder:
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
 
+    @property
+    def midway(self) -> bool:
+        """Whether batches were captured that no step was charged for yet."""
+        return bool(self._captures)
+
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
         self._captures = []

@@ -163,8 +163,9 @@ def noise_multiplier_for(
             high = middle
         else:
             low = middle
-    # A hair more, so that dividing by the result does not round the shift back up.
-    result = np.nextafter(sensitivities * (high * (1.0 + 4.0 * _EPS)), np.inf)
+    # A hair more than the 1e-9 up to which `sampled_gaussian_rdp` is monotone, so that neither its
+    # rounding nor that of sensitivity / result puts ε back above the target.
+    result = np.nextafter(sensitivities * (high * (1.0 + 1e-9)), np.inf)
     return np.where(sensitivities > 0.0, result, 0.0)[()]
 
 

@@ -23,11 +23,15 @@ import numpy.typing as npt
 
 from .. import _validate
 from .._validate import FloatArray
-from .holder_sums import HolderSum, StepRdp, StepSource, Tangents, knots_of
+from .holder_sums import SHORT_RUN, Evidence, HolderSum, StepRdp, StepSource, knots_of
 
 # Candidates for the Hölder exponent, by what they do to the first step's order: ρ^(T−1) = e^κ.
-# Neighbours are a factor 1.43 apart, which costs about 1 % of what κ is worth.
+# Neighbours are a factor 1.43 apart, which costs about 1 % of what κ is worth. A κ below 0.001
+# would read the largest of the runs, which says nothing about the runs that were not made.
 HOLDER_INFLATIONS: tuple[float, ...] = tuple(np.geomspace(0.001, 4.0, 24).tolist())
+# Runs short enough that no order is interpolated can afford finer ones, and very large ones: where
+# D is bounded, the first step's divergence at infinite order may be the best there is.
+SHORT_RUN_INFLATIONS: tuple[float, ...] = tuple(np.geomspace(0.001, 16.0, 64).tolist())
 _CONFIDENT = (8, 14, 20)  # of these: κ = 0.019, 0.16, 1.4, few statements to hold together
 _ROUNDING = 1e-12  # relative; exponents, powers and sums over steps are good to a fraction of it
 
@@ -52,16 +56,17 @@ class CompositionResult:
     guarantee: str
     order: float
     direction: str
-    _evidence: _Evidence | None = field(default=None, repr=False)
+    _evidence: Evidence | None = field(default=None, repr=False)
 
     def upper_confidence(self, level: float, *, simultaneous: int = 1) -> FloatArray:
         """Upper confidence value of the theorem's bound, per instance.
 
         Guarantee: if the runs are independent and every divergence is at most `worst_case_rdp`,
             each entry is, with probability at least `level` over the runs, an upper bound on the
-            theorem's right-hand side and so on the divergence, whatever its distribution. Steps
-            and the candidates for the Hölder exponent are covered; instances, orders and
-            directions that must hold *together* are counted in `simultaneous`.
+            theorem's right-hand side, or on the worst case's plain sum where that is smaller, and
+            so on the divergence in `direction` under add or remove one instance, whatever the
+            distribution of the runs. Steps and the candidates for the Hölder exponent are covered;
+            instances, orders and directions that must hold *together* count in `simultaneous`.
 
         Often weak: R runs cannot rule out an event of probability 1 − (1−level)^(1/R) in which the
         worst case is met at every step: 0.63 of the worst case for three runs at 95 %, 0.26 for
@@ -83,6 +88,12 @@ class CompositionResult:
         Raises:
             ValueError: An argument outside its range, or the composition was made without
                 `worst_case_rdp`, without which no sample bounds an expectation.
+
+        Edge cases (first match wins):
+            worst_case_rdp = inf  inf
+
+        Source: the tangent of the logarithm is ours; the mean's bound is Waudby-Smith, Ramdas
+            (2024), arXiv:2010.09686, Sec. 4, see `mean_upper_bound`.
         """
         confidence = _validate.real(
             "level", level, low=0.0, high=1.0, open_low=True, open_high=True,
@@ -108,6 +119,8 @@ def order_schedule(
 
     The last step is taken at about `order`, every earlier one at a higher order than its successor.
 
+    Guarantee: none by itself, these are orders; the bound they belong to is `compose_per_instance`.
+
     Args:
         order: Rényi order of the result, > 1.
         steps: Number of steps, >= 1.
@@ -121,8 +134,12 @@ def order_schedule(
     Raises:
         ValueError: An argument outside its range, or orders that overflow.
 
-    Source: Thudi et al. (2024), arXiv:2307.00310; constants re-derived by Hölder's inequality. The
-        paper's recursion ρ·order − 1/h is valid and larger; its code counts from the other end.
+    Edge cases (first match wins):
+        steps = 1  order, or 1 + (order − 1), which may round
+
+    Source: Thudi et al. (2024), arXiv:2307.00310v3, the composition theorem; constants re-derived
+        by Hölder's inequality. The paper's recursion ρ·order − 1/h is valid and larger; its code
+        counts from the other end.
 
     >>> order_schedule(2.0, steps=3, holder_exponent=3.0)
     array([3.25, 2.5 , 2.  ])
@@ -157,20 +174,22 @@ def compose_per_instance(
 ) -> CompositionResult:
     """Rényi divergence of a whole run, per instance, from independent runs with the instance.
 
-    Guarantee: with expectations in place of means over runs, the result bounds the divergence of
-        the whole transcript, if runs are independent, contain the instance, and `step_rdp` is at
-        least the divergence of each step at the parameters it started from (sensitivities exact or
-        capped). Means over few runs are biased low: `upper_confidence` is the statement that holds
-        with a confidence. One run gives an "estimate".
-    Orders need not be evaluated one by one: (α−1)·D is convex in α, so its chords, on a grid of at
-        least 16 orders, are above it.
+    Guarantee: with expectations in place of means over runs, the result bounds from above the
+        divergence of the whole transcript with and without the instance (add or remove one), in
+        `direction` only, if runs are independent, contain the instance, and `step_rdp` is at least
+        the divergence of each step at the parameters it started from (sensitivities exact or
+        capped). For a two-sided claim take the larger of both directions. Means over few runs are
+        biased low: `upper_confidence` is the statement that holds with a confidence. One run gives
+        an "estimate".
+    Beyond three steps not every order is evaluated: (α−1)·D is convex in α, so its chords, on a
+        grid of at least 16 orders, are above it.
 
     Args:
         step_rdp: order -> RDP in nats of each step, shape (instances..., trajectories, steps),
             steps in training order, non-decreasing in the order; may be inf.
         order: Rényi order of the result, > 1.
         holder_exponent: Hölder exponent, > 1, a number or one per instance. None: the best of
-            `HOLDER_INFLATIONS`, per instance.
+            `HOLDER_INFLATIONS` (and of `SHORT_RUN_INFLATIONS` up to three steps), per instance.
         direction: "with_without" for D(with ‖ without), "without_with" for the reverse, both from
             runs with the instance; `step_rdp` in the same direction (the forward one bounds both).
             For runs *without* it read each name as the other.
@@ -193,7 +212,8 @@ def compose_per_instance(
         some step_rdp = inf  inf, or the sum of worst_case_rdp
         one step             (1/(order−1)) log mean exp((order−1)·D); the exponent has no effect
 
-    Source: Thudi et al. (2024), arXiv:2307.00310; see the module for the constants, which are ours.
+    Source: Thudi et al. (2024), arXiv:2307.00310v3, the composition theorem; see the module for the
+        constants, which are ours.
     Privacy: the result depends on private data; it is itself not private to release.
 
     >>> sensitivities = np.array([[[0.2, 0.4], [0.3, 0.1]]])  # 1 instance, 2 runs, 2 steps
@@ -235,7 +255,7 @@ def compose_per_instance(
         worst = first.worst.sum(axis=-1) * (1.0 + _ROUNDING)
         rdp = np.minimum(rdp, worst)
         parts = [each.tangents for each, use in zip(sums, confident, strict=True) if use]
-        evidence = _Evidence([p for p in parts if p is not None], allowed[confident], worst)
+        evidence = Evidence([p for p in parts if p is not None], allowed[confident], worst)
     return CompositionResult(
         rdp=rdp[()],
         holder_exponent=exponents[best][()],
@@ -246,32 +266,17 @@ def compose_per_instance(
     )
 
 
-@dataclass(frozen=True)
-class _Evidence:
-    """What the runs say about the expectations; `allowed` is (candidates, instances...)."""
-
-    tangents: list[Tangents]
-    allowed: npt.NDArray[np.bool_]
-    worst: FloatArray
-
-    def upper(self, failure: float) -> FloatArray:
-        """Upper confidence value of (order − 1) times the theorem's bound, shape (instances...)."""
-        choices = self.allowed.sum(axis=0) * len(self.tangents[0].anchors)
-        chance = failure / np.asarray(choices, dtype=np.float64)
-        best = np.full(self.worst.shape, np.inf)
-        for mask, tangents in zip(self.allowed, self.tangents, strict=True):
-            value = tangents.upper(chance).min(axis=-1)
-            best = np.where(mask, np.minimum(best, value), best)
-        return best
-
-
 def _candidates(
     holder_exponent: npt.ArrayLike | None, leading: tuple[int, ...], steps: int
 ) -> tuple[FloatArray, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return Hölder exponents, to whom each is open, and which are used for the confidence."""
     if holder_exponent is None:
-        exponents = -1.0 / np.expm1(-np.array(HOLDER_INFLATIONS) / max(steps - 1, 1))
-        confident = np.isin(np.arange(len(exponents)), _CONFIDENT)
+        confident = np.isin(np.arange(len(HOLDER_INFLATIONS)), _CONFIDENT)
+        inflations = np.array(HOLDER_INFLATIONS)
+        if steps <= SHORT_RUN:
+            inflations = np.append(inflations, SHORT_RUN_INFLATIONS)
+            confident = np.append(confident, np.zeros(len(SHORT_RUN_INFLATIONS), dtype=bool))
+        exponents = -1.0 / np.expm1(-inflations / max(steps - 1, 1))
         return exponents, np.ones((len(exponents), *leading), dtype=bool), confident
     given = _validate.real_array(
         "holder_exponent", holder_exponent, low=1.0, open_low=True, cure="Pass about 3 * steps."

@@ -31,7 +31,10 @@ def subset_log_masses(drawn: FloatArray, rate: float) -> FloatArray:
 
 
 def checked_gram(gram: npt.ArrayLike, sensitivities: FloatArray) -> FloatArray:
-    """Inner products, symmetric and positive semidefinite, no entry below the one given."""
+    """Inner products, symmetric and positive semidefinite, no entry below the one given.
+
+    What is given off the diagonal is trusted: rounding there is seen only as an asymmetry.
+    """
     cure = "Pass the inner products of the members' clipped gradients / max_grad_norm**2."
     products = _validate.real_array("gram", gram, cure=cure)
     count = len(sensitivities)

@@ -62,7 +62,7 @@ def group_rdp(
         orders: Rényi orders, each > 1, shape (orders,).
         gram: Shape (members, members), inner products of the members' clipped gradients in units
             of max_grad_norm**2. Symmetric, positive semidefinite, diagonal = sensitivities**2, all
-            up to rounding (1e-6 relative), which is rounded up. None: norms alone.
+            up to rounding (1e-6 relative): the larger of two entries counts. None: norms alone.
 
     Returns:
         RDP in nats, float64, shape (orders,). May be inf, never NaN.

@@ -19,7 +19,9 @@ from .bounded_mean import mean_upper_bound
 
 StepRdp = Callable[[float], npt.ArrayLike]
 
-_ORDERS_ONE_BY_ONE = 64  # up to this many distinct orders are evaluated as they are
+SHORT_RUN = 3  # steps, up to which every order is evaluated
+_ORDERS_ONE_BY_ONE = 64  # and beyond, up to this many distinct ones
+_ROUNDED_APART = 1e-9  # relative; worst case and runs may have been rounded up differently
 _SAME_START = 1e-6  # relative difference of first steps that rounding in a gradient may explain
 
 
@@ -64,7 +66,7 @@ class StepSource:
         return StepValues(rdp, None if self._worst is None else self._checked_worst(order, rdp))
 
     def _checked_worst(self, order: float, rdp: FloatArray) -> FloatArray:
-        """Return the worst case, shape (instances..., steps), not below what the runs met."""
+        """Return the worst case, shape (instances..., steps), once no run is found above it."""
         assert self._worst is not None
         given = _validate.real_array(
             "worst_case_rdp", self._worst(order), low=0.0, allow_infinite=True
@@ -78,7 +80,7 @@ class StepSource:
                 f"got shape {given.shape}."
             ) from error
         met = rdp.max(axis=-2)
-        above = met > worst * (1.0 + 1e-9)  # both may have been rounded up, differently
+        above = met > worst * (1.0 + _ROUNDED_APART)
         if above.any():
             row = int(np.flatnonzero(above.reshape(-1))[0])
             raise ValueError(
@@ -87,7 +89,7 @@ class StepSource:
                 f"{float(met.reshape(-1)[row])!r} > {float(worst.reshape(-1)[row])!r}). "
                 "Pass the RDP at the largest sensitivity that clipping admits."
             )
-        return np.maximum(worst, met)
+        return worst
 
 
 def _with_one_start(rdp: FloatArray) -> FloatArray:
@@ -170,13 +172,15 @@ class HolderSum:
                 exponent, weight, columns, share = (
                     exponent[..., 1:], weight[1:], columns[1:], share[1:],
                 )  # fmt: skip
-            self.tangents.add(exponent, chord(low.worst, high.worst), weight)
+            # Fixed before the runs and not below them: the larger of the two would be neither.
+            largest = chord(low.worst, high.worst) * (1.0 + _ROUNDED_APART)
+            self.tangents.add(exponent, largest, weight)
 
 
 def knots_of(sums: list[HolderSum]) -> list[float]:
     """Orders to evaluate: every one of them while they are few, else a geometric grid over them."""
     orders = np.unique(np.concatenate([each.orders for each in sums]))
-    if len(orders) <= _ORDERS_ONE_BY_ONE:
+    if len(orders) <= _ORDERS_ONE_BY_ONE or len(sums[0].orders) <= SHORT_RUN:
         return orders.tolist()
     gaps = np.geomspace(orders[0] - 1.0, orders[-1] - 1.0, _grid_size(orders))
     inner = 1.0 + gaps[(1.0 + gaps > orders[0]) & (1.0 + gaps < orders[-1])]
@@ -250,6 +254,25 @@ class Tangents:
         with np.errstate(invalid="ignore"):
             value = self.base + np.where(self.span > 0.0, self.span * mean, 0.0)
         return np.where(np.isnan(value), np.inf, value)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the runs say about the expectations; `allowed` is (candidates, instances...)."""
+
+    tangents: list[Tangents]
+    allowed: npt.NDArray[np.bool_]
+    worst: FloatArray
+
+    def upper(self, failure: float) -> FloatArray:
+        """Upper confidence value of (order − 1) times the theorem's bound, shape (instances...)."""
+        choices = self.allowed.sum(axis=0) * len(self.tangents[0].anchors)
+        chance = failure / np.asarray(choices, dtype=np.float64)
+        best = np.full(self.worst.shape, np.inf)
+        for mask, tangents in zip(self.allowed, self.tangents, strict=True):
+            value = tangents.upper(chance).min(axis=-1)
+            best = np.where(mask, np.minimum(best, value), best)
+        return best
 
 
 def _scaled_expm1(exponent: FloatArray, log_a: FloatArray) -> FloatArray:

@@ -5,8 +5,8 @@ Knows shifts and their probabilities; what they mean for a forget set is `groups
 *Moving probability to larger shifts never lowers either divergence.* With t ~ N(0, 1) and
 Z = Σ_k p_k·exp(m_k·t − m_k²/2) the divergences are log E[F(Z)] / (α−1) for the convex functions
 F(z) = z^α (forward) and z^(1−α) (reverse). Raising one m_k to m'_k raises every covariance
-m_k·m_l of the Gaussian exponents, so E[F(Z)] does not fall (Kahane 1986, C. R. Acad. Sci. 303,
-convexity inequality). Hence every rounding here is a move of probability to the right.
+m_k·m_l of the exponents, so E[F(Z)] does not fall (Kahane 1986, C. R. Acad. Sci. 303, convexity
+inequality). Hence every rounding here is a move of probability to the right.
 
 What lies beyond a cut c is bounded by Minkowski, ‖e^X‖_α = exp((α−1)m²/2), forward, and by
 convexity of D(N(0,1) ‖ ·), at most α·m²/2 each, reverse. What is left is integrated by the
@@ -25,11 +25,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .._validate import FloatArray
-from .quadrature import SMALLEST, forward_excess, reverse_excess
+from .quadrature import DECAY, MARGIN, SMALLEST, forward_excess, reverse_excess
 
 _EPS = float(np.finfo(np.float64).eps)
-_MARGIN = 9.0  # a standard normal is farther out with probability 2e-19
-_DECAY = 34.0  # the trapezoid's error, about 140·exp(−34) = 3e-13 of the integral
 _CHUNK = 1 << 17  # exponentials held at a time
 _BUDGET = 6e6  # exponentials spent on one group of orders; beyond, the closed bounds answer
 _TAIL = 1e-13  # share of the result that may come from beyond the cut
@@ -88,24 +86,23 @@ def forward_divergence(law: ShiftLaw, orders: FloatArray) -> FloatArray:
     tolerance = np.log(_TAIL * (orders - 1.0) / 2.0) + 2.0 * math.log(law.mean)
     tails_fit = tails <= tolerance[:, None]
     tails_fit[:, -1] = True
-    cuts = tails_fit.argmax(axis=1)
-    cuts = np.maximum(cuts, 1)
+    cuts = np.maximum(tails_fit.argmax(axis=1), 1)
     tilt = np.maximum(orders, 2.0)  # where Z − 1 is small, its square counts
-    reach = np.floor(np.log2(2.0 * _MARGIN + tilt * law.shifts[cuts]))
+    reach = np.floor(np.log2(2.0 * MARGIN + tilt * law.shifts[cuts]))
     for size in np.unique(reach):  # orders of like reach share their nodes
         rows = np.flatnonzero((reach == size) & ~settled)
         if not rows.size:
             continue
         cut = int(cuts[rows].max())
         span = float(law.shifts[cut])
-        width = min(2.5 / span, math.sqrt(2.0 * _DECAY))
-        step = 2.0 * math.pi * width / (_DECAY + width * width / 2.0)
-        high = float(tilt[rows].max()) * span + _MARGIN
+        width = min(2.5 / span, math.sqrt(2.0 * DECAY))
+        step = 2.0 * math.pi * width / (DECAY + width * width / 2.0)
+        high = float(tilt[rows].max()) * span + MARGIN
         body = _Body(law, cut, high, renormalise=False)
-        count = math.ceil((high + _MARGIN) / step) + 1
+        count = math.ceil((high + MARGIN) / step) + 1
         if count * body.cost > _BUDGET:
             continue
-        nodes = np.asarray(step * np.arange(count) - _MARGIN, dtype=np.float64)
+        nodes = np.asarray(step * np.arange(count) - MARGIN, dtype=np.float64)
         log_density = body.log_density(nodes)
         for row in rows:
             order = float(orders[row])
@@ -140,19 +137,19 @@ def reverse_divergence(law: ShiftLaw, orders: FloatArray, *, ignored: FloatArray
     cut = int(np.argmax(enough)) if enough.any() else len(tail) - 1
     beyond = float(tail[cut])
     span = float(law.shifts[cut])
-    body = _Body(law, cut, span + _MARGIN, renormalise=True)
+    body = _Body(law, cut, span + MARGIN, renormalise=True)
     start, end = body.tilted_peaks(orders[wanted] - 1.0)
     for row, left, right in zip(wanted, start, end, strict=True):
         order = float(orders[row])
         peak = (1.0 - order) * body.log_density(np.array([right]))[0] - right * right / 2.0
-        low = left - _MARGIN
-        # The integrand is log-concave with curvature >= 1, so its peak region is all of it; a
-        # small divergence has a second part, of (Z − 1)², which lies below twice the shifts.
-        high = (right if peak > 4.0 else 2.0 * span) + _MARGIN
+        low = left - MARGIN
+        # Log-concave with curvature >= 1: the peak region is all of the integrand. A small
+        # divergence has a second part, of (Z − 1)², which lies below twice the shifts.
+        high = (right if peak > 4.0 else 2.0 * span) + MARGIN
         spread = min(span * span / 4.0, body.second_moment(high))
         growth = 1.0 + 1.4 * (order - 1.0) * spread
-        width = min(1.0 / math.sqrt(spread), math.sqrt(2.0 * _DECAY / growth))
-        step = 2.0 * math.pi * width / (_DECAY + growth * width * width / 2.0)
+        width = min(1.0 / math.sqrt(spread), math.sqrt(2.0 * DECAY / growth))
+        step = 2.0 * math.pi * width / (DECAY + growth * width * width / 2.0)
         count = math.ceil((high - low) / step) + 1
         if count * body.cost > _BUDGET:
             continue

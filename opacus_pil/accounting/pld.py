@@ -64,6 +64,8 @@ def tight_epsilon(
     Edge cases (first match wins):
         no run with sensitivity, sample_rate and count > 0   0
         noise_multiplier = 0 in such a run                   inf
+        delta not above twice the reserves (about 2e-11)     ε of the RDP curve
+        losses that may exceed 1e4                           ε of the RDP curve
 
     Source: Koskela, Jälkö, Honkela (2020), arXiv:1906.03049; Doroshenko et al. (2022),
         arXiv:2207.04380 (connect the dots), as implemented in dp-accounting.
@@ -107,13 +109,15 @@ def tight_group_epsilon(
         ValueError: A value outside its range or not finite.
         TypeError: Something that is not a number.
 
-    Edge cases (first match wins):
-        no run with a sensitivity, sample_rate and count > 0   0
-        noise_multiplier = 0 in such a run                     inf
+    Edge cases (first match wins): as `tight_epsilon`, for runs with any sensitivity > 0.
 
     Source: Kahane (1986) as in `groups`; Zhu, Dong, Wang (2022), arXiv:2106.08567, Thm. 10:
         dominating pairs compose; mixture of Gaussians as implemented in dp-accounting.
     Privacy: this output is itself not private to release.
+
+    >>> epsilon = tight_group_epsilon([([0.6, 0.4], 10.0, 1.0, 25)], delta=1e-5)  # one of noise 2
+    >>> round(epsilon, 1)
+    2.0
     """
     steps = []
     for number, run in enumerate(runs):
@@ -126,6 +130,7 @@ def tight_group_epsilon(
 
 
 def _unpacked(run: Any, number: int) -> tuple[Any, ...]:
+    """Return the four parts of a run."""
     if not isinstance(run, Sequence) or len(run) != 4:
         raise ValueError(
             _validate.expected(
@@ -136,6 +141,7 @@ def _unpacked(run: Any, number: int) -> tuple[Any, ...]:
 
 
 def _step(sensitivities: FloatArray, rest: Sequence[Any], number: int) -> Step:
+    """Return a checked run, its members of sensitivity 0 left out."""
     noise, rate, count = rest
     return (
         sensitivities[sensitivities > 0],
@@ -182,6 +188,7 @@ def _epsilon(steps: list[Step], delta: float, interval: float) -> float:
 
 
 def _widest_loss(sensitivities: FloatArray, noise: float) -> float:
+    """Privacy loss that one step with everyone drawn stays below, up to 12 standard deviations."""
     shift = float(sensitivities.sum()) / noise
     return shift * shift / 2.0 + 12.0 * shift
 
@@ -232,6 +239,7 @@ def _few_atoms(shifts: FloatArray, rate: float, negligible: float) -> tuple[Floa
 
 
 def _distributions() -> Any:
+    """Import dp-accounting's loss distributions."""
     try:
         from dp_accounting.pld import (  # type: ignore[import-untyped]
             privacy_loss_distribution,

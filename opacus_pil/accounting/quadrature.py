@@ -31,8 +31,8 @@ from scipy.special import expit
 from .._validate import FloatArray
 
 _EPS = float(np.finfo(np.float64).eps)
-_MARGIN = 9.0  # a standard normal is farther out with probability 2e-19
-_DECAY = 34.0  # the trapezoid's error, about 100·exp(−34) = 2e-13 of the integral
+MARGIN = 9.0  # a standard normal is farther out with probability 2e-19
+DECAY = 34.0  # the trapezoid's error, about 100·exp(−34) = 2e-13 of the integral
 _CHUNK = 1 << 15  # integrand values held at a time
 _SERIES = [1.0 / k for k in range(14, 2, -1)]  # ψ(y) = y²/2·(1 + y/3·(1 + y/4·(…)))
 SMALLEST = 1e-290  # a positive divergence below this is reported as this: doubles underflow
@@ -107,22 +107,22 @@ def _grid(
     with np.errstate(over="ignore"):
         if forward:
             # (1+u)^α tilts the normal by at most αr, and where u is small, u² does by 2r.
-            low = np.full(shifts.shape, -_MARGIN)
-            high = np.maximum(orders, 2.0) * shifts + _MARGIN
+            low = np.full(shifts.shape, -MARGIN)
+            high = np.maximum(orders, 2.0) * shifts + MARGIN
             growth = np.ones(shifts.shape)
             width = np.pi / np.maximum(shifts, 1e-3)
         else:
             peak = _reverse_peak(shifts, orders, weight)
-            low = peak - _MARGIN
+            low = peak - MARGIN
             # u² tilts by 2r, but only up to where u = 1; then u takes over, which tilts by r.
             log_odds = math.log1p(-weight) - math.log(weight)
             turn = shifts / 2.0 + log_odds / np.maximum(shifts, 1e-3)
-            high = np.minimum(2.0 * shifts, np.maximum(shifts, turn) + 1.0) + _MARGIN
+            high = np.minimum(2.0 * shifts, np.maximum(shifts, turn) + 1.0) + MARGIN
             share = np.minimum(_shifted_share(high, shifts, weight), 0.5)
             growth = 1.0 + 1.4 * (orders - 1.0) * share * (1.0 - share) * shifts * shifts
             width = np.pi / 2.0 / np.maximum(shifts, 1e-3)
-    width = np.minimum(width, math.sqrt(2.0 * _DECAY) / np.sqrt(growth))
-    step = 2.0 * np.pi * width / (_DECAY + growth * width * width / 2.0)
+    width = np.minimum(width, math.sqrt(2.0 * DECAY) / np.sqrt(growth))
+    step = 2.0 * np.pi * width / (DECAY + growth * width * width / 2.0)
     points = np.ceil((high - low) / step) + 1.0
     # Few distinct sizes, so that equal ones share a rectangular array.
     grain = np.exp2(np.maximum(np.floor(np.log2(points)) - 3.0, 1.0))

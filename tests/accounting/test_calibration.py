@@ -182,6 +182,20 @@ def test_no_noise_is_needed_where_nothing_is_revealed(nothing):
     assert noise_multiplier_for(setting.pop("sensitivity"), **setting) == 0.0
 
 
+def test_a_target_met_exactly_is_still_met_after_rounding():
+    # The target is ε at a noise the search ends on, so that no slack of the bisection is left.
+    setting = {"delta": 1e-5, "steps": 300, "sample_rate": 0.02}
+    for first in (0.3, 1.0, 4.0):
+        found = noise_multiplier_for(epsilon=first, **setting)
+        exact = epsilon_at(found / (1 + 1e-9), **setting)
+        for s, noise in zip(
+            (0.3, 0.7, 1.0),
+            noise_multiplier_for([0.3, 0.7, 1.0], epsilon=exact, **setting),
+            strict=True,
+        ):
+            assert epsilon_at(noise, s, **setting) <= exact
+
+
 def test_unreachable_target_says_what_can_be_reached():
     setting = {"delta": 1e-5, "steps": 10, "sample_rate": 0.1, "orders": [2.0, 8.0]}
     # log(1 − 1/8) − (log δ + log 8)/7, the price of the conversion at order 8

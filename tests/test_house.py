@@ -26,9 +26,11 @@ FLOORS: dict[int, tuple[str, ...]] = {
     0: (
         "",  # the façade itself loads nothing; its names are followed to their homes
         "_validate",
+        "atomic_file",
         "errors",
         "accounting.bounded_mean",
         "accounting.calibration",
+        "accounting.compact_orders",
         "accounting.composition",
         "accounting.gram",
         "accounting.groups",
@@ -48,7 +50,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "accounting.guarantee",
         "accounting.history",
         "accounting.ledger",
+        "accounting.ledger_rows",
         "accounting.levels",
+        "accounting.offsets",
         "accounting.privacy_losses",
         "certificates",
         "certificates.batch_laws",
@@ -81,6 +85,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # engines
     3: (
         "checkpoint",
+        "ledger_table",
         "ledgers",
         "norm_policy",
         "privacy_engine",

@@ -3,6 +3,7 @@
 from .accountant import PerInstanceAccountant as PerInstanceAccountant
 from .calibration import noise_multiplier_for as noise_multiplier_for
 from .calibration import rdp_to_delta as rdp_to_delta
+from .compact_orders import COMPACT_ORDERS as COMPACT_ORDERS
 from .composition import CompositionResult as CompositionResult
 from .composition import compose_per_instance as compose_per_instance
 from .composition import order_schedule as order_schedule

@@ -6,6 +6,7 @@ can be read afterwards, and the saved form, is `privacy_losses.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,9 +50,13 @@ class PerInstanceAccountant(PrivacyLosses):
         history: Keep a log of who stood on which level at which step, for `group_rdp` and
             `tight_epsilon`. It grows by 12 bytes per move.
         instance_ids: Shape (num_instances,), stable ids (integers or strings). Default 0 … N-1.
+        memory_map: Folder for a nameless file (mode 0600) that holds the 8 bytes per instance and
+            order, for more instances than fit in memory. It vanishes with the accountant, it is no
+            saved form. None: in memory. Millions of instances: see also `COMPACT_ORDERS`.
 
     Raises:
         TypeError, ValueError: An argument outside its domain; the first bad row is named.
+        OSError: The folder of `memory_map` is missing, not writable or too full.
 
     Source: Feldman, Zrnic (2021), arXiv:2008.11193, individual Rényi accounting; Yu et al. (2023),
         arXiv:2206.02617, output-specific reading. The level grid and prefix sums are ours.
@@ -81,6 +86,7 @@ class PerInstanceAccountant(PrivacyLosses):
         budget: Any = None,
         history: bool = False,
         instance_ids: npt.ArrayLike | None = None,
+        memory_map: str | os.PathLike[str] | None = None,
     ) -> None:
         size = check.integer("num_instances", num_instances, low=1)
         count = check.integer("levels", levels, low=2, high=60_000)
@@ -102,6 +108,7 @@ class PerInstanceAccountant(PrivacyLosses):
             instance_ids=_checked_ids(instance_ids, size),
             privacy_filter=privacy_filter,
             history=bool(history),
+            memory_map=memory_map,
         )
         if caps is not None:
             self._set_caps(self._checked_caps(caps))

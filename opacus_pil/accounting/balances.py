@@ -10,12 +10,15 @@ exact sum of the charges: rounding errors of the prefix sums are added, never le
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import os
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from .._validate import FloatArray, IntArray
+from . import offsets
 
 CHUNK = 1 << 16  # instances whose RDP is formed at once: bounds the memory of a full pass
 _EPS = float(np.finfo(np.float64).eps)
@@ -34,17 +37,36 @@ class Balances:
         infinite: Shape (instances,), True once an instance was charged +inf at some order. A flag,
             because inf - inf would be NaN.
         worst_infinite: The same for an instance that stood on the highest level all along.
+        folder: Where `offset` is held in a file mapped into memory; None: in memory.
     """
 
-    def __init__(self, size: int, *, levels: int, orders: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        levels: int,
+        orders: int,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.levels = levels
+        self.folder = folder
         self.base = np.zeros((levels + 1, orders))
         self.flushes = 0
         self.pending: Pending | None = None
         self.level = np.full(size, levels - 1, dtype=np.uint16)
-        self.offset = np.zeros((size, orders))
+        self.offset = offsets.zeros((size, orders), folder=folder)
         self.infinite = np.zeros(size, dtype=bool)
         self.worst_infinite = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy everything; offsets that are held in a file get a file of their own."""
+        made = copy.copy(self)
+        for name, value in vars(self).items():
+            if name == "offset" and self.folder is not None:
+                made.offset = offsets.placed(value, folder=self.folder)
+            else:
+                setattr(made, name, copy.deepcopy(value, memo))
+        return made
 
     def charge(self, table: FloatArray, kernel: Kernel) -> None:
         """Charge each level its row of `table` (levels, orders), the step's RDP at `kernel`."""

@@ -6,6 +6,7 @@ Charging is `accountant.py`; how charges are kept is `balances.py`; the saved fo
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,12 +15,14 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
+from . import offsets
 from .balances import CHUNK, Balances, Pending
 from .filter import PrivacyFilter
 from .forget_set import run_epsilon, run_rdp
 from .guarantee import GUARANTEES, PerInstanceEpsilon, weakest
 from .history import History, JointSteps
 from .ledger import Ledger
+from .ledger_rows import Columns, ledger_chunks, write_ledger
 from .levels import LevelGrid
 from .rdp import rdp_to_epsilon
 
@@ -35,6 +38,7 @@ class PrivacyLosses:
         instance_ids: Shape (instances,), unique.
         privacy_filter: Budgets, or None.
         history: Whether to log who stood on which level at which step.
+        memory_map: Folder for the offsets, None: in memory.
     """
 
     def __init__(
@@ -44,11 +48,14 @@ class PrivacyLosses:
         instance_ids: npt.NDArray[Any],
         privacy_filter: PrivacyFilter | None,
         history: bool,
+        memory_map: str | os.PathLike[str] | None = None,
     ) -> None:
         size = len(instance_ids)
         self._grid = grid
         self._ids = instance_ids
-        self._balances = Balances(size, levels=len(grid), orders=len(grid.orders))
+        self._balances = Balances(
+            size, levels=len(grid), orders=len(grid.orders), folder=memory_map
+        )
         self._num_present = size  # kept: counting would cost a step time that grows with N
         self._caps: FloatArray | None = None
         self._filter = privacy_filter
@@ -227,22 +234,33 @@ class PrivacyLosses:
         """
         import pandas as pd  # an optional extra
 
-        target = 1.0 / self.num_instances if delta is None else delta
-        found = self.get_epsilon(target)
-        frame = pd.DataFrame(
-            {
-                "instance_id": self._ids,
-                "epsilon": found.epsilon,
-                "order": found.order,
-                "sensitivity": self.sensitivities,
-                "active": self.active,
-                "delta": found.delta,
-                "guarantee": found.guarantee,
-            }
-        )
-        if self._filter is not None:
-            frame["spent_epsilon"] = self._epsilon(self.spent_rdp, target, None, "").epsilon
-        return frame
+        return pd.concat(map(pd.DataFrame, ledger_chunks(self, delta=delta)), ignore_index=True)
+
+    def to_parquet(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        delta: float | None = None,
+        columns: Columns | None = None,
+    ) -> None:
+        """Write the rows of `to_dataframe` to a Parquet file, for `ledger_table.LedgerTable`.
+
+        RDP is formed a chunk of instances at a time, however many there are.
+
+        Args:
+            path: Target; its folder must exist. Created with mode 0600, whole or absent.
+            delta: δ of the epsilons. Default 1 / num_instances.
+            columns: More columns, name -> shape (instances,), for example {"label": labels}.
+
+        Raises:
+            ImportError: pyarrow is missing; install the extra `report`.
+            OSError: The folder is missing or not writable.
+            TypeError, ValueError: δ outside (0, 1); a column of another length, or with a name that
+                is taken.
+
+        Privacy: the rows depend on private data.
+        """
+        write_ledger(path, ledger_chunks(self, delta=delta, columns=columns))
 
     # --- copying, saving and joining ----------------------------------------------------------
 
@@ -343,13 +361,14 @@ class PrivacyLosses:
         )
 
     def _adopt(self, ledger: Ledger) -> None:
-        held = Balances(0, levels=len(self._grid), orders=len(self._grid.orders))
+        folder = self._balances.folder
+        held = Balances(0, levels=len(self._grid), orders=len(self._grid.orders), folder=folder)
         if ledger.repeats:
             noise, rate = ledger.noise_multiplier, ledger.sample_rate
             table = self._grid.rdp(noise_multiplier=noise, sample_rate=rate)
             held.pending = Pending(table, (noise, rate), repeats=ledger.repeats)
         held.base, held.flushes = ledger.base, ledger.flushes
-        held.level, held.offset = ledger.level, ledger.offset
+        held.level, held.offset = ledger.level, offsets.placed(ledger.offset, folder=folder)
         held.infinite, held.worst_infinite = ledger.infinite, ledger.worst_infinite
         self._balances = held
         self._num_present = int(np.count_nonzero(held.level != len(self._grid)))

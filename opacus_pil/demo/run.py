@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from .. import __version__, datasets
 from .. import _validate as check
+from ..accounting.ledger_rows import write_ledger
 from ..checkpoint import write_atomic
 from ..report import write_report
 from . import cnn, logistic
@@ -107,9 +107,7 @@ def _one_thread() -> Iterator[None]:
 def _write(folder: Path, summary: dict[str, Any], tasks: list[TaskResult]) -> None:
     text = json.dumps(summary, indent=2, allow_nan=False)
     write_atomic(folder / "summary.json", (text + "\n").encode())
-    rows = io.BytesIO()
-    pd.concat([task.ledger for task in tasks], ignore_index=True).to_parquet(rows)
-    write_atomic(folder / "ledger.parquet", rows.getvalue())
+    write_ledger(folder / "ledger.parquet", [rows for task in tasks for rows in task.ledger])
     weights = io.BytesIO()
     torch.save({task.summary["name"]: task.state for task in tasks}, weights)
     write_atomic(folder / "model.pt", weights.getvalue())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..accounting import PerInstanceAccountant
+from ..accounting.ledger_rows import Columns, ledger_chunks
 from ..plots import (
     epsilon_against_steps,
     epsilon_histogram,
@@ -20,9 +21,6 @@ from ..plots import (
 from ..report import Illustration, Section
 from .forgetting import TOLERANCE, Forgotten
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _SHOWN = 10  # images of the most and of the least exposed instances
 
 
@@ -32,7 +30,7 @@ class TaskResult:
 
     summary: dict[str, Any]
     sections: tuple[Section, ...]
-    ledger: pd.DataFrame
+    ledger: tuple[Columns, ...]
     state: dict[str, torch.Tensor]
 
 
@@ -88,16 +86,17 @@ def task_result(
         "test_accuracy": test_accuracy,
         "forget_sets": entries,
     }
-    frame = accountant.to_dataframe(delta=delta)
-    frame.insert(0, "task", name)
-    frame.insert(2, "label", labels.numpy().astype(np.int64))
+    columns = {
+        "task": np.full(accountant.num_instances, name),
+        "label": labels.numpy().astype(np.int64),
+    }
     return TaskResult(
         summary=summary,
         sections=(
             _exposure(summary, spent.epsilon, outcomes, images, labels, words["task"]),
             _forgetting(summary, outcomes, words["forgetting"]),
         ),
-        ledger=frame,
+        ledger=tuple(ledger_chunks(accountant, delta=delta, columns=columns)),
         state={key: value.detach().clone() for key, value in state.items()},
     )
 

@@ -290,6 +290,9 @@ class PerInstanceAccountant(PrivacyLosses):
     def forget(self, indices: npt.ArrayLike) -> None:
         """Stop charging instances that left the training set; their losses so far stay readable.
 
+        Args:
+            indices: Shape (n,), instances, each once.
+
         Raises:
             TypeError, ValueError: An index out of range, repeated, or forgotten before.
         """

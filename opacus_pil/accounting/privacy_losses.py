@@ -139,6 +139,19 @@ class PrivacyLosses:
 
         Under a budget this is the budget, whatever was spent of it: only that holds for the whole
         run before it begins. inf above the orders it is enforced at.
+
+        Guarantee: adding or removing one instance, both directions, as `guarantee` says.
+
+        Args:
+            indices: Shape (n,), instances to read, in any order. None: all.
+
+        Raises:
+            TypeError, ValueError: An index out of range.
+
+        Edge cases (first match wins):
+            a budget             the budget
+            a step without noise at a sensitivity > 0   inf
+            no steps             0
         """
         rows = self._rows(indices)
         if self._filter is not None:
@@ -150,6 +163,9 @@ class PrivacyLosses:
 
         Guarantee: "output_specific" at most, where a budget was set; else that of `rdp`, to which
             it is then equal.
+
+        Args:
+            indices: Shape (n,), instances to read. None: all.
         """
         rows = self._rows(indices)
         spent = self._balances.rdp(rows)
@@ -167,13 +183,21 @@ class PrivacyLosses:
 
         Under a budget this is the budget's ε: the one it was given as, at the δ it was given with.
 
+        Args:
+            delta: In (0, 1).
+            indices: Shape (n,), instances to read. None: all.
+
+        Returns:
+            ε and order of shape (n,), with label and δ. Never above `worst_case_epsilon`, except
+            that a budget may be more than what was spent so far.
+
         Raises:
             TypeError, ValueError: δ outside (0, 1), or an index out of range.
         """
         return self._epsilon(self.rdp, delta, indices, self._guarantee)
 
     def worst_case_epsilon(self, delta: float) -> float:
-        """Return ε(δ) of an instance at `max_sensitivity` in every step, on the same orders."""
+        """Return ε(delta) of an instance at `max_sensitivity` in every step, on the same orders."""
         epsilon, _ = rdp_to_epsilon(
             self.worst_case_rdp(), orders=self._grid.orders.tolist(), delta=check.delta(delta)
         )
@@ -276,6 +300,9 @@ class PrivacyLosses:
         """Take over a ledger saved from an accountant of the same instances, orders and levels.
 
         Caps, budgets and history are the ledger's from then on.
+
+        Args:
+            state: From `state_dict`; arrays may be CPU tensors or lists.
 
         Raises:
             LedgerError: Another number of instances, other ids, orders or levels, an unknown

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .capture.memory import BatchMemoryManager as BatchMemoryManager
     from .errors import CertificateError as CertificateError
     from .errors import LedgerError as LedgerError
     from .errors import OpacusPilError as OpacusPilError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BatchMemoryManager": "capture.memory",
     "CertificateError": "errors",
     "LedgerError": "errors",
     "OpacusPilError": "errors",

@@ -80,10 +80,13 @@ class StepAccounting:
                 "own epsilon is not.",
             )
         noise, count = self._noise(optimizer)
+        # An instance is in at least one of k summed draws with probability at most k·q, and then
+        # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
+        batches = max(optimizer.accumulated_iterations, record.draws)
         self._charger.charge(
             record,
-            noise_std=noise * float(optimizer.max_grad_norm),
-            sample_rate=min(self.sample_rate * optimizer.accumulated_iterations, 1.0),
+            noise_std=noise * float(optimizer.max_grad_norm) / record.draws,
+            sample_rate=min(self.sample_rate * batches, 1.0),
             measure=self.measure,
             random_forward=self.random_forward,
             released_count=count,

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from . import _validate as check
+from .capture.indices import require_in_order
 from .errors import UnsupportedError
 
 GRAD_SAMPLE_MODES = ("hooks", "functorch", "ew", "ghost", "no_op")
@@ -51,7 +52,7 @@ class TrainingKernel:
 
 
 def require_map_style(data_loader: Any) -> None:
-    """Raise unless the loader and its data set have a length and rows."""
+    """Raise unless the loader and its data set have a length and rows, in order."""
     cure = "Pass a DataLoader over a map-style data set (with __len__ and __getitem__)."
     if not isinstance(data_loader, DataLoader):
         raise TypeError(check.expected("data_loader", "to be a DataLoader", data_loader, cure))
@@ -64,6 +65,7 @@ def require_map_style(data_loader: Any) -> None:
             f"instance is defined. {cure}"
         )
     check.integer("len(data_loader)", len(data_loader), low=1, cure=cure)
+    require_in_order(data_loader)  # Opacus would drop the setting without a word
 
 
 def require_uniform_batches(data_loader: DataLoader[Any]) -> None:

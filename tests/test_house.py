@@ -75,8 +75,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: (
         "capture",
         "capture.clipping",
+        "capture.draws",
         "capture.fixed_batches",
         "capture.indices",
+        "capture.memory",
         "capture.norms",
         "capture.passes",
         "capture.recorder",

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from opacus import PrivacyEngine
-from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -312,20 +311,6 @@ def test_steps_that_match_no_rows_charge_everyone_the_worst_case():
     CRITERION(wrapped(inputs[1:]), targets[1:]).backward()  # one row less than was drawn
     optimizer.step()
     assert engine.per_instance.unattributed_steps == 3
-
-
-def test_opacus_memory_manager_is_charged_the_worst_case_never_a_guess():
-    torch.manual_seed(17)
-    engine = PerInstancePrivacyEngine()
-    _, (wrapped, optimizer, loader) = prepared(engine)
-    with (
-        pytest.warns(UserWarning, match="worst case"),
-        BatchMemoryManager(
-            data_loader=loader, max_physical_batch_size=5, optimizer=optimizer
-        ) as parts,
-    ):
-        train((wrapped, optimizer, parts))
-    assert engine.per_instance.unattributed_steps == engine.per_instance.steps == 5
 
 
 def test_explicit_rows_serve_custom_loops():

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Sampler
 
 from ..errors import UnsupportedError
-from .indices import Batches, BatchTracker
+from .indices import Batches, BatchTracker, require_in_order
 from .passes import Pass, Resumable, started
 
 
@@ -36,10 +36,10 @@ class RecordingBatchSampler(Resumable, Sampler[list[int]]):
     def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        self._tracker.begin()
         # The caller's sampler keeps its order to itself: a saved pass holds the order, not a seed.
         running = self.begin(lambda draws: iter(self.batches if draws else ()), redrawn=False)
         self.emitted = running.emitted
+        self._tracker.begin(running)
         return running
 
 
@@ -64,11 +64,7 @@ def recording_copy(loader: DataLoader[Any]) -> tuple[RecordingFixedLoader, Batch
             "Expected a loader that forms batches, got batch_size=None. The rows of a batch are "
             "not known to such a loader. Pass batch_size, or use batch(indices=...)."
         )
-    if not getattr(loader, "in_order", True):
-        raise UnsupportedError(
-            "Expected a loader with in_order=True, got in_order=False. Batches that overtake each "
-            "other cannot be matched with their rows."
-        )
+    require_in_order(loader)
     tracker = BatchTracker()
     options: dict[str, Any] = {}
     if loader.num_workers:

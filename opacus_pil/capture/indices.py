@@ -20,6 +20,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from .. import _validate as check
 from .._validate import IntArray
 from ..errors import UnsupportedError
+from .draws import Draw, SplitPasses
 from .passes import Pass, Resumable, started
 
 
@@ -30,6 +31,7 @@ class BatchTracker:
         nothing was handed out since the last claim or since a new iterator began
         two iterators are alive and both have a batch that nobody claimed
         an iterator failed before: its later batches can no longer be matched
+        the batch came while a loop over Opacus's BatchMemoryManager had one waiting
     """
 
     def __init__(self) -> None:
@@ -37,32 +39,46 @@ class BatchTracker:
         self._owner: weakref.ref[Any] | None = None  # iterator whose batch is unclaimed
         self._explicit = False
         self.handed_out = 0  # batches of this pass since the last claim
+        self.drawn: Draw | None = None  # what the batch claimed last was drawn in; None: unknown
+        self.split = SplitPasses()  # knows the draws when Opacus's BatchMemoryManager loads
+        self._draw: Draw | None = None
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
 
-    def begin(self) -> None:
-        """A new iterator starts: a batch of an older one is no longer the current batch."""
+    def begin(self, running: Pass) -> None:
+        """A sampler starts a pass: a batch of an older one is no longer the current batch."""
+        self.split.begin(running)
         if not self._explicit:
             self._rows, self.handed_out = None, 0
 
-    def publish(self, rows: npt.ArrayLike | None, *, owner: object) -> None:
-        """A batch is being handed out."""
+    def publish(
+        self, rows: npt.ArrayLike | None, *, owner: object, draw: Draw | None = None
+    ) -> None:
+        """A batch is being handed out; `draw` says what it is part of, if it is not all of it."""
         if self._explicit:
             return
         other = None if self._owner is None else self._owner()
         ambiguous = other is not None and other is not owner
         known = rows is not None and not ambiguous
         self._rows = np.asarray(rows, dtype=np.int64) if known else None
+        self._draw = draw
         self._owner = weakref.ref(owner)
         self.handed_out += 1
 
     def claim(self) -> IntArray | None:
         """Return the current batch's rows once; None when they are not known for certain."""
-        rows, self._rows, self._owner, self.handed_out = self._rows, None, None, 0
+        rows, published = self._rows, self.handed_out > 0 or self._explicit
+        self._rows, self._owner, self.handed_out = None, None, 0
+        if rows is not None and not self._explicit and self.split.interfering:
+            rows = None
+        if rows is not None:
+            self.drawn = Draw(rows.tolist()) if self._draw is None else self._draw
+        else:  # where nothing is published, a memory manager of Opacus may have handed out a part
+            self.drawn = None if published else self.split.use()
         return rows
 
     def set_explicit(self, rows: IntArray | None) -> None:
         """Take the caller's rows for the next claim and ignore loaders; None: back to loaders."""
-        self._rows, self._owner, self.handed_out = rows, None, 0
+        self._rows, self._draw, self._owner, self.handed_out = rows, None, None, 0
         self._explicit = rows is not None
 
 
@@ -102,8 +118,8 @@ class RecordingSampler(Resumable, UniformWithReplacementSampler):
     def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        self._tracker.begin()
         running = self.begin(self._draw, redrawn=True)
+        self._tracker.begin(running)
         self.emitted = running.emitted
         return running
 
@@ -161,9 +177,20 @@ class Batches:
         current = self._loader.batch_sampler.emitted
         if self._loader._iterator is self._batches and self._emitted is not current:
             self._emitted = None  # persistent workers were restarted by a newer pass
-        rows = self._emitted.popleft() if self._emitted is not None else None
-        self._loader.tracker.publish(rows, owner=self)
+        self._publish(None if self._emitted is None else self._emitted.popleft())
         return batch
+
+    def _publish(self, rows: Any) -> None:
+        self._loader.tracker.publish(rows, owner=self)
+
+
+def require_in_order(loader: Any) -> None:
+    """Raise if batches may overtake each other."""
+    if not getattr(loader, "in_order", True):
+        raise UnsupportedError(
+            "Expected a loader with in_order=True, got in_order=False. Batches that overtake each "
+            "other cannot be matched with their rows."
+        )
 
 
 def record_indices(
@@ -180,7 +207,7 @@ def record_indices(
         The tracker that knows the current batch's rows.
 
     Raises:
-        UnsupportedError: Not a DPDataLoader with Opacus's uniform sampler.
+        UnsupportedError: Not a DPDataLoader with Opacus's uniform sampler, or in_order=False.
         TypeError, ValueError: `population` is empty, repeats a row or leaves the data set.
     """
     sampler = loader.batch_sampler
@@ -193,6 +220,7 @@ def record_indices(
     if population is not None:
         population = np.sort(check.index_array("population", population, size=len(loader.dataset)))
         check.integer("len(population)", len(population), low=1)
+    require_in_order(loader)
     tracker = BatchTracker()
     # DataLoader forbids setting a batch_sampler once built, to protect running iterators; this
     # loader has none yet.

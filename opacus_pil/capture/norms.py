@@ -45,6 +45,21 @@ class _Recording:
         )
         self.step_hook: Callable[[Any], None] = chained(self.step_hook, fn)
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Opacus's BatchMemoryManager passes on part of a draw; called ahead of its use.
+
+        Raises:
+            UnsupportedError: Caps are enforced: each part must know its rows before it is clipped.
+        """
+        if self.recorder.caps is not None:
+            raise UnsupportedError(
+                "Expected every physical batch to know its rows, since each has its own cap, got "
+                "Opacus's BatchMemoryManager, which hides them. Use opacus_pil.BatchMemoryManager."
+            )
+        require_splittable(self)
+        self.recorder.tracker.split.emit(last=not do_skip)
+        super().signal_skip_step(do_skip)  # type: ignore[misc]
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear gradients as Opacus does, and the captures that belonged to them."""
         super().zero_grad(set_to_none)  # type: ignore[misc]
@@ -190,6 +205,17 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
         recorder.publish = module
     optimizer.__class__ = recording
     optimizer.recorder = recorder
+
+
+def require_splittable(optimizer: Any) -> None:
+    """Raise if a draw may not be split into several physical batches."""
+    if isinstance(optimizer, AdaClipDPOptimizer):
+        # Opacus forgets the count of unclipped rows at every physical batch.
+        raise UnsupportedError(
+            "Expected flat or per-layer clipping with a BatchMemoryManager, got adaptive clipping, "
+            "whose count would be that of the last physical batch alone. Use batches that fit "
+            "in memory."
+        )
 
 
 def require_known(optimizer: DPOptimizer) -> None:

@@ -14,7 +14,13 @@ import torch
 
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .draws import Draw
 from .indices import BatchTracker
+
+_OUT_OF_STEP = (
+    "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
+    "was left early or skipped a batch, which opacus_pil.BatchMemoryManager allows"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class StepRecord:
         max_grad_norm: Bound that the gradients were clipped to.
         rounding: Machine epsilon of the dtype the norms were computed in.
         mismatch: Why `indices` is None, for a warning; empty when they are known.
+        draws: Number of draws that may have been summed, so that an instance may be in each: 1
+            when `indices` are known.
     """
 
     indices: IntArray | None
@@ -34,11 +42,13 @@ class StepRecord:
     max_grad_norm: float
     rounding: float
     mismatch: str = ""
+    draws: int = 1
 
 
 @dataclass(frozen=True)
 class _Capture:
-    rows: IntArray | None
+    rows: IntArray | None  # of this physical batch; None: not published
+    draw: Draw | None  # which draw it is part of; None: not known
     norms: torch.Tensor
     max_grad_norm: float
     dropped: torch.Tensor | None  # rows with cap 0, which took no part
@@ -89,19 +99,24 @@ class Recorder:
         """
         handed_out = self.tracker.handed_out
         rows = self.tracker.claim()
+        draw = self.tracker.drawn
         norms = norms.detach()
         if self.publish is not None:
             self.publish.per_sample_gradient_norms = norms
-        if rows is not None and self._rand_on_empty and len(rows) == 0 and len(norms) == 1:
-            norms, phantom = norms[:0], True
-        else:
-            phantom = False
+        empty = draw is not None and len(draw.rows) == 0
+        phantom = self._rand_on_empty and empty and len(norms) == 1
+        if phantom:
+            norms = norms[:0]
         mismatch = ""
-        if rows is None:
-            mismatch = "no loader or batch(indices=...) said which rows the batch holds"
-        elif len(rows) != len(norms):
+        if rows is None and draw is None:
+            mismatch = (
+                _OUT_OF_STEP
+                if self.tracker.split.active
+                else "no loader or batch(indices=...) said which rows the batch holds"
+            )
+        elif rows is not None and len(rows) != len(norms):
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
-            rows = None
+            rows = draw = None
         caps = dropped = None
         if self.caps is not None:
             if handed_out > 1:  # a batch fetched ahead may have the same length
@@ -117,7 +132,7 @@ class Recorder:
             else:
                 caps = torch.as_tensor(self.caps(rows), device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
-        self._captures.append(_Capture(rows, norms, max_grad_norm, dropped, mismatch))
+        self._captures.append(_Capture(rows, draw, norms, max_grad_norm, dropped, mismatch))
         return caps
 
     def take(self, *, max_grad_norm: float) -> StepRecord:
@@ -131,24 +146,48 @@ class Recorder:
             UnsupportedError: Several drawn batches were summed into one noisy step.
         """
         captures, self._captures = self._captures, []
-        known = [c for c in captures if c.rows is not None]
-        if len(captures) > 1 and known:
-            raise UnsupportedError(
-                f"Expected one drawn batch per noisy step, got {len(captures)}. An instance drawn "
-                "into several would be charged for one. Step after every batch."
-            )
-        rows = captures[0].rows if known else None
         norms = _joined([c.norms for c in captures])
-        if captures and captures[0].dropped is not None:
-            norms = np.where(captures[0].dropped.cpu().numpy(), 0.0, norms)
+        draws = {c.draw for c in captures if c.draw is not None}
+        unknown = sum(c.draw is None for c in captures)
+        rows, mismatch = None, "no gradient was captured"
+        if captures and all(c.rows is not None for c in captures):
+            if len(draws) > 1:
+                raise UnsupportedError(
+                    f"Expected one drawn batch per noisy step, got {len(draws)}. An instance drawn "
+                    "into several would be charged for one. Step after every batch, or split large "
+                    "batches with opacus_pil.BatchMemoryManager."
+                )
+            rows, mismatch = np.concatenate([c.rows for c in captures]), ""
+        elif captures:
+            rows, mismatch = _whole_draw(captures, len(norms))
+        if any(c.dropped is not None for c in captures):
+            dropped = [c.dropped for c in captures if c.dropped is not None]
+            norms = np.where(torch.cat(dropped).cpu().numpy(), 0.0, norms)
         _require_finite(norms, rows)
         return StepRecord(
             indices=rows,
             norms=norms,
             max_grad_norm=max((c.max_grad_norm for c in captures), default=max_grad_norm),
             rounding=max((torch.finfo(c.norms.dtype).eps for c in captures), default=0.0),
-            mismatch=captures[0].mismatch if captures else "no gradient was captured",
+            mismatch=mismatch,
+            draws=1 if rows is not None else max(len(draws) + unknown, 1),
         )
+
+
+def _whole_draw(captures: list[_Capture], size: int) -> tuple[IntArray | None, str]:
+    """Return the rows of a draw that Opacus split, if just its pieces were captured."""
+    draw = captures[0].draw
+    if any(c.mismatch for c in captures):
+        return None, next(c.mismatch for c in captures if c.mismatch)
+    if (
+        draw is None
+        or any(c.draw is not draw or c.rows is not None for c in captures)
+        or not draw.complete
+        or draw.pieces != len(captures)
+        or len(draw.rows) != size
+    ):
+        return None, _OUT_OF_STEP
+    return np.asarray(draw.rows, dtype=np.int64), ""
 
 
 def _joined(parts: list[torch.Tensor]) -> FloatArray:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .._validate import FloatArray, IntArray
 from . import offsets
 
-CHUNK = 1 << 16  # instances whose RDP is formed at once: bounds the memory of a full pass
+CHUNK = 1 << 13  # instances whose RDP is formed at once: a full pass stays in the cache
 _EPS = float(np.finfo(np.float64).eps)
 _HUGE = 1e290  # a charge above this is taken as infinite, so that no sum of charges can overflow
 
@@ -96,14 +96,14 @@ class Balances:
         for start in range(0, len(rows), CHUNK):
             part, new = rows[start : start + CHUNK], levels[start : start + CHUNK]
             before, after = self._sums(self.level[part]), self._sums(new)
-            offset = self.offset[part]
+            offset = self.offset.take(part, axis=0)
             error = self._slack * (before + after + np.abs(offset))
             self.offset[part] = offset + (before - after) + error
             self.level[part] = new
 
     def rdp(self, rows: IntArray) -> FloatArray:
         """Return an upper bound of the sum of all charges, shape (rows, orders)."""
-        shared, own = self._sums(self.level[rows]), self.offset[rows]
+        shared, own = self._sums(self.level[rows]), self.offset.take(rows, axis=0)
         value = own + shared + self._slack * (shared + np.abs(own))
         # Charges are nondecreasing in the level, so the top level bounds everyone; and a sum of
         # charges is >= 0 whatever rounding did to a difference of prefix sums.
@@ -133,9 +133,10 @@ class Balances:
         return (self.flushes + 8) * _EPS
 
     def _sums(self, level: npt.NDArray[Any]) -> FloatArray:
-        sums = self.base[level]
+        # take: on rows of a matrix twice as fast as indexing, and half of a step's time is here
+        sums = self.base.take(level, axis=0)
         if self.pending is not None:
-            sums = sums + self.pending.repeats * self.pending.table[level]
+            sums += self.pending.repeats * self.pending.table.take(level, axis=0)
         return sums
 
     def _top(self) -> FloatArray:

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from ..atomic_file import atomic_file
-from .balances import CHUNK
 from .rdp import rdp_to_epsilon
 
 if TYPE_CHECKING:
     from .privacy_losses import PrivacyLosses
 
+ROW_GROUP = 1 << 16  # instances; a question about one of them reads one group
 ROWS_VERSION = "1"  # of the file's columns; under VERSION_KEY in its metadata
 VERSION_KEY = b"opacus_pil.ledger_rows"
 
@@ -32,7 +32,7 @@ def ledger_chunks(
     *,
     delta: float | None = None,
     columns: Columns | None = None,
-    size: int = CHUNK,
+    size: int = ROW_GROUP,
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Yield the rows of `to_dataframe`, `size` instances at a time, then `columns` of the caller.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -30,7 +29,7 @@ class Draw:
         complete: Whether no more will follow.
     """
 
-    rows: Sequence[int]
+    rows: list[int]
     pieces: int = 1
     complete: bool = True
 

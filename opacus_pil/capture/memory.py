@@ -59,14 +59,16 @@ class RecordingSplitter(BatchSplittingSampler):
         return self._split(self.emitted)
 
     def _split(self, emitted: deque[Piece]) -> Iterator[list[int]]:
-        draw = None
+        draw = Draw([], pieces=0, complete=True)
         for rows in super().__iter__():
-            first = draw is None
-            if draw is None:
-                draw = Draw([])
-            emitted.append(Piece([int(row) for row in rows], draw, first, self._signals.last))
-            if self._signals.last:
-                draw = None
+            first, last = draw.complete, self._signals.last
+            if first:
+                draw = Draw([], pieces=0)
+            piece = [int(row) for row in rows]
+            draw.rows.extend(piece)
+            draw.pieces += 1
+            draw.complete = last
+            emitted.append(Piece(piece, draw, first, last))
             yield rows
 
     @property

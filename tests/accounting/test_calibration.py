@@ -183,17 +183,14 @@ def test_no_noise_is_needed_where_nothing_is_revealed(nothing):
 
 
 def test_a_target_met_exactly_is_still_met_after_rounding():
-    # The target is ε at a noise the search ends on, so that no slack of the bisection is left.
+    # ε at noise 1, where the search begins and so must end: no slack of the bisection is left.
     setting = {"delta": 1e-5, "steps": 300, "sample_rate": 0.02}
-    for first in (0.3, 1.0, 4.0):
-        found = noise_multiplier_for(epsilon=first, **setting)
-        exact = epsilon_at(found / (1 + 1e-9), **setting)
-        for s, noise in zip(
-            (0.3, 0.7, 1.0),
-            noise_multiplier_for([0.3, 0.7, 1.0], epsilon=exact, **setting),
-            strict=True,
-        ):
-            assert epsilon_at(noise, s, **setting) <= exact
+    exact = epsilon_at(1.0, **setting)
+    sensitivities = [0.3, 0.7, 1.0]
+    noises = noise_multiplier_for(sensitivities, epsilon=exact, **setting)
+    assert noises[-1] == pytest.approx(1.0, rel=2e-9)  # the margin that is kept
+    for s, noise in zip(sensitivities, noises, strict=True):
+        assert epsilon_at(noise, s, **setting) <= exact
 
 
 def test_unreachable_target_says_what_can_be_reached():

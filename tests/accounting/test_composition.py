@@ -488,6 +488,16 @@ def test_mean_bound_of_zeros_with_few_samples_is_clopper_pearsons():
         assert bound == pytest.approx(1 - 0.05 ** (1 / count), rel=1e-8)
 
 
+def test_mean_bound_at_the_edges_of_its_table():
+    samples = np.array([[0.0, 0.0, 0.3], [0.2, 0.4, 0.6]])
+    anything = mean_upper_bound(samples, failure=1.0)
+    # the geometric mean of 1 − x is at most their mean, and equal to it for equal samples
+    assert (samples.mean(axis=1) <= anything).all()
+    assert anything == pytest.approx(1 - np.prod(1 - samples, axis=1) ** (1 / 3), rel=1e-8)
+    assert mean_upper_bound([[1.0, 0.0, 0.0]], failure=0.5)[0] == 1.0
+    assert mean_upper_bound([[1.0, 0.0, 0.0, 0.0]], failure=0.5)[0] < 1.0
+
+
 def test_mean_bound_tends_to_the_mean():
     x = np.linspace(0.0, 0.6, 4000)
     # a sample mean over 4000 is good to 2·0.17/√4000 = 0.006; twice that for the mixture's price

@@ -163,7 +163,7 @@ def finite_or_text(value: Any) -> Any:
 def run(tasks: list[tuple[str, int, int]], processes: int) -> list[Outcome]:
     mixed = np.random.default_rng(0).permutation(len(tasks))  # an even progress bar
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        results = pool.imap_unordered(judge, [tasks[i] for i in mixed], chunksize=4)
+        results = pool.imap_unordered(judge, [tasks[i] for i in mixed])
         return list(tqdm(results, total=len(tasks), unit="case", mininterval=1.0))
 
 

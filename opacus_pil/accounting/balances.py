@@ -10,14 +10,14 @@ exact sum of the charges: rounding errors of the prefix sums are added, never le
 
 from __future__ import annotations
 
-import copy
 import os
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .._validate import FloatArray, IntArray
+from ..errors import LedgerError
 from . import offsets
 
 CHUNK = 1 << 13  # instances whose RDP is formed at once: a full pass stays in the cache
@@ -33,7 +33,6 @@ class Balances:
     Attributes:
         level: Shape (instances,); the value `levels` is where forgotten instances stand: they pay
             nothing more.
-        offset: Shape (instances, orders).
         infinite: Shape (instances,), True once an instance was charged +inf at some order. A flag,
             because inf - inf would be NaN.
         worst_infinite: The same for an instance that stood on the highest level all along.
@@ -58,15 +57,28 @@ class Balances:
         self.infinite = np.zeros(size, dtype=bool)
         self.worst_infinite = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy everything; offsets that are held in a file get a file of their own."""
-        made = copy.copy(self)
-        for name, value in vars(self).items():
-            if name == "offset" and self.folder is not None:
-                made.offset = offsets.placed(value, folder=self.folder)
-            else:
-                setattr(made, name, copy.deepcopy(value, memo))
-        return made
+    @property
+    def offset(self) -> FloatArray:
+        """Charges beyond the shared sums of the level, shape (instances, orders)."""
+        if self.folder is not None and os.getpid() != self._process:
+            raise LedgerError(
+                "Expected the process that made this accountant, got a fork of it, which shares "
+                "the file of its offsets. Hand over a copy or state_dict(), or set no memory_map."
+            )
+        return self._offset
+
+    @offset.setter
+    def offset(self, values: FloatArray) -> None:
+        self._offset, self._process = values, os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what a copy is made of; refused where the offsets are somebody else's."""
+        return {**vars(self), "_offset": self.offset}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copied or unpickled state; a file is never shared between two of them."""
+        vars(self).update(state)
+        self.offset = offsets.placed(state["_offset"], folder=self.folder)
 
     def charge(self, table: FloatArray, kernel: Kernel) -> None:
         """Charge each level its row of `table` (levels, orders), the step's RDP at `kernel`."""

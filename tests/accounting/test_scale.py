@@ -4,6 +4,7 @@ Everything here is an exact equality with the plain way of doing the same thing.
 """
 
 import os
+import pickle
 import stat
 
 import numpy as np
@@ -115,6 +116,31 @@ class TestMemoryMap:
         assert mapped.num_instances == 2 * SIZE
         assert not mapped._balances.offset.flags.owndata
 
+    def test_what_was_pickled_comes_back_with_a_file_of_its_own(self, tmp_path):
+        accountant = used(memory_map=tmp_path)
+        other = pickle.loads(pickle.dumps(accountant))
+        same_state(other, accountant)
+        assert not other._balances.offset.flags.owndata
+
+    def test_a_fork_is_refused_before_it_writes_into_the_file_of_its_parent(
+        self, tmp_path, monkeypatch
+    ):
+        mapped, plain = used(memory_map=tmp_path), used()
+        before = mapped.state_dict()
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        for use in (
+            mapped.rdp,
+            mapped.state_dict,
+            mapped.copy,
+            lambda: random_run(mapped, steps=1, seed=0),
+        ):
+            with pytest.raises(LedgerError, match="fork"):
+                use()
+        random_run(plain.copy(), steps=1, seed=0)  # in memory a fork has its own
+        monkeypatch.undo()
+        for key, value in before.items():
+            np.testing.assert_array_equal(mapped.state_dict()[key], value)
+
     def test_a_missing_folder_is_refused_when_the_accountant_is_made(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             PerInstanceAccountant(3, memory_map=tmp_path / "missing")
@@ -129,8 +155,10 @@ def accountant():
 
 @pytest.fixture
 def table(accountant, tmp_path):
-    folder = tmp_path / "a[1]*"  # DuckDB takes such names for patterns
+    folder, other = tmp_path / "a[1]*", tmp_path / "a1x"
     folder.mkdir()
+    other.mkdir()  # what DuckDB would read if it took the folder's name for a pattern
+    PerInstanceAccountant(3).to_parquet(other / "ledger.parquet")
     accountant.to_parquet(folder / "ledger.parquet", delta=1e-4, columns={"label": LABELS})
     return LedgerTable(folder / "ledger.parquet")
 

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside the target, synced, then renamed over it.
 
-Knows bytes and torch's safe container; not what the bytes mean.
+Knows bytes and torch's safe container; not what the bytes mean. `save_state` is for files of ours,
+`save_entries` for files that Opacus reads too.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import hashlib
 import io
 import os
 import tempfile
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,9 +23,12 @@ from .errors import LedgerError
 
 _FORMAT = "opacus_pil"
 _VERSION = 1
+STATE_KEY = "pil_state_dict"  # where a checkpoint that plain Opacus reads keeps ours
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes, *, private: bool = True) -> None:
+def write_atomic(
+    path: str | os.PathLike[str], data: bytes | memoryview, *, private: bool = True
+) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
 
     Args:
@@ -82,7 +87,10 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: 
 def _plain(value: Any) -> Any:
     """Replace what safe loading refuses by what it accepts: arrays and numpy scalars."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        plain = {key: _plain(item) for key, item in value.items()}
+        if isinstance(value, OrderedDict):
+            return OrderedDict(plain)
+        return Counter(plain) if isinstance(value, Counter) else plain
     if isinstance(value, list | tuple):
         return type(value)(_plain(item) for item in value)
     if isinstance(value, np.ndarray):
@@ -129,3 +137,137 @@ def load_state(path: str | os.PathLike[str], *, kind: str) -> dict[str, Any]:
         )
     state: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
     return state
+
+
+# --- files that plain Opacus reads too ------------------------------------------------------------
+
+
+def save_entries(
+    file: str | os.PathLike[str] | IO[bytes],
+    entries: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    kind: str,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `entries` as torch.save would, and `state` beside them under STATE_KEY.
+
+    The checksum covers both. It tells damage, not malice: whoever edits can compute it anew.
+
+    Args:
+        file: A path, written atomically with mode 0600; or an open binary file, written as it is.
+        entries: Tensors and plain values; arrays and numpy scalars are stored as such.
+        state: Likewise.
+        kind: What the file is, checked when it is read.
+        options: Arguments of torch.save.
+
+    Raises:
+        TypeError: A value that cannot be read back without unpickling code.
+    """
+    # A module's state keeps its type: its version numbers hang on the dictionary.
+    stored = {k: v if _all_tensors(v) else _plain(v) for k, v in entries.items()}
+    ours = _plain(state)
+    stored[STATE_KEY] = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "kind": kind,
+        "sha256": _digest(stored, ours),
+        "state": ours,
+    }
+    if not isinstance(file, str | os.PathLike):
+        torch.save(stored, file, **(options or {}))
+        return
+    body = io.BytesIO()
+    torch.save(stored, body, **(options or {}))
+    write_atomic(file, body.getbuffer())
+
+
+def load_entries(
+    file: str | os.PathLike[str] | IO[bytes],
+    *,
+    kind: str,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Read what `save_entries` or torch.save wrote; nothing is unpickled but tensors and values.
+
+    Returns:
+        The entries, and our state; None if the file has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        LedgerError: Truncated, edited, of another kind or version, or holding objects that only
+            unpickling code could bring back.
+    """
+    try:
+        entries = torch.load(file, weights_only=True, **(options or {}))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many types on a damaged file; all mean the same here
+        raise LedgerError(
+            f"Expected {file} to be a whole checkpoint of tensors and plain values, got one that "
+            f"cannot be read safely ({type(error).__name__}). Use an earlier copy; if you trust "
+            "whoever wrote it, load it with torch.load and save it again without its objects."
+        ) from error
+    if not isinstance(entries, dict):
+        raise LedgerError(
+            f"Expected {file} to hold a dict, got {type(entries).__name__}. Pass a checkpoint."
+        )
+    if STATE_KEY not in entries:
+        return entries, None
+    found = entries.pop(STATE_KEY)
+    names = ("format", "version", "kind", "sha256", "state")
+    if not isinstance(found, dict) or any(name not in found for name in names):
+        raise LedgerError(f"Expected {file} to be a whole {kind}, got a part. Use an earlier copy.")
+    if (found["format"], found["version"], found["kind"]) != (_FORMAT, _VERSION, kind):
+        raise LedgerError(
+            f"Expected {file} to be a {kind} of version {_VERSION}, got kind={found['kind']!r}, "
+            f"version={found['version']!r}. Pass the right file or install the matching release."
+        )
+    if _digest(entries, found["state"]) != found["sha256"]:
+        raise LedgerError(
+            f"Expected {file} to match its own checksum, got another: the file was edited or "
+            "damaged. Use an earlier copy."
+        )
+    return entries, found["state"]
+
+
+def _all_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _digest(*values: Any) -> str:
+    """Return a checksum of nested plain values that a saved and loaded copy shares."""
+    digest = hashlib.sha256()
+    for value in values:
+        _feed(digest, value, "")
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any, where: str) -> None:
+    """Add a value with its type, so that no two different values look the same."""
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        found = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        digest.update(f"tensor {found.dtype} {tuple(found.shape)};".encode())
+        if found.numel():
+            digest.update(found.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)};".encode())
+        for key, item in value.items():
+            _feed(digest, key, where)
+            _feed(digest, item, f"{where}[{key!r}]")
+        _feed(digest, getattr(value, "_metadata", None), where)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{'list' if isinstance(value, list) else 'tuple'} {len(value)};".encode())
+        for position, item in enumerate(value):
+            _feed(digest, item, f"{where}[{position}]")
+    elif value is None or type(value) in (bool, int, float, complex, str, bytes):
+        text = repr(value)
+        digest.update(f"{type(value).__name__} {len(text)} {text};".encode())
+    elif isinstance(value, torch.dtype | torch.device):
+        digest.update(f"{value!r};".encode())
+    else:
+        raise TypeError(
+            f"Expected checkpoint{where} to be made of tensors and plain values, got "
+            f"{type(value).__name__}. A file that needs code to be unpickled is never loaded; save "
+            "its state_dict() or plain values."
+        )

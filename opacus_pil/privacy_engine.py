@@ -1,7 +1,7 @@
 """PerInstancePrivacyEngine: Opacus's PrivacyEngine that also knows each instance's privacy loss.
 
 Training is Opacus's, bit for bit (except with caps, which clip more). Watching and charging it is
-`recording_engine.py`.
+`recording_engine.py`, saving it and going on `resuming_engine.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from . import _validate as check
 from .capture.fixed_batches import recording_copy
 from .capture.indices import record_indices
-from .recording_engine import RecordingEngine
+from .resuming_engine import ResumingEngine
 from .training_kernel import (
     TrainingKernel,
     require_map_style,
@@ -37,7 +37,7 @@ _DEFAULT_CRITERIA = tuple(
 )
 
 
-class PerInstancePrivacyEngine(RecordingEngine):
+class PerInstancePrivacyEngine(ResumingEngine):
     """Opacus's PrivacyEngine with a second ledger: the privacy loss of every training instance.
 
     Guarantee: `get_epsilon` is Opacus's. Per-instance values hold for adding or removing one

@@ -87,13 +87,16 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # engines
     3: (
         "checkpoint",
+        "dataset_fingerprint",
         "ledger_table",
         "ledgers",
         "norm_policy",
         "privacy_engine",
         "recording_engine",
+        "resuming_engine",
         "step_accounting",
         "training_kernel",
+        "training_state",
         "unlearning",
         "unlearning.engine",
         "unlearning.glm",

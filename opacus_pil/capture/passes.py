@@ -42,6 +42,7 @@ class Pass:
         waiting: Batches of an interrupted pass, handed out before `source` is asked.
         redrawn: Whether another process draws the rest by itself, from the saved state of the
             generator. If not, they are read from `source` when somebody asks what is left.
+        opened: Called when the first batch is asked for.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Pass:
         draws: int,
         waiting: list[list[int]] | None = None,
         redrawn: bool,
+        opened: Callable[[], None] | None = None,
     ) -> None:
         self.emitted: deque[list[int]] = deque()  # given to the loader, not handed out yet
         self.owner: weakref.ref[Any] | None = None  # who hands out; None: an unknown loader
@@ -59,6 +61,7 @@ class Pass:
         self._source = source
         self._draws = draws
         self._redrawn = redrawn
+        self._opened = opened
 
     def __iter__(self) -> Pass:
         """Return itself: one pass."""
@@ -66,6 +69,9 @@ class Pass:
 
     def __next__(self) -> list[int]:
         """Return the next batch's rows."""
+        if self._opened is not None:
+            self._opened()
+            self._opened = None
         if self._waiting:
             rows = self._waiting.popleft()
         else:
@@ -81,7 +87,8 @@ class Pass:
     def remainder(self) -> Remainder:
         """Return what was not handed out yet."""
         if not self._redrawn:
-            ahead = list(itertools.islice(self._source, max(self._draws, 0)))
+            # To the end and past it: torch's RandomSampler draws once more when it is exhausted.
+            ahead = list(itertools.islice(self._source, max(self._draws, 0) + 1))
             self._waiting.extend(ahead)
             self._draws -= len(ahead)
         waiting = [[int(row) for row in rows] for rows in [*self.emitted, *self._waiting]]
@@ -101,12 +108,18 @@ class Resumable:
             source: Draws so many batches.
             redrawn: As in Pass.
         """
-        left, self._resumed = self._resumed, None
+        left = self._resumed
         draws = len(self) if left is None else left.draws  # type: ignore[arg-type]
         waiting = None if left is None else left.waiting
-        running = Pass(source(draws), draws=draws, waiting=waiting, redrawn=redrawn)
+        # A DataLoader with workers asks for two iterators and uses the second: what is left is
+        # left until it is used.
+        opened = None if left is None else self._forget
+        running = Pass(source(draws), draws=draws, waiting=waiting, redrawn=redrawn, opened=opened)
         self._running = weakref.ref(running)
         return running
+
+    def _forget(self) -> None:
+        self._resumed = None
 
     def hand_out(self, owner: object) -> None:
         """Say who hands out the batches of the running pass."""
@@ -133,7 +146,7 @@ class Resumable:
                 batches failed: nobody knows how many were used.
         """
         running = None if self._running is None else self._running()
-        if running is None:
+        if self._resumed is not None or running is None:
             return self._resumed
         if running.owner is None:
             if running.exhausted and not running.emitted:
@@ -141,7 +154,7 @@ class Resumable:
             raise UnsupportedError(
                 "Expected a pass of the private loader itself, got one through another loader "
                 "(Opacus's BatchMemoryManager builds one), which hides how many batches were "
-                "used. Save after the loop over it, when its iterator is gone."
+                "used. Use opacus_pil.BatchMemoryManager, or save after a whole pass."
             )
         owner = running.owner()
         if owner is None or owner.finished:

@@ -51,8 +51,9 @@ class PerInstanceAccountant(PrivacyLosses):
             `tight_epsilon`. It grows by 12 bytes per move.
         instance_ids: Shape (num_instances,), stable ids (integers or strings). Default 0 … N-1.
         memory_map: Folder for a nameless file (mode 0600) that holds the 8 bytes per instance and
-            order, for more instances than fit in memory. It vanishes with the accountant, it is no
-            saved form. None: in memory. Millions of instances: see also `COMPACT_ORDERS`.
+            order, for more instances than fit in memory; a step takes some ms longer. It vanishes
+            with the accountant, it is no saved form, and a fork cannot use it. None: in memory.
+            For millions of instances see also `COMPACT_ORDERS`.
 
     Raises:
         TypeError, ValueError: An argument outside its domain; the first bad row is named.

@@ -10,8 +10,8 @@ from __future__ import annotations
 # δ 1e-4 … 1e-7 (4). ε with these over ε with all, by ε with all (where that is positive):
 #
 #     ε with all    cases   median   90 %   99 %   largest
-#     < 0.05       12,702    1.000   1.88   3.41   18.9
-#     0.05 … 1      7,419    1.012   1.33   1.41    1.48
+#     < 0.05       12,702    1.000   1.88   3.40   18.9
+#     0.05 … 1      7,419    1.012   1.33   1.41    1.47
 #     1 … 10        4,081    1.010   1.17   1.37    1.57
 #     10 … 50       1,423    1.005   1.03   1.14    1.23
 #

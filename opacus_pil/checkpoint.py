@@ -6,11 +6,9 @@ Knows bytes and torch's safe container; not what the bytes mean. `save_state` is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
-import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from .atomic_file import atomic_file
 from .errors import LedgerError
 
 _FORMAT = "opacus_pil"
@@ -26,9 +25,7 @@ _VERSION = 1
 STATE_KEY = "pil_state_dict"  # where a checkpoint that plain Opacus reads keeps ours
 
 
-def write_atomic(
-    path: str | os.PathLike[str], data: bytes | memoryview, *, private: bool = True
-) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes, *, private: bool = True) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part.
 
     Args:
@@ -39,24 +36,8 @@ def write_atomic(
     Raises:
         OSError: The folder is missing or not writable; no temporary file is left behind.
     """
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o600 if private else 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:  # the rename itself must survive a power cut
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with atomic_file(path, private=private) as file:
+        file.write(data)
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: str) -> None:
@@ -174,12 +155,11 @@ def save_entries(
         "sha256": _digest(stored, ours),
         "state": ours,
     }
-    if not isinstance(file, str | os.PathLike):
+    if isinstance(file, str | os.PathLike):
+        with atomic_file(file) as whole:
+            torch.save(stored, whole, **(options or {}))
+    else:
         torch.save(stored, file, **(options or {}))
-        return
-    body = io.BytesIO()
-    torch.save(stored, body, **(options or {}))
-    write_atomic(file, body.getbuffer())
 
 
 def load_entries(

@@ -20,6 +20,7 @@ from opacus.optimizers import DPOptimizer
 from .checkpoint import arrays, load_entries, save_entries
 from .dataset_fingerprint import dataset_fingerprint
 from .errors import LedgerError, UnsupportedError
+from .plain_checkpoint import checked_history, worst_case_ledger
 from .recording_engine import RecordingEngine
 from .step_accounting import StepAccounting
 from .training_state import (
@@ -152,10 +153,16 @@ class ResumingEngine(RecordingEngine):
         for name in ("module_state_dict", "privacy_accountant_state_dict"):
             if name not in entries:
                 raise LedgerError(f"Expected a checkpoint with {name}, got none in {path}.")
+        opacus = checked_history(entries["privacy_accountant_state_dict"])
         charges = self._charges()
         training = None if optimizer is None else self._training_of(optimizer)
         if state is None:
-            ledger = self._worst_case_of(entries)
+            if charges.accountant.steps or self.accountant.history:
+                raise LedgerError(
+                    "Expected an engine without steps for a checkpoint of plain Opacus, got "
+                    f"{charges.accountant.steps} steps. Load it into a new engine."
+                )
+            ledger = worst_case_ledger(entries, charger=charges, kernel=self._kernels[-1])
             apply, caps = both(), self._caps
         else:
             self._require_same_engine(state)
@@ -167,7 +174,7 @@ class ResumingEngine(RecordingEngine):
             self._warn_one_sided("optimizer", given=optimizer is not None)
         with contextlib.ExitStack() as undo:
             before = self.ledger_state()
-            self._load_ledgers(entries["privacy_accountant_state_dict"], ledger)
+            self.load_ledger_state({"opacus": opacus, "per_instance": ledger})
             undo.callback(self.load_ledger_state, before)
             undo.callback(_restore, module, _snapshot(module))
             try:
@@ -191,7 +198,6 @@ class ResumingEngine(RecordingEngine):
             if scheduler is not None and saved:
                 scheduler.load_state_dict(saved)
         self._caps = caps
-        charges.norm_policy = self._norm_policy
         apply()
         return entries
 
@@ -294,70 +300,6 @@ class ResumingEngine(RecordingEngine):
             checked_generators(saved["generators"], self._generators(training)),
             checked_global_generators(saved["global_generators"]),
         )
-
-    def _load_ledgers(self, opacus: Mapping[str, Any], per_instance: Mapping[str, Any]) -> None:
-        try:
-            history = [(float(z), float(q), int(n)) for z, q, n in opacus["history"]]
-            mechanism = opacus["mechanism"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise LedgerError(
-                f"Expected a history of (noise_multiplier, sample_rate, steps), got {error!r}."
-            ) from error
-        self.load_ledger_state(
-            {
-                "opacus": {"history": history, "mechanism": mechanism},
-                "per_instance": per_instance,
-            }
-        )
-
-    def _worst_case_of(self, entries: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a ledger that charges everyone the worst case for a history of plain Opacus."""
-        charges = self._charges()
-        if charges.accountant.steps or self.accountant.history:
-            raise LedgerError(
-                f"Expected an engine without steps for a checkpoint of plain Opacus, got "
-                f"{charges.accountant.steps} steps. Load it into a new engine."
-            )
-        kernel = self._kernels[-1]
-        ghost_schedule = kernel.grad_sample_mode == "ghost" and (
-            "grad_clip_scheduler_state_dict" in entries
-        )
-        if kernel.clipping == "adaptive" or not kernel.poisson_sampling or ghost_schedule:
-            raise LedgerError(
-                "Expected a checkpoint with a per-instance ledger, got one of plain Opacus, whose "
-                "history does not bound what adaptive clipping, fixed batches or a clip schedule "
-                "in ghost mode gave away. Train again with this engine."
-            )
-        if charges.budgeted:
-            raise LedgerError(
-                "Expected a checkpoint with a per-instance ledger, got one of plain Opacus, which "
-                "kept no budget. Build the engine without budget."
-            )
-        worst = charges.accountant.copy()
-        label = "output_specific" if self._norm_policy == "capped" else "bound"
-        try:
-            runs = list(entries["privacy_accountant_state_dict"]["history"])
-            for noise, rate, steps in runs:
-                for _ in range(int(steps)):
-                    worst.step(
-                        indices=None,
-                        sensitivities=None,
-                        noise_multiplier=float(noise),
-                        sample_rate=min(float(rate), 1.0),
-                        guarantee=label,
-                    )
-        except (KeyError, TypeError, ValueError) as error:
-            raise LedgerError(
-                f"Expected a history of (noise_multiplier, sample_rate, steps), got {error!r}. Use "
-                "an earlier copy."
-            ) from error
-        warnings.warn(
-            "This checkpoint of plain Opacus has no per-instance ledger: every instance is charged "
-            f"the worst case for its {worst.steps} steps. Nothing says whether it is of this data "
-            "set.",
-            stacklevel=3,
-        )
-        return {**charges.state_dict(), "ledger": worst.state_dict()}
 
     @staticmethod
     def _warn_one_sided(name: str, *, given: bool) -> None:

@@ -91,6 +91,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "ledger_table",
         "ledgers",
         "norm_policy",
+        "plain_checkpoint",
         "privacy_engine",
         "recording_engine",
         "resuming_engine",

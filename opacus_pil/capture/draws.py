@@ -25,12 +25,10 @@ class Draw:
 
     Attributes:
         rows: Rows of the data set, in the order of the batches.
-        pieces: Number of physical batches so far.
-        complete: Whether no more will follow.
+        complete: Whether no more physical batches of it will follow.
     """
 
     rows: list[int]
-    pieces: int = 1
     complete: bool = True
 
 
@@ -69,8 +67,7 @@ class SplitPasses:
         if self._running is None or not self._running.emitted:
             return  # signalled by hand
         if self._draw is None or self._draw.complete:
-            self._draw = Draw(self._running.emitted[-1], pieces=0, complete=False)
-        self._draw.pieces += 1
+            self._draw = Draw(self._running.emitted[-1], complete=False)
         self._draw.complete = last
         self._pieces.append(self._draw)
 

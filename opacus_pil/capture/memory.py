@@ -59,14 +59,13 @@ class RecordingSplitter(BatchSplittingSampler):
         return self._split(self.emitted)
 
     def _split(self, emitted: deque[Piece]) -> Iterator[list[int]]:
-        draw = Draw([], pieces=0, complete=True)
+        draw = Draw([])
         for rows in super().__iter__():
             first, last = draw.complete, self._signals.last
             if first:
-                draw = Draw([], pieces=0)
+                draw = Draw([])
             piece = [int(row) for row in rows]
             draw.rows.extend(piece)
-            draw.pieces += 1
             draw.complete = last
             emitted.append(Piece(piece, draw, first, last))
             yield rows

@@ -182,9 +182,7 @@ def _whole_draw(captures: list[_Capture], size: int) -> tuple[IntArray | None, s
     if (
         draw is None
         or any(c.draw is not draw or c.rows is not None for c in captures)
-        or not draw.complete
-        or draw.pieces != len(captures)
-        or len(draw.rows) != size
+        or len(draw.rows) != size  # each part is used once: all of them, if the length is right
     ):
         return None, _OUT_OF_STEP
     return np.asarray(draw.rows, dtype=np.int64), ""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from opacus.data_loader import DPDataLoader
+from opacus.utils.batch_memory_manager import wrap_data_loader
 from torch.utils.data import Dataset, TensorDataset
 
 from opacus_pil.capture.indices import BatchTracker, record_indices
@@ -150,6 +151,61 @@ def test_explicit_rows_replace_the_loaders_and_are_claimed_once():
     assert claimed(tracker) == batch.tolist()
 
 
+class Signalled:
+    """What Opacus's memory manager takes for the optimizer."""
+
+    def __init__(self, tracker: BatchTracker) -> None:
+        self.tracker = tracker
+
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        self.tracker.split.emit(last=not do_skip)
+
+
+def split_by_opacus(*, workers: int = 0):
+    loader = numbered_loader(workers=workers)
+    tracker = record_indices(loader)
+    signalled = Signalled(tracker)
+    return loader, wrap_data_loader(data_loader=loader, max_batch_size=3, optimizer=signalled)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_parts_that_opacus_hands_out_know_their_draw(workers):
+    loader, parts = split_by_opacus(workers=workers)
+    for _ in range(2):
+        draws: dict[object, list[int]] = {}
+        for batch, _ in parts:
+            assert loader.tracker.claim() is None  # of the part itself nothing is published
+            draws.setdefault(loader.tracker.drawn, []).extend(batch.tolist())
+        assert None not in draws
+        assert len(draws) == 5
+        for draw, rows in draws.items():
+            assert draw.rows == rows
+            assert draw.complete
+
+
+def test_a_part_that_waits_beside_a_newer_pass_has_no_certain_draw():
+    loader, parts = split_by_opacus()
+    outer = iter(parts)
+    next(outer)
+    inner = iter(parts)
+    next(inner)  # whose batch will be used, this or the outer one?
+    assert loader.tracker.claim() is None
+    assert loader.tracker.drawn is None
+    assert inner is not outer
+
+
+def test_rows_published_beside_a_waiting_part_are_not_claimed():
+    loader, parts = split_by_opacus()
+    outer = iter(parts)
+    next(outer)
+    next(iter(loader))  # a look at the private loader while the part waits for its step
+    assert loader.tracker.claim() is None
+    assert loader.tracker.drawn is None
+    del outer
+    batch, _ = next(iter(loader))
+    assert claimed(loader.tracker) == batch.tolist()
+
+
 def test_a_closed_pass_leaves_no_doubt_behind():
     loader = numbered_loader()
     tracker = record_indices(loader)
@@ -169,6 +225,9 @@ def test_other_loaders_and_populations_are_refused():
     record_indices(loader)
     with pytest.raises(UnsupportedError, match="DPDataLoader"):
         record_indices(loader)
+    overtaking = DPDataLoader(Numbered(), sample_rate=0.2, num_workers=1, in_order=False)
+    with pytest.raises(UnsupportedError, match="in_order=True"):
+        record_indices(overtaking)
     plain = torch.utils.data.DataLoader(TensorDataset(torch.zeros(3)))
     with pytest.raises(UnsupportedError, match="DPDataLoader"):
         record_indices(plain)

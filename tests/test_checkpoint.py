@@ -279,6 +279,8 @@ OTHERS = {
     "reduction": {"loss_reduction": "sum"},
     "generators": {"own": True},
     "model": {"model": torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4))},
+    # torch copies the layers that fit before it finds the one that does not
+    "last layer": {"model": convolutional()[:-1].append(torch.nn.Linear(144, 5))},
 }
 
 
@@ -290,6 +292,25 @@ def test_a_checkpoint_of_another_training_is_refused_and_nothing_changes(name, t
     with pytest.raises(LedgerError, match="Expected"):
         loop.load(path)
     assert same(_here(loop), before)
+
+
+def test_a_checkpoint_of_other_rows_of_the_data_set_is_refused(tmp_path):
+    def part(rows):
+        loop, module = Loop(), convolutional()
+        made, optimizer, _ = loop.engine.make_private_on(
+            rows, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.05),
+            dataset=images(SIZE), steps=5,
+        )  # fmt: skip
+        return loop.engine, {"path": tmp_path / "c", "module": made, "optimizer": optimizer}
+
+    for rows in (range(50), range(10, 60)):
+        engine, arguments = part(np.array(rows))
+        if not (tmp_path / "c").exists():
+            engine.save_checkpoint(**arguments)
+            engine.load_checkpoint(**arguments)
+        else:
+            with pytest.raises(LedgerError, match="population"):
+                engine.load_checkpoint(**arguments)
 
 
 def test_generators_shared_in_another_way_are_refused(tmp_path):

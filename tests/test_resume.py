@@ -112,6 +112,31 @@ def test_a_loop_over_next_goes_on_with_the_batches_that_are_left(tmp_path):
     assert same(again, drawn)
 
 
+def test_caps_that_were_changed_during_the_run_stay_in_force(tmp_path):
+    options = {"engine": {"norm_policy": "capped", "budget": (40.0, 1e-2)}}
+
+    def change(loop):
+        if loop.steps == 3:
+            loop.engine.set_caps(np.linspace(0.1, 0.6, SIZE))
+        if loop.steps == 6:
+            loop.save(tmp_path / "c")
+
+    whole = Loop(**options).run(after=change).outcome()
+    resumed = Loop(seed=99, **options).load(tmp_path / "c").run()
+    assert differences(resumed.outcome(), whole) == []
+
+
+def test_a_refresh_right_after_loading_charges_the_released_count_too(tmp_path):
+    options = TRAININGS["adaptive"]
+    killed = Loop(**options)
+    killed.run(until=4)
+    killed.save(tmp_path / "c")
+    resumed = Loop(seed=99, **options).load(tmp_path / "c")
+    for loop in (killed, resumed):
+        loop.engine.refresh_norms()
+    assert same(*(loop.engine.per_instance.sensitivities for loop in (resumed, killed)))
+
+
 # --- every piece of the state is needed -----------------------------------------------------------
 
 PIECES = {

@@ -101,7 +101,7 @@ class Chain:
 
 
 def published(step_rdp: Any, order: float, steps: int) -> float:
-    """The paper's recursion g(α) = ρα − 1/h, at the best of ours' candidates.
+    """The paper's recursion g(α) = ρα − 1/h, at the best of the exponents that ours tries.
 
     Both are minima over the Hölder exponent; on other grids either may lose a few millionths.
 

@@ -47,7 +47,7 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class Work:
-    """`call()` does `items` of the `total` items that the row is about, `repeats` times over."""
+    """`call()` does `items` of the `total` items of its row; a round is the median of `repeats`."""
 
     name: str
     side: str
@@ -175,10 +175,12 @@ def measure(works: list[Work], rounds: int) -> dict[tuple[str, str], np.ndarray]
     """Seconds for all items of each work, one value per round; every round does each once."""
     taken: dict[tuple[str, str], list[float]] = {(work.name, work.side): [] for work in works}
     for work in tqdm([*works] * rounds, unit="call", mininterval=1.0):
-        started = time.perf_counter()
+        laps = []
         for _ in range(work.repeats):
+            started = time.perf_counter()
             work.call()
-        seconds = (time.perf_counter() - started) / work.repeats
+            laps.append(time.perf_counter() - started)
+        seconds = float(np.median(laps))  # short calls: a pause of the machine is not the call's
         taken[work.name, work.side].append(seconds * work.total / work.items)
     return {key: np.array(values) for key, values in taken.items()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ..errors import UnsupportedError
 from .indices import Batches, BatchTracker, require_in_order
@@ -41,6 +41,16 @@ class RecordingBatchSampler(Resumable, Sampler[list[int]]):
         self.emitted = running.emitted
         self._tracker.begin(running)
         return running
+
+
+class RecordingTorchBatches(RecordingBatchSampler, BatchSampler):
+    """The same for torch's BatchSampler, whose kind and batch_size Opacus's splitting asks for."""
+
+    def __init__(self, batches: BatchSampler, *, tracker: BatchTracker) -> None:
+        super().__init__(batches, tracker=tracker)
+        self.sampler = batches.sampler
+        self.batch_size = batches.batch_size
+        self.drop_last = batches.drop_last
 
 
 class RecordingFixedLoader(DataLoader[Any]):
@@ -75,14 +85,21 @@ def recording_copy(loader: DataLoader[Any]) -> tuple[RecordingFixedLoader, Batch
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
         }
+    batches: Any = loader.batch_sampler
+    kind = RecordingTorchBatches if isinstance(batches, BatchSampler) else RecordingBatchSampler
     copied = RecordingFixedLoader(
         loader.dataset,
-        batch_sampler=RecordingBatchSampler(loader.batch_sampler, tracker=tracker),
+        batch_sampler=kind(batches, tracker=tracker),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=loader.generator,
         **options,
+    )
+    # Opacus hands back the caller's loader, which says these; a DataLoader given a batch_sampler
+    # never reads them and refuses to have them set.
+    vars(copied).update(
+        batch_size=loader.batch_size, sampler=loader.sampler, drop_last=loader.drop_last
     )
     copied.tracker = tracker
     tracker.loader = copied

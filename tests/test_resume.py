@@ -253,4 +253,5 @@ def test_killed_at_several_steps_and_resumed_equals_the_uninterrupted_run(tmp_pa
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in conftest: another number of threads sums in another order
     _main(Path(sys.argv[1]))

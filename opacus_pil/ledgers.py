@@ -138,12 +138,7 @@ class LedgerEngine(PrivacyEngine):
         fork.accountant = copy.deepcopy(self.accountant)
         fork._norm_policy, fork._refresh_every = policy, every
         fork._kernels = list(self._kernels)
-        fork._charger = Charger(
-            charges.accountant.copy(),
-            norm_policy=policy,
-            refresh_every=every,
-            budgeted=charges.budgeted,
-        )
+        fork._charger = Charger(charges.accountant.copy(), norm_policy=policy, refresh_every=every)
         fork._charger.load_state_dict(charges.state_dict())
         fork._accountings = []
         fork._origin = (self, charges.accountant.steps)

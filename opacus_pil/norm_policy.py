@@ -65,17 +65,11 @@ class Charger:
     """
 
     def __init__(
-        self,
-        accountant: PerInstanceAccountant,
-        *,
-        norm_policy: str,
-        refresh_every: int | None,
-        budgeted: bool = False,
+        self, accountant: PerInstanceAccountant, *, norm_policy: str, refresh_every: int | None
     ) -> None:
         self.accountant = accountant
         self.norm_policy = norm_policy
         self.refresh_every = refresh_every
-        self.budgeted = budgeted
         self._norms: FloatArray | None = None  # last known per instance; inf: never seen
         self._rounding = 0.0
         self._max_grad_norm = 0.0  # clip bound that the accountant's levels are in units of
@@ -152,7 +146,7 @@ class Charger:
         """Charge at other caps from the next step on; they must be enforced from there on too."""
         self.accountant.set_caps(caps)
         # Under a budget caps need only be known before each step; without, before the run.
-        self._caps_changed = self.accountant.steps > 0 and not self.budgeted
+        self._caps_changed = self.accountant.steps > 0 and not self.accountant.budgeted
 
     def observe(self, found: Sweep, *, max_grad_norm: float) -> None:
         """Set every measured instance's level from a full pass."""

@@ -60,7 +60,7 @@ def worst_case_ledger(
             "history does not bound what adaptive clipping, fixed batches or a clip schedule in "
             "ghost mode gave away. Train again with this engine."
         )
-    if charger.budgeted:
+    if charger.accountant.budgeted:
         raise LedgerError(
             "Expected a checkpoint with a per-instance ledger, got one of plain Opacus, which kept "
             "no budget. Build the engine without budget."

@@ -277,12 +277,7 @@ class RecordingEngine(LedgerEngine):
             budget=self._budget,
             history=self._history,
         )
-        return Charger(
-            accountant,
-            norm_policy=self._norm_policy,
-            refresh_every=self._refresh_every,
-            budgeted=self._budget is not None,
-        )
+        return Charger(accountant, norm_policy=self._norm_policy, refresh_every=self._refresh_every)
 
     def _account(
         self,
@@ -320,11 +315,10 @@ class RecordingEngine(LedgerEngine):
     def _caps_in_force(self, training: int, rows: IntArray) -> FloatArray:
         """Return the caps that `rows` are clipped to in the step under way."""
         assert self._caps is not None
-        if self._budget is None:
-            return np.asarray(self._caps[rows])
         noise, rate = self._accountings[training].coming_kernel()
-        allowed = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
-        return np.where(allowed > 0.0, self._caps[rows], 0.0)
+        charged = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
+        # The ledger has the last word: a loaded one may have smaller caps, or budgets of its own.
+        return np.minimum(self._caps[rows], charged)
 
 
 def _parameters(module: Any) -> list[nn.Parameter]:

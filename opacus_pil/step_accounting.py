@@ -101,8 +101,8 @@ class StepAccounting:
     def coming_kernel(self) -> tuple[float, float]:
         """Return noise multiplier and sample rate that the step under way will be charged at."""
         noise, _ = self._noise(self.optimizer)
-        ratio = float(self.optimizer.max_grad_norm) / self.clip_bound
-        return noise * ratio, self.sample_rate  # one batch per step: caps refuse several
+        std = noise * float(self.optimizer.max_grad_norm)  # in the order of the charge, to the bit
+        return std / self.clip_bound, self.sample_rate  # one batch per step: caps refuse several
 
     def _noise(self, optimizer: DPOptimizer) -> tuple[float, float]:
         """Return the gradient's noise multiplier, and the released count's shift in its units."""

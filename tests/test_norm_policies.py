@@ -232,6 +232,34 @@ class TestCaps:
         with pytest.raises(ValueError, match="norm_policy='capped'"):
             PerInstancePrivacyEngine().set_caps(np.ones(SIZE))
 
+    def test_what_is_enforced_is_never_above_what_a_loaded_ledger_charges(self):
+        # A ledger brings its caps and budgets along; the engine's own may be larger.
+        strict = PerInstancePrivacyEngine(
+            accountant="rdp", norm_policy="capped", caps=np.full(SIZE, 0.1), budget=(0.3, DELTA)
+        )
+        train(strict, epochs=20)
+        assert not strict.per_instance.active.all()
+        engine = PerInstancePrivacyEngine(
+            accountant="rdp", norm_policy="capped", caps=np.ones(SIZE)
+        )
+        train(engine)
+        engine.load_ledger_state(strict.ledger_state())
+        enforced = engine._accountings[0].recorder.caps(np.arange(SIZE))
+        np.testing.assert_array_equal(
+            enforced > 0, engine.per_instance.caps_for(noise_multiplier=1.0, sample_rate=0.2) > 0
+        )
+        assert (enforced <= engine.per_instance.sensitivities).all()
+
+    @pytest.mark.parametrize(("noise", "bound"), [(0.9, 0.3), (1.1, 0.3)])
+    def test_caps_are_tested_at_the_very_kernel_that_is_charged(self, noise, bound):
+        # noise · bound / bound may be another float than noise; one test must decide for both.
+        engine = PerInstancePrivacyEngine(
+            accountant="rdp", norm_policy="capped", budget=(50.0, DELTA)
+        )
+        train(engine, noise_multiplier=noise, max_grad_norm=bound)
+        charged = engine.per_instance._balances.pending.kernel
+        assert engine._accountings[0].coming_kernel() == charged
+
 
 def test_per_layer_clipping_charges_the_norm_that_is_left():
     bounds = [0.3, 0.1, 2.0, 0.2, 1.0, 0.5]

@@ -58,9 +58,12 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "certificates.batch_laws",
         "certificates.best",
         "certificates.causal_plan",
+        "certificates.certificate_file",
+        "certificates.certificate_record",
         "certificates.chien2024",
         "certificates.contraction",
         "certificates.data_processing",
+        "certificates.fields",
         "certificates.gaussian",
         "certificates.hull",
         "certificates.known_batches",
@@ -70,6 +73,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "certificates.noisy_finetuning",
         "certificates.record",
         "certificates.sequential",
+        "certificates.verification",
     ),
     # adapters to torch and Opacus
     2: (
@@ -99,16 +103,26 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "training_kernel",
         "training_state",
         "unlearning",
+        "unlearning.certified_record",
         "unlearning.engine",
         "unlearning.glm",
         "unlearning.methods",
+        "unlearning.model_hash",
         "unlearning.plan",
         "unlearning.result",
         "unlearning.saved_run",
         "worst_case_accountant",
     ),
     # evidence
-    4: ("evaluation", "evaluation.gap", "evaluation.loss_barrier", "evaluation.oracle"),
+    4: (
+        "evaluation",
+        "evaluation.bootstrap",
+        "evaluation.deciles",
+        "evaluation.gap",
+        "evaluation.loss_barrier",
+        "evaluation.oracle",
+        "evaluation.rank_correlation",
+    ),
     # surface
     5: (
         "cli",

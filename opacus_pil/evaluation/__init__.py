@@ -1,5 +1,10 @@
-"""Evidence against retraining: oracles, gaps, loss barriers."""
+"""Evidence against retraining: oracles, gaps, loss barriers; which scores foresee difficulty."""
 
+from .bootstrap import Estimate as Estimate
+from .deciles import GroupComparison as GroupComparison
+from .deciles import compare_groups as compare_groups
+from .deciles import group_hardness as group_hardness
+from .deciles import top_group_difference as top_group_difference
 from .gap import Gap as Gap
 from .gap import Metrics as Metrics
 from .gap import SplitGap as SplitGap
@@ -11,17 +16,30 @@ from .gap import time_to_unlearn as time_to_unlearn
 from .loss_barrier import LossBarrier as LossBarrier
 from .loss_barrier import loss_barrier as loss_barrier
 from .oracle import retrained_oracles as retrained_oracles
+from .rank_correlation import ScoreComparison as ScoreComparison
+from .rank_correlation import compare_scores as compare_scores
+from .rank_correlation import correlation_difference as correlation_difference
+from .rank_correlation import rank_correlation as rank_correlation
 
 __all__ = [
+    "Estimate",
     "Gap",
+    "GroupComparison",
     "LossBarrier",
     "Metrics",
+    "ScoreComparison",
     "SplitGap",
     "Spread",
+    "compare_groups",
+    "compare_scores",
+    "correlation_difference",
     "evaluate",
     "evaluate_splits",
+    "group_hardness",
     "loss_barrier",
     "oracle_gap",
+    "rank_correlation",
     "retrained_oracles",
     "time_to_unlearn",
+    "top_group_difference",
 ]

@@ -118,6 +118,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation",
         "evaluation.bootstrap",
         "evaluation.deciles",
+        "evaluation.ensemble",
         "evaluation.gap",
         "evaluation.loss_barrier",
         "evaluation.oracle",

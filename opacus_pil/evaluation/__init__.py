@@ -5,6 +5,9 @@ from .deciles import GroupComparison as GroupComparison
 from .deciles import compare_groups as compare_groups
 from .deciles import group_hardness as group_hardness
 from .deciles import top_group_difference as top_group_difference
+from .ensemble import Oracle as Oracle
+from .ensemble import retrained_ensemble as retrained_ensemble
+from .ensemble import run_trials as run_trials
 from .gap import Gap as Gap
 from .gap import Metrics as Metrics
 from .gap import SplitGap as SplitGap
@@ -27,6 +30,7 @@ __all__ = [
     "GroupComparison",
     "LossBarrier",
     "Metrics",
+    "Oracle",
     "ScoreComparison",
     "SplitGap",
     "Spread",
@@ -39,7 +43,9 @@ __all__ = [
     "loss_barrier",
     "oracle_gap",
     "rank_correlation",
+    "retrained_ensemble",
     "retrained_oracles",
+    "run_trials",
     "time_to_unlearn",
     "top_group_difference",
 ]

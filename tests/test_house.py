@@ -109,8 +109,12 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "unlearning.methods",
         "unlearning.model_hash",
         "unlearning.plan",
+        "unlearning.request_database",
+        "unlearning.request_server",
+        "unlearning.requests",
         "unlearning.result",
         "unlearning.saved_run",
+        "unlearning.serving_lock",
         "worst_case_accountant",
     ),
     # evidence

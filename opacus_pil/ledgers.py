@@ -34,7 +34,7 @@ class LedgerEngine(PrivacyEngine):
         *,
         accountant: str = "prv",
         secure_mode: bool = False,
-        norm_policy: str = "last_seen",
+        norm_policy: str | None = None,
         refresh_every: int | None = None,
         orders: Sequence[float] = DEFAULT_ORDERS,
         levels: int = 1024,
@@ -43,12 +43,14 @@ class LedgerEngine(PrivacyEngine):
         history: bool = False,
     ) -> None:
         policy, every = checked_policy(
-            norm_policy, refresh_every=refresh_every, caps=caps, budget=budget
-        )
+            "last_seen" if norm_policy is None else norm_policy,
+            refresh_every=refresh_every, caps=caps, budget=budget,
+        )  # fmt: skip
         self._orders = tuple(check.orders(orders).tolist())
         self._levels = check.integer("levels", levels, low=2)
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self._norm_policy = policy
+        self._policy_named = norm_policy is not None
         self._refresh_every = every
         self._caps = None if caps is None else np.array(caps, dtype=np.float64)
         self._budget = budget
@@ -63,7 +65,10 @@ class LedgerEngine(PrivacyEngine):
 
     @property
     def norm_policy(self) -> str:
-        """How an instance's sensitivity at a step is found."""
+        """How an instance's sensitivity at a step is found.
+
+        Unless it was named: "last_seen" before make_private, after it the default for its batches.
+        """
         return self._norm_policy
 
     @property
@@ -103,7 +108,14 @@ class LedgerEngine(PrivacyEngine):
         return self._charges().accountant
 
     def get_epsilon(self, delta: float) -> float:
-        """Return Opacus's worst-case epsilon; inf after noise-free steps."""
+        """Return Opacus's worst-case epsilon; inf after noise-free steps.
+
+        Edge cases:
+            poisson_sampling=False   Opacus's value too, and it is no bound: it takes batches as
+                                     drawn by independent coins and claims the amplification, which
+                                     fixed or shuffled batches do not have. The per-instance values
+                                     of such a training claim none.
+        """
         if any(noise == 0 for noise, _, _ in self.accountant.history):
             return float("inf")
         return super().get_epsilon(delta)
@@ -137,6 +149,7 @@ class LedgerEngine(PrivacyEngine):
         fork = copy.copy(self)
         fork.accountant = copy.deepcopy(self.accountant)
         fork._norm_policy, fork._refresh_every = policy, every
+        fork._policy_named = self._policy_named or norm_policy is not None
         fork._kernels = list(self._kernels)
         fork._charger = Charger(charges.accountant.copy(), norm_policy=policy, refresh_every=every)
         fork._charger.load_state_dict(charges.state_dict())
@@ -161,6 +174,25 @@ class LedgerEngine(PrivacyEngine):
             )
         self.load_ledger_state(other.ledger_state())
         other._origin = (self, self.per_instance.steps)
+
+    def charge_everyone(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        """Charge both ledgers for one Poisson step that everybody may move by the clip bound.
+
+        Args:
+            noise_multiplier: Noise std / the most that one instance moves what is noised.
+            sample_rate: Probability that an instance is drawn.
+
+        Raises:
+            ValueError: A value outside its range, or a ledger with budgets, which must know rows.
+        """
+        self.per_instance.step(
+            indices=None,
+            sensitivities=None,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            guarantee="bound" if self._norm_policy == "worst_case" else "output_specific",
+        )
+        self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
 
     def charge_without_noise(self, steps: int) -> None:
         """Charge both ledgers for noise-free steps: infinitely, whoever may have taken part."""
@@ -194,6 +226,16 @@ class LedgerEngine(PrivacyEngine):
         self.accountant.load_state_dict(opacus)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _policy_for(self, *, poisson_sampling: bool) -> str:
+        """Return the policy of a training with such batches: the one in force, or the default."""
+        if self._policy_named or self._charger is not None:
+            return self._norm_policy
+        return "last_seen" if poisson_sampling else "participation"
+
+    def _settle(self, charger: Charger) -> None:
+        """Charge by `charger` from now on: its training was made private."""
+        self._charger, self._norm_policy = charger, charger.norm_policy
 
     def _charges(self) -> Charger:
         if self._charger is None:

@@ -128,6 +128,11 @@ class PrivacyLosses:
         return present & self._filter.affords(self._balances, table)
 
     @property
+    def keeps_history(self) -> bool:
+        """Whether levels are logged, so that `group_rdp` can be read."""
+        return self._history is not None
+
+    @property
     def sensitivities(self) -> FloatArray:
         """Sensitivity each instance is charged at now, rounded up, shape (instances,)."""
         return np.append(self._grid.sensitivities, 0.0)[self._balances.level]

@@ -6,5 +6,6 @@ from .plan import PredictedPlan as PredictedPlan
 from .plan import RetrainPlan as RetrainPlan
 from .plan import UnlearningPlan as UnlearningPlan
 from .result import CertifiedResult as CertifiedResult
+from .result import RetrainedResult as RetrainedResult
 from .result import UncertifiedResult as UncertifiedResult
 from .result import UnlearningResult as UnlearningResult

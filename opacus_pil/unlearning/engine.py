@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +19,36 @@ from tqdm import tqdm
 
 from .. import _validate as check
 from .._validate import IntArray
-from ..certificates import Certificate, DataProcessingCertificate
+from ..certificates import Certificate
 from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
-from .glm import OneOutputRun
-from .methods import noisy_steps, optimizer_like, plain_copy, plain_module, plain_steps
-from .plan import CertifiedPlan, PredictedPlan, RetrainPlan, UnlearningPlan, certified_steps
-from .result import CertifiedResult, UncertifiedResult, UnlearningResult
+from .applicable import certificates_for
+from .methods import optimizer_like, plain_copy, plain_module
+from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
+from .planning import Facts, make_plan
+from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
+from .running import run_plan
 from .saved_run import SavedRun
 
-METHODS = ("dp_sgd", "langevin", "finetuning")
-_WORST_CASE_SEARCH = 1_000_000
+MakeModel = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+class Phase(NamedTuple):
+    """Part of what has run so far.
+
+    Attributes:
+        steps: Its number of steps.
+        forgotten: Rows that had been forgotten before it began.
+        method: "training", or the method of unlearning.
+    """
+
+    steps: int
+    forgotten: frozenset[int]
+    method: str
 
 
 class UnlearningEngine:
-    """Forget instances of a trained model by noisy fine-tuning on the others.
+    """Forget instances of a trained model by fine-tuning on the others, or by training again.
 
     Guarantee: none by itself. A `CertifiedPlan` names the certificate and the assumptions its ε
         rests on; every other plan and result carries no ε at all.
@@ -50,7 +65,9 @@ class UnlearningEngine:
         privacy_engine: The engine that trained it. None: only plain fine-tuning is possible.
         training_steps: Steps of training. Default: those in the ledger.
         feature_norm: For method "langevin": public bound on the norm of every feature vector.
-        batch_size: Without `privacy_engine`: batch size of plain fine-tuning.
+        batch_size: Without `privacy_engine`: batch size of fine-tuning.
+        make_model: For method "retraining": make_model() -> (plain module, plain optimizer),
+            freshly initialised from torch's global generator.
         progress: Show a progress bar when the output is a terminal.
 
     Raises:
@@ -71,21 +88,18 @@ class UnlearningEngine:
         training_steps: int | None = None,
         feature_norm: float | None = None,
         batch_size: int | None = None,
+        make_model: MakeModel | None = None,
         progress: bool = True,
     ) -> None:
         self._module = plain_module(module)
-        for name, part in self._module.named_modules():
-            if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                raise UnsupportedError(
-                    f"Expected a model without BatchNorm, got one at {name or 'the top'!r}. Its "
-                    "running statistics keep traces of forgotten instances. Use GroupNorm."
-                )
+        _require_no_running_statistics(self._module)
         inner = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
         self._optimizer = inner
         self._dataset = dataset
         self._criterion = getattr(criterion, "criterion", criterion)  # ghost mode wraps the loss
         self._engine = privacy_engine
         self._feature_norm = feature_norm
+        self._make_model = make_model
         self._progress = progress
         self._size = len(dataset)  # type: ignore[arg-type]
         if privacy_engine is not None:
@@ -106,8 +120,9 @@ class UnlearningEngine:
             steps = check.integer("training_steps", training_steps, low=1, cure=cure)
             self._batch_size = float(check.integer("batch_size", batch_size, low=1, cure=cure))
         self._training_steps = check.integer("training_steps", steps, low=0)
-        # What has run so far: steps, and the rows that had been forgotten before them.
-        self._phases: list[tuple[int, frozenset[int]]] = [(self._training_steps, frozenset())]
+        self._phases = [Phase(self._training_steps, frozenset(), "training")]
+        self._forgotten: frozenset[int] = frozenset()
+        self._requests_served = 0
 
     @property
     def module(self) -> nn.Module:
@@ -117,7 +132,7 @@ class UnlearningEngine:
     @property
     def forgotten(self) -> frozenset[int]:
         """Rows forgotten so far."""
-        return self._phases[-1][1]
+        return self._forgotten
 
     @property
     def retain_set(self) -> IntArray:
@@ -134,22 +149,44 @@ class UnlearningEngine:
         certificate: Certificate | None = None,
         steps: int | None = None,
         max_steps: int | None = None,
+        step_grid: int = 10,
+        strength: float | None = None,
+        predict: bool = False,
     ) -> UnlearningPlan:
         """Say what forgetting these instances takes, before anything runs.
+
+        With epsilon and delta: as few steps as reach the target. With steps and delta: the ε after
+        so many steps. With steps alone: a run without a claim.
+
+        Methods:
+            dp_sgd              the training's own noisy steps; certified by what training gave away
+            langevin            the same steps where contraction is proved, on full batches or
+                                Poisson mini-batches
+            noisy_finetuning    any model: clipped once, averaged gradients clipped, much noise; its
+                                constants are those of `certificate`
+            finetuning          no noise, no certificate
+            l1_sparse           the same with an L1 penalty (Jia et al. 2023)
+            gradient_difference the same, ascending on the forget set (Liu et al. 2022)
+            retraining          from the start, without the forget set
 
         Args:
             forget: Rows of the data set, each once, not all of them.
             epsilon: Target of a certified plan.
             delta: Its δ.
-            method: "dp_sgd" (the training's own noisy steps), "langevin" (the same on full batches,
-                where contraction is proved) or "finetuning" (no noise, no certificate).
-            certificate: Use this one. Default: contraction for "langevin"; for "dp_sgd" what
-                training itself gives, if the ledger's label is "bound".
-            steps: Run exactly so many steps without any claim; then no epsilon, delta, certificate.
+            method: One of the above.
+            certificate: Use this one. Default: the least of those that apply. For
+                "noisy_finetuning" a NoisyFineTuningCertificate, which the run then follows.
+            steps: Run exactly so many.
             max_steps: Most steps worth running. Default: one less than retraining takes.
+            step_grid: Steps found for a target are rounded up to a multiple of this, because they
+                show how much the forget set weighs.
+            strength: Weight of what "l1_sparse" (default 1e-4) and "gradient_difference" (default
+                1) add to the loss.
+            predict: Compute the steps from the norms that the deployed run's ledger stands at. The
+                plan is predicted then, whatever formula gave it.
 
         Returns:
-            CertifiedPlan, PredictedPlan (with `steps`) or RetrainPlan.
+            CertifiedPlan, PredictedPlan or RetrainPlan.
 
         Raises:
             ValueError: Rows out of range, repeated, empty, forgotten before, or the whole set;
@@ -158,57 +195,40 @@ class UnlearningEngine:
         """
         rows = self._checked_forget(forget)
         check.choice("method", method, METHODS)
-        common: dict[str, Any] = {
-            "forget_set": rows,
-            "method": method,
-            "steps_retrain": self._training_steps,
-            "batch_size": self._batch_size,
-            "requests_served": len(self._phases) - 1,
-        }
-        if steps is not None:
-            if not (epsilon is None and delta is None and certificate is None):
-                raise ValueError(
-                    "Expected either steps or a target, got both. Pass steps alone for a run "
-                    "without a claim, or epsilon and delta for a certified one."
-                )
-            budget = check.integer("steps", steps, low=0)
-            why = "a fixed budget chosen by the caller"
-            return PredictedPlan(steps=budget, reason=why, **common)
-        if method == "finetuning":
-            raise CertificateError(
-                "Expected steps with method='finetuning', got a target. Fine-tuning without noise "
-                "has no certificate: pass steps, or choose a noisy method."
+
+        def applicable() -> tuple[Certificate, Certificate | None]:
+            return certificates_for(
+                rows,
+                method=method,
+                measured=predict,
+                module=self._module,
+                optimizer=self._optimizer,
+                criterion=self._criterion,
+                dataset=self._dataset,
+                privacy_engine=self._engine,
+                feature_norm=self._feature_norm,
+                phases=self._phases,
+                forgotten=self._forgotten,
             )
-        if epsilon is None or delta is None:
-            raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
-        target, probability = check.epsilon(epsilon), check.delta(delta)
-        limit = max(self._training_steps - 1, 0) if max_steps is None else max_steps
-        worst: Certificate | None = None
-        if certificate is None:
-            certificate, worst = self._certificates(rows, method)
-        goal = {"epsilon": target, "delta": probability}
-        try:
-            needed = certificate.steps_for(**goal, max_steps=limit)
-        except CertificateError as error:
-            common["method"] = "retraining"
-            return RetrainPlan(
-                steps=self._training_steps,
-                reason=str(error),
-                target_epsilon=target,
-                delta=probability,
-                **common,
-            )
-        return CertifiedPlan(
-            steps=needed,
-            reason=f"fewest steps at which {type(certificate).__name__} reaches the target",
-            epsilon=certificate.epsilon(delta=probability, steps=needed),
-            target_epsilon=target,
-            delta=probability,
-            certificate=certificate,
-            steps_worst_case=(
-                certified_steps(worst, **goal, max_steps=_WORST_CASE_SEARCH) if worst else None
+
+        return make_plan(
+            Facts(
+                forget_set=rows,
+                method=method,
+                steps_retrain=self._training_steps,
+                batch_size=self._batch_size,
+                requests_served=self._requests_served,
+                module=self._module,
             ),
-            **common,
+            epsilon=epsilon,
+            delta=delta,
+            certificate=certificate,
+            applicable=applicable,
+            steps=steps,
+            max_steps=max_steps,
+            step_grid=step_grid,
+            strength=strength,
+            predict=predict,
         )
 
     def unlearn(
@@ -220,8 +240,9 @@ class UnlearningEngine:
         seed: int | None = None,
         on_step: Callable[[int, nn.Module], Any] | None = None,
         record_every: int = 1,
+        until: Callable[[int, nn.Module], bool] | None = None,
     ) -> UnlearningResult:
-        """Run a plan to its last step and return the unlearned model.
+        """Run a plan and return the unlearned model.
 
         Args:
             plan: From this engine, made after its last run.
@@ -231,86 +252,97 @@ class UnlearningEngine:
                 knows it can remove the noise: fix it in experiments only.
             on_step: Called as on_step(step, module) before the first step and after every
                 `record_every`-th one; what it returns (numbers in dictionaries or lists) becomes
-                `history`. It cannot stop the run: stopping on a private signal voids certificates.
+                `history`.
             record_every: See `on_step`.
+            until: Stop an uncertified run early: called like `on_step`, after it, and the run ends
+                where it returns True. A certified run goes to its last step, since stopping on a
+                private signal voids the certificate.
 
         Raises:
-            CertificateError: The plan says "retrain instead".
+            CertificateError: The plan says "retrain instead" and there is no `make_model`; `until`
+                with a certified plan.
             ValueError: The plan is not this engine's latest state.
             LedgerError: A checkpoint of another run lies in `checkpoint_dir`.
         """
-        if isinstance(plan, RetrainPlan):
+        if isinstance(plan, RetrainPlan) and self._make_model is None:
             raise CertificateError(
-                f"Expected a plan that unlearns, got 'retrain instead': {plan.reason}"
+                f"Expected a plan that unlearns, got 'retrain instead': {plan.reason} To retrain "
+                "here, build the engine with make_model."
+            )
+        if until is not None and isinstance(plan, CertifiedPlan):
+            raise CertificateError(
+                "Expected a certified plan to run to its last step, got until=. Stopping on what "
+                "the model shows voids the certificate; plan with steps alone."
             )
         self._check_current(plan)
         every = check.integer("record_every", record_every, low=1)
-        retain = np.setdiff1d(self.retain_set, plan.forget_set)
-        twin = plain_copy(self._module)
-        optimizer = optimizer_like(self._optimizer, self._module, twin)
+        number = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        twin, optimizer = self._start(plan, seed=number)
         ledger = None if self._engine is None else self._engine.fork()
         if ledger is not None:
             ledger.per_instance.forget(plan.forget_set)
         run = SavedRun(
             plan=plan,
+            origin=self._module,
             module=twin,
             optimizer=optimizer,
             privacy_engine=ledger,
-            seed=int(torch.randint(2**62, ()).item()) if seed is None else seed,
+            seed=number,
         )
         path = run.resume(checkpoint_dir)
         start = run.done
-        if on_step is not None and start == 0:
-            run.history.append(_observed(on_step, 0, twin))
+
+        def observed(step: int) -> bool:
+            if step % every and step != plan.steps:
+                return False
+            if on_step is not None:
+                run.history.append(_observed(on_step, step, twin))
+            return until is not None and bool(_observed(until, step, twin))
+
+        def after_step(taken: int) -> bool:
+            run.done = start + taken
+            stop = observed(run.done)
+            if path is not None and not stop and run.done % checkpoint_every == 0:
+                run.save(path)
+            return stop
+
+        stopped = start == 0 and observed(0)
         with tqdm(
             total=plan.steps,
             initial=start,
             desc="unlearning",
             disable=None if self._progress else True,
         ) as bar:
-
-            def after_step(number: int) -> None:
-                run.done = start + number
-                if on_step is not None and (run.done % every == 0 or run.done == plan.steps):
-                    run.history.append(_observed(on_step, run.done, twin))
-                if path is not None and run.done % checkpoint_every == 0:
-                    run.save(path)
-
-            common = {
-                "optimizer": optimizer,
-                "dataset": self._dataset,
-                "criterion": self._criterion,
-                "retain_set": retain,
-                "steps": plan.steps - start,
-                "sampler_generator": run.sampler_generator,
-                "sampler_state": run.sampler_state,
-                "after_step": after_step,
-                "progress": bar,
-            }
-            if plan.steps == start:
-                pass  # nothing left to run: already finished, or what is left of F needs no step
-            elif plan.method == "finetuning":
-                plain_steps(twin, batch_size=max(int(self._batch_size), 1), **common)
-            else:
-                assert ledger is not None
-                noisy_steps(
-                    twin, privacy_engine=ledger, noise_generator=run.noise_generator, **common
+            if not stopped:
+                stopped = run_plan(
+                    plan,
+                    run,
+                    dataset=self._dataset,
+                    criterion=self._criterion,
+                    retain_set=np.setdiff1d(self.retain_set, plan.forget_set),
+                    batch_size=self._batch_size,
+                    after_step=after_step,
+                    progress=bar,
                 )
-        if run.done != plan.steps:
+        if run.done != plan.steps and not stopped:
             raise RuntimeError(f"Expected {plan.steps} steps, got {run.done}. Nothing was changed.")
         if ledger is not None and self._engine is not None:
-            if plan.method == "finetuning" and plan.steps:
-                ledger.charge_without_noise(plan.steps)
+            if plan.method in NOISE_FREE_METHODS:
+                ledger.charge_without_noise(run.done)
             self._engine.adopt(ledger)
         self._module, self._optimizer = twin, optimizer_like(optimizer, twin, twin)
-        forgotten = self.forgotten | frozenset(plan.forget_set.tolist())
-        self._phases.append((plan.steps, forgotten))
+        self._forgotten |= frozenset(plan.forget_set.tolist())
+        phase = Phase(run.done, self._forgotten, plan.method)
+        # What was there before a retraining left nothing in the model.
+        self._phases = [phase] if plan.method == "retraining" else [*self._phases, phase]
+        self._requests_served += 1
         run.remove(path)
-        result = plain_copy(twin)
-        history = tuple(run.history)
-        if isinstance(plan, CertifiedPlan):
-            return CertifiedResult(module=result, plan=plan, history=history)
-        return UncertifiedResult(module=result, plan=plan, history=history)
+        kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
+        kind: Any = kinds.get(type(plan), UncertifiedResult)
+        result: UnlearningResult = kind(
+            module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history)
+        )
+        return result
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -331,49 +363,34 @@ class UnlearningEngine:
             )
         return rows
 
-    def _certificates(self, rows: IntArray, method: str) -> tuple[Certificate, Certificate | None]:
-        """Return the certificate for everything forgotten up to now, and its worst case."""
-        if self._engine is None:
-            raise CertificateError(
-                "Expected privacy_engine for a certified plan, got None. Train with "
-                "PerInstancePrivacyEngine, pass a certificate, or pass steps."
-            )
-        if method == "langevin":
-            run = OneOutputRun(
-                self._module,
-                optimizer=self._optimizer,
-                criterion=self._criterion,
-                dataset=self._dataset,
-                privacy_engine=self._engine,
-                feature_norm=self._feature_norm,
-            )
-            everyone = sorted(self.forgotten.union(rows.tolist()))
-            phases = [
-                (steps, [row for row in everyone if row not in gone])
-                for steps, gone in self._phases
-            ]
-            return run.certificate(phases=phases), run.certificate(phases=phases, worst_case=True)
-        ledger = self._engine.per_instance
-        if ledger.guarantee != "bound" or len(rows) + len(self.forgotten) > 1:
-            raise CertificateError(
-                "Expected one instance and a ledger labelled 'bound' for a certificate from "
-                f"training alone, got {len(rows) + len(self.forgotten)} instances and "
-                f"{ledger.guarantee!r}. A sum of per-instance losses does not bound a set. Pass a "
-                "certificate, or steps for a run without a claim."
-            )
-        orders = ledger.orders.tolist()
-        return (
-            DataProcessingCertificate(ledger.rdp(rows)[0].tolist(), orders),
-            DataProcessingCertificate(ledger.worst_case_rdp().tolist(), orders),
-        )
+    def _start(self, plan: UnlearningPlan, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return the model that the run starts from, the caller's own left alone."""
+        if isinstance(plan, RetrainPlan):
+            assert self._make_model is not None
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return self._make_model()
+        twin = plain_copy(self._module)
+        return twin, optimizer_like(self._optimizer, self._module, twin)
 
     def _check_current(self, plan: UnlearningPlan) -> None:
-        if plan.requests_served != len(self._phases) - 1:
+        if plan.requests_served != self._requests_served:
             raise ValueError(
-                f"Expected a plan made after {len(self._phases) - 1} served requests, got one made "
+                f"Expected a plan made after {self._requests_served} served requests, got one made "
                 f"after {plan.requests_served}. Plan again: the model has changed since."
             )
         self._checked_forget(plan.forget_set)
+
+
+def _require_no_running_statistics(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        batch = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if batch or getattr(part, "track_running_stats", False):
+            raise UnsupportedError(
+                f"Expected a model without BatchNorm or other running statistics, got "
+                f"{type(part).__name__} at {name or 'the top'!r}. They keep traces of forgotten "
+                "instances. Use GroupNorm."
+            )
 
 
 def _observed(on_step: Callable[[int, nn.Module], Any], step: int, module: nn.Module) -> Any:

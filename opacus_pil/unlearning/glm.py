@@ -1,7 +1,7 @@
 """Whether a run is the one that contraction is proved for, and the certificate if it is.
 
 Looks at torch objects and refuses by name whatever breaks the proof: more than one output, another
-loss, momentum, mini-batches, caps that were not fixed before the run.
+loss, momentum, caps that were not fixed before the run.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 
 from .. import _validate as check
 from .._validate import FloatArray
-from ..certificates import ContractionCertificate
+from ..certificates import Certificate, ContractionCertificate, PoissonContractionCertificate
 from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
 
@@ -26,7 +27,10 @@ LOSS_SMOOTHNESS: dict[type[nn.Module], float] = {nn.BCEWithLogitsLoss: 0.25}
 
 
 class OneOutputRun:
-    """A full-batch noisy run of a model with one linear output, checked assumption by assumption.
+    """A noisy run of a model with one linear output, checked assumption by assumption.
+
+    Full batches give `ContractionCertificate`, Poisson mini-batches
+    `PoissonContractionCertificate`.
 
     Args:
         module: A plain torch.nn.Linear with one output.
@@ -36,6 +40,8 @@ class OneOutputRun:
         dataset: Yields (features, target); every feature vector is held against `feature_norm`.
         privacy_engine: Made the run private with caps fixed before it, or at the worst case.
         feature_norm: Public bound on the norm of every feature vector, without the bias.
+        measured: Take the sensitivities the ledger stands at for caps, whatever its label. What
+            comes out is a prediction; never call it certified.
 
     Raises:
         CertificateError: An assumption does not hold; the message names it.
@@ -50,6 +56,7 @@ class OneOutputRun:
         dataset: Dataset,
         privacy_engine: PerInstancePrivacyEngine,
         feature_norm: float | None,
+        measured: bool = False,
     ) -> None:
         kernel, ledger = privacy_engine.kernel, privacy_engine.per_instance
         _require(
@@ -74,13 +81,7 @@ class OneOutputRun:
             "Other reductions scale the step by the batch.",
         )
         _require(
-            kernel.sample_rate == 1.0,
-            "full batches (sample_rate 1)",
-            f"sample_rate={kernel.sample_rate:g}",
-            "A Poisson batch larger than expected may expand distances.",
-        )
-        _require(
-            ledger.guarantee == "bound",
+            measured or ledger.guarantee == "bound",
             "caps fixed before the run (guarantee 'bound')",
             f"guarantee={ledger.guarantee!r}",
             "Train with norm_policy='capped' and caps from public data only.",
@@ -98,12 +99,12 @@ class OneOutputRun:
         )
         self.kernel = kernel
         self.smoothness = LOSS_SMOOTHNESS[type(criterion)]
-        caps = ledger.caps
+        caps = ledger.sensitivities if measured and ledger.caps is None else ledger.caps
         self.caps: FloatArray = np.ones(kernel.num_instances) if caps is None else caps
 
     def certificate(
         self, *, phases: Sequence[tuple[int, Sequence[int]]], worst_case: bool = False
-    ) -> ContractionCertificate:
+    ) -> Certificate:
         """Return the certificate that the members of all phases together are forgotten.
 
         Args:
@@ -114,26 +115,39 @@ class OneOutputRun:
         Raises:
             CertificateError: Step size, weight decay and smoothness do not contract.
         """
-        parts = [self._phase(steps, members, worst_case) for steps, members in phases]
-        shifts = tuple(shift for part in parts for shift in part.shifts)
-        return replace(parts[0], shifts=shifts)
+        if self.kernel.sample_rate == 1.0:
+            parts = [self._full_batch(steps, members, worst_case) for steps, members in phases]
+            shifts = tuple(shift for part in parts for shift in part.shifts)
+            return replace(parts[0], shifts=shifts)
+        # Whoever left earlier moved later steps by nothing, which a bound on its gradient covers.
+        members = sorted({row for _, rows in phases for row in rows})
+        return PoissonContractionCertificate.one_output_glm(
+            **self._constants(members, worst_case),
+            training_steps=sum(steps for steps, _ in phases),
+        )
 
-    def _phase(self, steps: int, members: Sequence[int], worst: bool) -> ContractionCertificate:
+    def _full_batch(
+        self, steps: int, members: Sequence[int], worst: bool
+    ) -> ContractionCertificate:
+        return ContractionCertificate.one_output_glm(
+            **self._constants(members, worst), training_steps=steps
+        )
+
+    def _constants(self, members: Sequence[int], worst: bool) -> dict[str, Any]:
         rows = np.asarray(members, dtype=np.int64)
         caps = np.ones(len(rows)) if worst else self.caps[rows]
-        return ContractionCertificate.one_output_glm(
-            caps=caps if len(rows) else [0.0],
-            max_grad_norm=self.kernel.max_grad_norm,
-            step_size=self.step_size,
-            weight_decay=self.weight_decay,
-            feature_norm=self.feature_norm,
-            noise_multiplier=self.kernel.noise_multiplier,
-            expected_batch_size=self.kernel.expected_batch_size,
-            num_instances=self.kernel.num_instances,
-            training_steps=steps,
-            loss_smoothness=self.smoothness,
-            sample_rate=self.kernel.sample_rate,
-        )
+        return {
+            "caps": caps if len(rows) else [0.0],
+            "max_grad_norm": self.kernel.max_grad_norm,
+            "step_size": self.step_size,
+            "weight_decay": self.weight_decay,
+            "feature_norm": self.feature_norm,
+            "noise_multiplier": self.kernel.noise_multiplier,
+            "expected_batch_size": self.kernel.expected_batch_size,
+            "num_instances": self.kernel.num_instances,
+            "loss_smoothness": self.smoothness,
+            "sample_rate": self.kernel.sample_rate,
+        }
 
 
 def _require(holds: bool, domain: str, found: str, cure: str) -> None:

@@ -7,6 +7,7 @@ clipping and sampling are Opacus's own: there is no second implementation here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,8 @@ from .._validate import IntArray
 from ..capture import sweep
 from ..privacy_engine import PerInstancePrivacyEngine
 
-AfterStep = Callable[[int], None]
+AfterStep = Callable[[int], bool]  # told how many steps were taken; True: stop here
+ExtraTerm = Callable[[nn.Module], torch.Tensor]
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -95,7 +97,8 @@ def noisy_steps(
         private_optimizer.zero_grad()
         loss_function(wrapped(x.to(device)), y.to(device)).backward()
         private_optimizer.step()
-        _report(number, after_step, progress)
+        if reported(number, after_step, progress):
+            break
     if hasattr(wrapped, "to_standard_module"):
         wrapped.to_standard_module()
 
@@ -111,28 +114,42 @@ def plain_steps(
     steps: int,
     sampler_generator: torch.Generator,
     sampler_state: torch.Tensor | None = None,
+    extra: ExtraTerm | None = None,
     after_step: AfterStep | None = None,
     progress: tqdm | None = None,
 ) -> None:
     """Run `steps` steps of ordinary fine-tuning on random batches of the retain set, in place.
 
     There is no noise, hence no certificate, and every retained instance's loss becomes infinite.
+    `extra(module)` is added to the loss of each batch.
     """
     if sampler_state is not None:
         sampler_generator.set_state(sampler_state)
-    device = next(module.parameters()).device
     module.train()
     for number in range(1, steps + 1):
-        drawn = torch.randperm(len(retain_set), generator=sampler_generator)[:batch_size]
-        x, y = default_collate([dataset[int(row)] for row in retain_set[drawn.numpy()]])
+        x, y = random_batch(
+            dataset, retain_set, size=batch_size, generator=sampler_generator, module=module
+        )
         optimizer.zero_grad()
-        criterion(module(x.to(device)), y.to(device)).backward()
+        loss = criterion(module(x), y)
+        (loss if extra is None else loss + extra(module)).backward()
         optimizer.step()
-        _report(number, after_step, progress)
+        if reported(number, after_step, progress):
+            break
 
 
-def _report(number: int, after_step: AfterStep | None, progress: tqdm | None) -> None:
+def random_batch(
+    dataset: Dataset, rows: IntArray, *, size: int, generator: torch.Generator, module: nn.Module
+) -> tuple[Any, Any]:
+    """Return `size` of the rows without repetition (all if there are fewer), on the device."""
+    device = next(module.parameters()).device
+    drawn = torch.randperm(len(rows), generator=generator)[:size]
+    x, y = default_collate([dataset[int(row)] for row in rows[drawn.numpy()]])
+    return x.to(device), y.to(device)
+
+
+def reported(number: int, after_step: AfterStep | None, progress: tqdm | None) -> bool:
+    """Tell the observers about a step; whether one of them wants to stop."""
     if progress is not None:
         progress.update()
-    if after_step is not None:
-        after_step(number)
+    return after_step is not None and after_step(number)

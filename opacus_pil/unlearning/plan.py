@@ -15,6 +15,9 @@ from .._validate import IntArray
 from ..certificates import Certificate
 from ..errors import CertificateError
 
+NOISE_FREE_METHODS = ("finetuning", "l1_sparse", "gradient_difference")
+METHODS = ("dp_sgd", "langevin", "noisy_finetuning", *NOISE_FREE_METHODS, "retraining")
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearningPlan(abc.ABC):
@@ -22,11 +25,12 @@ class UnlearningPlan(abc.ABC):
 
     Attributes:
         forget_set: Rows of the data set that leave, ascending, shape (members,).
-        method: "dp_sgd", "langevin", "finetuning" or "retraining".
-        steps: Steps that will be run.
+        method: One of METHODS.
+        steps: Steps that will be run; of an adaptive run the most.
         steps_retrain: Steps that retraining from scratch takes.
         batch_size: Expected number of per-instance gradients in a step, for both.
         reason: Why these steps.
+        strength: Weight of what the method adds to the loss, where it adds something.
         requests_served: Requests the engine had served when it made the plan.
     """
 
@@ -36,6 +40,7 @@ class UnlearningPlan(abc.ABC):
     steps_retrain: int
     batch_size: float
     reason: str
+    strength: float | None = None
     requests_served: int = 0
 
     @property
@@ -59,6 +64,11 @@ class UnlearningPlan(abc.ABC):
             f"  why               {self.reason}",
             *self._details(),
         ]
+        if self.method in NOISE_FREE_METHODS and self.steps:
+            lines.append(
+                "  afterwards        every retained instance's privacy loss is infinite: these "
+                "steps add no noise"
+            )
         return "\n".join(lines)
 
     def _details(self) -> list[str]:
@@ -104,7 +114,14 @@ class CertifiedPlan(UnlearningPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedPlan(UnlearningPlan):
-    """Steps that nothing is proved about: no ε, no certificate."""
+    """Steps that nothing is proved about: no ε, no certificate.
+
+    Attributes:
+        interval: Where the measured time to unlearn is expected, for a plan from `calibrate`; the
+            upper end may be inf.
+    """
+
+    interval: tuple[float, float] | None = None
 
     @property
     def status(self) -> str:
@@ -112,25 +129,37 @@ class PredictedPlan(UnlearningPlan):
         return "predicted"
 
     def _details(self) -> list[str]:
-        return ["  epsilon           none: no certificate is claimed"]
+        lines = ["  epsilon           none: no certificate is claimed"]
+        if self.interval is not None:
+            low, high = self.interval
+            lines.insert(0, f"  steps, predicted  {low:.0f} to {high:.0f}")
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainPlan(UnlearningPlan):
-    """Unlearning does not reach the target more cheaply than retraining.
+    """Train again without the forget set: asked for, or because nothing cheaper reaches the target.
 
     Attributes:
-        target_epsilon: ε asked for.
+        target_epsilon: ε asked for; None where retraining itself was asked for.
         delta: Its δ.
     """
 
-    target_epsilon: float
-    delta: float
+    target_epsilon: float | None = None
+    delta: float | None = None
 
     @property
     def status(self) -> str:
         """Always "retrain instead"."""
         return "retrain instead"
+
+
+def on_grid(steps: int, *, step_grid: int) -> int:
+    """Round a number of steps up to a multiple of a public grid; 0 stays 0.
+
+    The number of steps shows how much the forget set weighs; a grid limits what it shows.
+    """
+    return -(-steps // step_grid) * step_grid
 
 
 def certified_steps(

@@ -18,12 +18,14 @@ class UnlearningResult(abc.ABC):
 
     Attributes:
         module: A plain module without Opacus's hooks, on the device it was trained on.
-        plan: What was asked for; exactly `plan.steps` steps were run.
+        plan: What was asked for.
+        steps: Steps that were run: `plan.steps`, or fewer where an adaptive run stopped.
         history: One entry per call of the caller's `on_step`, whatever it returned.
     """
 
     module: nn.Module
     plan: UnlearningPlan
+    steps: int
     history: tuple[Any, ...]
 
     @property
@@ -67,3 +69,12 @@ class UncertifiedResult(UnlearningResult):
     def epsilon(self) -> None:
         """No ε."""
         return
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainedResult(UncertifiedResult):
+    """A model trained again from the start without the forget set.
+
+    It forgets by construction: no forgotten instance was read. It needs no certificate, and has
+    none; what was chosen with the forget set at hand (architecture, step size) is not covered.
+    """

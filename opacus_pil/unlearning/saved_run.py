@@ -13,7 +13,7 @@ import torch.nn as nn
 from ..checkpoint import arrays, load_state, save_state
 from ..errors import LedgerError
 from ..privacy_engine import PerInstancePrivacyEngine
-from .plan import UnlearningPlan
+from .plan import CertifiedPlan, UnlearningPlan
 
 _KIND = "unlearning run"
 
@@ -29,6 +29,7 @@ class SavedRun:
         self,
         *,
         plan: UnlearningPlan,
+        origin: nn.Module,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         privacy_engine: PerInstancePrivacyEngine | None,
@@ -45,7 +46,7 @@ class SavedRun:
         self.noise_generator = (
             None if secure else torch.Generator(device=device).manual_seed(seed + 1)
         )
-        self._fingerprint = _fingerprint(plan, module)
+        self._fingerprint = _fingerprint(plan, origin)
 
     def resume(self, folder: str | os.PathLike[str] | None) -> Path | None:
         """Return where to save (None: nowhere), after loading what an earlier run left there.
@@ -102,9 +103,11 @@ class SavedRun:
 
 
 def _fingerprint(plan: UnlearningPlan, module: nn.Module) -> str:
-    """Hash what the run starts from: the request, the method, the steps, the weights."""
+    """Hash what the run starts from: the request, the method and its constants, the weights."""
     digest = hashlib.sha256()
-    digest.update(f"{plan.method} {plan.steps} {plan.forget_set.tolist()}".encode())
+    digest.update(f"{plan.method} {plan.steps} {plan.strength} {plan.forget_set.tolist()}".encode())
+    if plan.method == "noisy_finetuning" and isinstance(plan, CertifiedPlan):
+        digest.update(repr(plan.certificate).encode())  # the run follows its constants
     for name, value in module.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())

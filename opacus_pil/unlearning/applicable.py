@@ -1,0 +1,115 @@
+"""Which certificates hold for forgetting these rows by this method, with and without worst case.
+
+Reads the ledger and what has run so far; every refusal names the assumption that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.data import Dataset
+
+from .._validate import IntArray
+from ..certificates import Certificate, DataProcessingCertificate, best_of
+from ..errors import CertificateError
+from ..privacy_engine import PerInstancePrivacyEngine
+from .glm import OneOutputRun
+
+_SAME_KERNEL = ("training", "dp_sgd", "langevin", "retraining")  # steps of the training's kernel
+
+
+def certificates_for(
+    rows: IntArray,
+    *,
+    method: str,
+    measured: bool,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    criterion: nn.Module,
+    dataset: Dataset,
+    privacy_engine: PerInstancePrivacyEngine | None,
+    feature_norm: float | None,
+    phases: Sequence[Any],
+    forgotten: frozenset[int],
+) -> tuple[Certificate, Certificate | None]:
+    """Return the certificate that everything forgotten up to now is forgotten, and its worst case.
+
+    Args:
+        measured: Use the sensitivities the ledger stands at, whatever its label: a prediction.
+        phases: What has run: (steps, rows forgotten before it, method) each.
+        forgotten: Rows forgotten so far.
+
+    Raises:
+        CertificateError: None applies.
+    """
+    if method == "noisy_finetuning":
+        raise CertificateError(
+            "Expected a NoisyFineTuningCertificate for method 'noisy_finetuning', got none. Pass "
+            "certificate=: the run follows its clips, step size, decay and noise."
+        )
+    if privacy_engine is None:
+        raise CertificateError(
+            "Expected privacy_engine for a certified plan, got None. Train with "
+            "PerInstancePrivacyEngine, pass a certificate, or pass steps."
+        )
+    if method != "langevin":
+        return _training_alone(rows, privacy_engine, forgotten, measured=measured)
+    others = [phase[2] for phase in phases if phase[2] not in _SAME_KERNEL]
+    if others:
+        raise CertificateError(
+            f"Expected every step so far to be one of the training's kernel, got a run of method "
+            f"{others[0]!r}. Contraction does not follow it; use method='noisy_finetuning'."
+        )
+    run = OneOutputRun(
+        module,
+        optimizer=optimizer,
+        criterion=criterion,
+        dataset=dataset,
+        privacy_engine=privacy_engine,
+        feature_norm=feature_norm,
+        measured=measured,
+    )
+    everyone = sorted(forgotten.union(rows.tolist()))
+    parts = [(phase[0], [row for row in everyone if row not in phase[1]]) for phase in phases]
+    ours = run.certificate(phases=parts)
+    worst = run.certificate(phases=parts, worst_case=True)
+    if privacy_engine.kernel.sample_rate == 1.0:
+        return ours, worst  # never above what training alone gives: a_t = s_t is one way to hide
+    try:  # mini-batches: contraction knows no amplification by sampling, training alone does
+        trained, _ = _training_alone(rows, privacy_engine, forgotten, measured=measured)
+    except CertificateError:
+        return ours, worst
+    return best_of([ours, trained]), worst
+
+
+def _training_alone(
+    rows: IntArray,
+    privacy_engine: PerInstancePrivacyEngine,
+    forgotten: frozenset[int],
+    *,
+    measured: bool,
+) -> tuple[Certificate, Certificate | None]:
+    """Return what the whole transcript of training bounds, whatever steps follow."""
+    ledger = privacy_engine.per_instance
+    orders = ledger.orders.tolist()
+    # Under a budget `guarantee` vouches for each instance; a set's loss is as realised.
+    bound = measured or ledger.guarantee == "bound"
+    one = len(rows) == 1 and not forgotten
+    group = ledger.keeps_history and not forgotten and not ledger.budgeted
+    if not bound or not (one or group):
+        raise CertificateError(
+            "Expected one instance, or a set and a ledger with history, and the label 'bound' for "
+            f"a certificate from training alone, got {len(rows) + len(forgotten)} instances and "
+            f"{ledger.guarantee!r}. A sum of per-instance losses does not bound a set. Pass a "
+            "certificate, or steps for a run without a claim."
+        )
+    if not one:
+        return DataProcessingCertificate(ledger.group_rdp(rows).tolist(), orders), None
+    return (
+        DataProcessingCertificate(np.asarray(ledger.rdp(rows)[0]).tolist(), orders),
+        DataProcessingCertificate(ledger.worst_case_rdp().tolist(), orders),
+    )

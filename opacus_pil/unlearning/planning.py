@@ -1,0 +1,227 @@
+"""From a target, or a number of steps, to one of the three kinds of plan; knows no training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn as nn
+
+from .. import _validate as check
+from .._validate import IntArray
+from ..certificates import BestCertificate, Certificate, NoisyFineTuningCertificate
+from ..errors import CertificateError
+from .averaged import require_all_trainable
+from .plan import (
+    NOISE_FREE_METHODS,
+    CertifiedPlan,
+    PredictedPlan,
+    RetrainPlan,
+    UnlearningPlan,
+    certified_steps,
+    on_grid,
+)
+
+_STRENGTH = {"l1_sparse": 1e-4, "gradient_difference": 1.0}
+_WORST_CASE_SEARCH = 1_000_000
+
+Applicable = Callable[[], tuple[Certificate, Certificate | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What every plan of one request has in common; attributes as in UnlearningPlan."""
+
+    forget_set: IntArray
+    method: str
+    steps_retrain: int
+    batch_size: float
+    requests_served: int
+    module: nn.Module
+
+    def common(self, **changes: Any) -> dict[str, Any]:
+        """Return the fields of a plan."""
+        fields = {name: value for name, value in vars(self).items() if name != "module"}
+        return {**fields, **changes}
+
+
+def make_plan(
+    facts: Facts,
+    *,
+    epsilon: float | None,
+    delta: float | None,
+    certificate: Certificate | None,
+    applicable: Applicable,
+    steps: int | None,
+    max_steps: int | None,
+    step_grid: int,
+    strength: float | None,
+    predict: bool,
+) -> UnlearningPlan:
+    """Return the plan; arguments, errors and result as in `UnlearningEngine.plan`.
+
+    Args:
+        facts: Of the request.
+        applicable: Gives the certificate and its worst case, or refuses; called where needed only.
+    """
+    grid = check.integer("step_grid", step_grid, low=1)
+    weight = _checked_strength(strength, facts.method)
+    target = None if epsilon is None else check.epsilon(epsilon)
+    probability = None if delta is None else check.delta(delta)
+    budget = None if steps is None else check.integer("steps", steps, low=0)
+    if facts.method == "retraining":
+        if not (target is None and budget is None and certificate is None):
+            raise ValueError(
+                "Expected method='retraining' alone, got a target, steps or a certificate. "
+                "Retraining takes the steps of training and forgets by construction."
+            )
+        return RetrainPlan(
+            steps=facts.steps_retrain, reason="retraining was asked for", **facts.common()
+        )
+    if target is not None and budget is not None:
+        raise ValueError(
+            "Expected either steps or a target epsilon, got both. Pass steps and delta for the "
+            "epsilon after so many steps, or epsilon and delta for the steps."
+        )
+    if facts.method in NOISE_FREE_METHODS and (
+        budget is None or probability is not None or certificate is not None or predict
+    ):
+        raise CertificateError(
+            f"Expected steps alone with method={facts.method!r}, got a target or a certificate. "
+            "Fine-tuning without noise has no certificate: pass steps, or choose a noisy method."
+        )
+    if facts.method == "noisy_finetuning":
+        _check_noisy_finetuning(certificate, probability, facts.module)
+    if budget is not None and probability is None:
+        if certificate is not None or predict:
+            raise ValueError(
+                "Expected delta beside steps for a claim, got steps and a certificate or predict. "
+                "Pass delta as well, or steps alone."
+            )
+        return PredictedPlan(
+            steps=budget,
+            reason="a fixed budget chosen by the caller",
+            strength=weight,
+            **facts.common(),
+        )
+    if probability is None or (target is None and budget is None):
+        raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
+    worst: Certificate | None = None
+    if certificate is None:
+        certificate, worst = applicable()
+    elif predict:
+        raise ValueError("Expected a certificate or predict=True, got both. Leave one out.")
+    if budget is not None:
+        if predict:
+            raise ValueError("Expected epsilon with predict=True, got steps. Pass steps alone.")
+        reached = certificate.epsilon(delta=probability, steps=budget)
+        return CertifiedPlan(
+            steps=budget,
+            reason="as many steps as the caller asked for",
+            epsilon=reached,
+            target_epsilon=reached,
+            delta=probability,
+            certificate=certificate,
+            steps_worst_case=None,
+            **facts.common(),
+        )
+    assert target is not None
+    return _for_target(
+        facts,
+        certificate,
+        worst,
+        epsilon=target,
+        delta=probability,
+        limit=max(facts.steps_retrain - 1, 0) if max_steps is None else max_steps,
+        grid=grid,
+        predict=predict,
+    )
+
+
+def _for_target(
+    facts: Facts,
+    certificate: Certificate,
+    worst: Certificate | None,
+    *,
+    epsilon: float,
+    delta: float,
+    limit: int,
+    grid: int,
+    predict: bool,
+) -> UnlearningPlan:
+    goal = {"epsilon": epsilon, "delta": delta}
+    try:
+        exact = certificate.steps_for(**goal, max_steps=limit)
+        needed = on_grid(exact, step_grid=grid)
+        if needed > limit:
+            raise CertificateError(
+                f"Expected a target within max_steps={limit}, got one that takes {needed} steps, "
+                f"rounded up to a multiple of step_grid={grid}."
+            )
+    except CertificateError as error:
+        return RetrainPlan(
+            steps=facts.steps_retrain,
+            reason=str(error),
+            target_epsilon=epsilon,
+            delta=delta,
+            **facts.common(method="retraining"),
+        )
+    name = type(certificate).__name__
+    if predict:
+        return PredictedPlan(
+            steps=needed,
+            reason=f"the formula of {name} with what the deployed run itself measured, for "
+            f"epsilon={epsilon:g} at delta={delta:g}; a prediction, no claim",
+            **facts.common(),
+        )
+    if isinstance(certificate, BestCertificate):
+        name = certificate.winner(delta=delta, steps=needed).name
+    worst_steps = None
+    if worst is not None:
+        worst_steps = certified_steps(worst, **goal, max_steps=max(limit, _searched(worst)))
+    return CertifiedPlan(
+        steps=needed,
+        reason=f"fewest steps at which {name} reaches the target, rounded up to a multiple of "
+        f"{grid}",
+        epsilon=certificate.epsilon(delta=delta, steps=needed),
+        target_epsilon=epsilon,
+        delta=delta,
+        certificate=certificate,
+        steps_worst_case=None if worst_steps is None else on_grid(worst_steps, step_grid=grid),
+        **facts.common(),
+    )
+
+
+def _searched(certificate: Certificate) -> int:
+    """Return how far to look for the worst case, which is only there to be compared with."""
+    slow = type(certificate).__name__ == "PoissonContractionCertificate"  # seconds per ε
+    return 0 if slow else _WORST_CASE_SEARCH
+
+
+def _checked_strength(strength: float | None, method: str) -> float | None:
+    if method in _STRENGTH:
+        value = _STRENGTH[method] if strength is None else strength
+        return check.real("strength", value, low=0.0)
+    if strength is not None:
+        raise ValueError(
+            f"Expected strength with {' or '.join(_STRENGTH)} only, got it with {method!r}. "
+            "Leave it out."
+        )
+    return None
+
+
+def _check_noisy_finetuning(
+    certificate: Certificate | None, delta: float | None, module: nn.Module
+) -> None:
+    if certificate is None or delta is None:
+        raise CertificateError(
+            "Expected certificate and delta with method='noisy_finetuning', got none. Pass a "
+            "NoisyFineTuningCertificate: the run follows its clips, step size, decay and noise."
+        )
+    if not isinstance(certificate, NoisyFineTuningCertificate):
+        raise CertificateError(
+            f"Expected a NoisyFineTuningCertificate for method 'noisy_finetuning', got "
+            f"{type(certificate).__name__}. Its run would be another one."
+        )
+    require_all_trainable(module)

@@ -1,6 +1,7 @@
 """The command line: arguments in, exit code out. Computes nothing itself.
 
-Exit codes: 0 done, 2 a wrong argument or an unusable file (one line says which), 130 interrupted.
+Exit codes: 0 done, 1 a certificate that does not hold, 2 a wrong argument or an unusable file (one
+line says which), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 from .errors import OpacusPilError
@@ -18,6 +20,15 @@ _DEMO_EPILOG = """example:
 
 The folder gets report.html (open it in a browser), summary.json, ledger.parquet and model.pt.
 They hold per-instance privacy losses, which are private data: mode 0600, and do not publish them.
+"""
+
+_VERIFY_EPILOG = """example:
+  opacus-pil verify certificate.json --model unlearned.pt --ids 3 17
+
+One line per check; exit code 0 if all hold, 1 if one does not, 2 if a file is unusable. Every
+number is computed again from the recorded constants. What this cannot see: there is no signature,
+so whoever may write the file may write another one whose numbers agree with each other. Whether the
+constants are those of the run, and the assumptions true, is for whoever ran it to show.
 """
 
 
@@ -58,7 +69,27 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quiet", action="store_true", help="no progress bars, no table")
     demo.add_argument("--force", action="store_true", help="overwrite the files in DIR")
     demo.set_defaults(run=_demo)
+    _verify_command(commands)
     return parser
+
+
+def _verify_command(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="whether a certificate of unlearning holds",
+        description="Recompute every number of a certificate file from its constants.",
+        epilog=_VERIFY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("certificate", metavar="CERT", help="the certificate file")
+    verify.add_argument(
+        "--model", metavar="FILE", help="state_dict that should be the unlearned model's"
+    )
+    verify.add_argument(
+        "--ids", nargs="+", metavar="ID", help="instances that should be among the forgotten ones"
+    )
+    verify.add_argument("--key", metavar="FILE", help="key of the hashed ids (default: CERT.key)")
+    verify.set_defaults(run=_verify)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -86,6 +117,28 @@ def _demo(arguments: argparse.Namespace) -> int:
         print(as_text(outcome.summary))
         print(f"\nWritten to {outcome.folder} in {outcome.seconds:.0f} s (private: mode 0600).")
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .certificates import read_certificate, read_key, verify_certificate
+
+    record = read_certificate(arguments.certificate)
+    key_path = arguments.key
+    if key_path is None and arguments.ids and record.ids_hashed:
+        key_path = f"{arguments.certificate}.key"
+    model = None
+    if arguments.model is not None:
+        from .unlearning.model_hash import model_file_hash  # needs torch
+
+        model = model_file_hash(arguments.model)
+    report = verify_certificate(
+        record,
+        model_sha256=model,
+        key=None if key_path is None else read_key(key_path),
+        ids=arguments.ids,
+    )
+    print(report)
+    return 0 if report.holds else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+"""A certificate as plain JSON values, and back: a class name from a fixed list, and its constants.
+
+Nothing is unpickled or imported by name. Floats keep every bit (JSON writes their shortest exact
+form), infinity is written as {"float": "inf"}, NaN is refused, repeated numbers are counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CertificateError, OpacusPilError
+from .best import BestCertificate
+from .chien2024 import Chien2024Certificate
+from .contraction import ContractionCertificate
+from .data_processing import DataProcessingCertificate
+from .langevin import LangevinCertificate
+from .mini_batches import PoissonContractionCertificate
+from .noisy_finetuning import NoisyFineTuningCertificate
+from .record import Certificate
+
+CLASSES: dict[str, type[Certificate]] = {
+    kind.__name__: kind
+    for kind in (
+        BestCertificate,
+        Chien2024Certificate,
+        ContractionCertificate,
+        DataProcessingCertificate,
+        LangevinCertificate,
+        NoisyFineTuningCertificate,
+        PoissonContractionCertificate,
+    )
+}
+# DataProcessingCertificate keeps its argument `rdp`, also a method's name, as the field `curve`.
+_ARGUMENT = {("DataProcessingCertificate", "curve"): "rdp"}
+_INFINITY = {"float": "inf"}
+_LONGEST = 10_000_000  # entries of one sequence: an edited count must not fill the memory
+# What constructors and formulas raise when they are fed numbers they were not made for.
+REFUSALS = (TypeError, ValueError, ArithmeticError, OpacusPilError)
+
+
+def constants_of(certificate: Certificate) -> tuple[str, dict[str, Any]]:
+    """Return class name and constants, in JSON values.
+
+    Raises:
+        CertificateError: A class this package does not know, or a constant that is no number, text
+            or sequence of them, such as the functions of a Langevin certificate.
+    """
+    name = type(certificate).__name__
+    if CLASSES.get(name) is not type(certificate):
+        raise CertificateError(
+            f"Expected one of the package's own certificates ({', '.join(CLASSES)}), got {name}. "
+            "Nobody else could recompute its numbers from a file."
+        )
+    return name, {
+        field.name: _encoded(getattr(certificate, field.name), f"{name}.{field.name}")
+        for field in _fields(type(certificate))
+    }
+
+
+def rebuilt(name: str, constants: Mapping[str, Any]) -> Certificate:
+    """Return the certificate that `constants_of` described.
+
+    Raises:
+        CertificateError: An unknown class, a constant too many or too few, one that the class
+            refuses, or one that it does not keep as it is written.
+    """
+    kind = CLASSES.get(name)
+    if kind is None:
+        raise CertificateError(
+            f"Expected the certificate's class to be one of {', '.join(CLASSES)}, got {name!r}. "
+            "Use the release that wrote the file."
+        )
+    names = {field.name for field in _fields(kind)}
+    if set(constants) != names:
+        odd = sorted(set(constants) ^ names)
+        raise CertificateError(
+            f"Expected the constants of {name} ({', '.join(sorted(names))}), got one missing or "
+            f"unknown: {odd[0]!r}. The file was edited or written by another release."
+        )
+    try:
+        certificate = kind(
+            **{_ARGUMENT.get((name, key), key): _decoded(constants[key]) for key in names}
+        )
+    except REFUSALS as error:
+        raise CertificateError(
+            f"Expected constants that {name} accepts, got a refusal: {error}"
+        ) from error
+    if constants_of(certificate)[1] != constants:
+        raise CertificateError(
+            f"Expected constants that {name} keeps as they are written, got others after "
+            "rebuilding it. The file was edited."
+        )
+    return certificate
+
+
+def _fields(kind: type[Certificate]) -> list[dataclasses.Field[Any]]:
+    """Those fields that the constructor takes; the others follow from them."""
+    assert dataclasses.is_dataclass(kind)
+    return [field for field in dataclasses.fields(kind) if field.init]
+
+
+def _encoded(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise CertificateError(f"Expected {where} to be a number, got NaN.")
+        return value if math.isfinite(value) else dict(_INFINITY)
+    if isinstance(value, Certificate):
+        name, constants = constants_of(value)
+        return {"class": name, "constants": constants}
+    if isinstance(value, list | tuple):
+        if len(value) > _LONGEST:
+            raise CertificateError(
+                f"Expected {where} to have at most {_LONGEST} entries, got {len(value)}."
+            )
+        items = [_encoded(item, where) for item in value]
+        runs = [[item, len(list(same))] for item, same in itertools.groupby(items)]
+        return {"runs": runs} if 2 * len(runs) < len(items) else items
+    if callable(value):
+        raise CertificateError(
+            f"Expected {where} to be a number, got a function. A file cannot hold it, and a table "
+            "of its values would not say what it is between and beyond them: this certificate can "
+            "be used, but not written."
+        )
+    raise CertificateError(f"Expected {where} to be a plain value, got {type(value).__name__}.")
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decoded(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    if value == _INFINITY:
+        return math.inf
+    if set(value) == {"class", "constants"} and isinstance(value["constants"], dict):
+        return rebuilt(value["class"], value["constants"])
+    if set(value) == {"runs"} and isinstance(value["runs"], list):
+        pairs = value["runs"]
+        if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+            counts = [count for _, count in pairs]
+            if all(type(count) is int and count > 0 for count in counts):
+                if sum(counts) > _LONGEST:
+                    raise CertificateError(
+                        f"Expected at most {_LONGEST} entries in a sequence, got {sum(counts)}."
+                    )
+                return tuple(
+                    itertools.chain.from_iterable([_decoded(item)] * count for item, count in pairs)
+                )
+    raise CertificateError(f"Expected a constant, got {str(value)[:80]}.")

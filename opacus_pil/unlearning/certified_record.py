@@ -1,0 +1,71 @@
+"""From a certified plan that was run to the page that says so.
+
+Takes certified plans only: about other runs nothing is proved, so nothing can be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _validate
+from ..certificates import CertificateRecord, certificate_record
+from .plan import CertifiedPlan
+
+
+def certified_record(
+    plan: CertifiedPlan,
+    *,
+    before: str,
+    after: str,
+    instance_ids: Sequence[str | int] | npt.NDArray[np.generic] | None = None,
+    plain_ids: bool = False,
+) -> CertificateRecord:
+    """Return the certificate record of a plan whose steps were all run.
+
+    Args:
+        plan: The plan.
+        before: `model_hash` of the model that the run started from.
+        after: `model_hash` of the unlearned model.
+        instance_ids: Id of every row of the data set. Default: the row numbers.
+        plain_ids: Write ids as they are instead of hashing them.
+
+    Raises:
+        TypeError: A plan or result without a certificate.
+        CertificateError: The plan's certificate cannot be written, or does not give its ε.
+    """
+    if not isinstance(plan, CertifiedPlan):
+        raise TypeError(
+            f"Expected a CertifiedPlan, got {type(plan).__name__}. Nothing is proved about such a "
+            "run: it has no ε, and there is no certificate to write."
+        )
+    rows = plan.forget_set.tolist()
+    if instance_ids is None:
+        ids: list[str | int] = rows
+    else:
+        known = np.asarray(instance_ids)
+        if known.ndim != 1 or len(known) <= max(rows):
+            raise ValueError(
+                _validate.expected(
+                    "instance_ids",
+                    f"to be one id per row, at least {max(rows) + 1},",
+                    known.shape,
+                )
+            )
+        ids = [known[row].item() for row in rows]
+    return certificate_record(
+        plan.certificate,
+        forgotten=ids,
+        method=plan.method,
+        steps=plan.steps,
+        training_steps=plan.steps_retrain,
+        epsilon=plan.epsilon,
+        delta=plan.delta,
+        target_epsilon=plan.target_epsilon,
+        model_before=before,
+        model_after=after,
+        earlier_requests=plan.requests_served,
+        plain_ids=plain_ids,
+    )

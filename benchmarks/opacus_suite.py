@@ -1,20 +1,17 @@
 """Does Opacus's own test suite pass with our engine in the place of Opacus's?
 
-Runs tests that the installed opacus package ships three times, each in a process of its own:
+Runs tests that the installed opacus package ships twice, each in a process of its own:
 
     opacus   as they are
     ours     with `opacus.PrivacyEngine` replaced by `PerInstancePrivacyEngine`, nothing else
-    named    the same, and norm_policy="participation" named wherever a test asks for fixed batches
-             (poisson_sampling=False), which our engine refuses to account for unasked: another
-             neighbouring relation holds there. Without it the second run says little about them.
 
-Prints passed / failed / skipped per file, and every test that passes in the first run and in one
-of the others does not.
+Prints passed / failed / skipped per file, and every test that passes in the first run and not in
+the second.
 
     python benchmarks/opacus_suite.py
     python benchmarks/opacus_suite.py --files privacy_engine_validation_test --examples 100
 
-All runs draw the same examples where Opacus's tests use hypothesis (derandomised, --examples each
+Both runs draw the same examples where Opacus's tests use hypothesis (derandomised, --examples each
 instead of hypothesis's 100). Two of the files import torchvision. Where it is missing, install the
 release that belongs to your torch, without its dependencies, into an environment of its own:
 
@@ -47,7 +44,7 @@ FILES = (
     "accountants_test",
     "dpdataloader_test",
 )
-RUNS = ("opacus", "ours", "named")
+RUNS = ("opacus", "ours")
 OUTCOMES = ("passed", "failed", "skipped")
 # The worst thing that happened in any phase of a test is its outcome.
 SEVERITY = {"passed": 0, "skipped": 1, "failed": 2}
@@ -125,25 +122,7 @@ def replacement(run: str) -> type | None:
         return None
     from opacus_pil import PerInstancePrivacyEngine
 
-    if run == "ours":
-        return PerInstancePrivacyEngine
-
-    class Named(PerInstancePrivacyEngine):
-        """The policy for fixed batches is named where there are any."""
-
-        def __init__(self, **options: Any) -> None:
-            self._options = options
-            super().__init__(**options)
-
-        def make_private(self, **options: Any) -> Any:
-            fixed = not options.get("poisson_sampling", True)
-            if fixed and self.norm_policy != "participation":
-                PerInstancePrivacyEngine.__init__(
-                    self, **(self._options | {"norm_policy": "participation"})
-                )
-            return super().make_private(**options)
-
-    return Named
+    return PerInstancePrivacyEngine
 
 
 def run_here(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ Training is Opacus's, bit for bit (except with caps, which clip more). Watching 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
     Args:
         accountant: Opacus's accountant: "prv", "rdp", "gdp" or "per_instance_rdp".
         secure_mode: As in Opacus.
-        norm_policy: One of the above.
+        norm_policy: One of the above. Default: "last_seen", and "participation" for a training
+            with poisson_sampling=False, which says so in a warning.
         refresh_every: With "refresh": a full pass over the data every so many steps.
         orders: Rényi orders of the per-instance ledger.
         levels: Number of sensitivities it tells apart.
@@ -112,10 +114,12 @@ class PerInstancePrivacyEngine(ResumingEngine):
         require_map_style(data_loader)
         if poisson:
             require_uniform_batches(data_loader)
+        policy = self._policy_for(poisson_sampling=poisson)
         charger = self._ready_charger(
             module,
             data_loader.dataset,
             options,
+            policy=policy,
             noise_multiplier=noise,
             criterion_known=named or mode == "ghost",
         )
@@ -149,7 +153,15 @@ class PerInstancePrivacyEngine(ResumingEngine):
             clipping=options.get("clipping", "flat"),
             poisson_sampling=poisson,
         )
-        self._charger = charger
+        if policy == "participation" and not self._policy_named:
+            warnings.warn(
+                "poisson_sampling=False: fixed batches are charged by norm_policy='participation', "
+                "without amplification by sampling and for zero-out neighbours (an instance's slot "
+                "stays empty), not for adding or removing one. get_epsilon stays Opacus's, which "
+                "claims the amplification. Name the policy to accept this.",
+                stacklevel=2,
+            )
+        self._settle(charger)
         self._kernels.append(kernel)
         if named or mode == "ghost":
             self._criterion = criterion
@@ -172,8 +184,10 @@ class PerInstancePrivacyEngine(ResumingEngine):
     ) -> Any:
         """Choose the noise for a target epsilon as Opacus does, then make_private."""
         require_map_style(data_loader)
-        require_supported(module, options, norm_policy=self._norm_policy)
-        require_uniform_batches(data_loader)
+        poisson = options.get("poisson_sampling", True)
+        require_supported(module, options, norm_policy=self._policy_for(poisson_sampling=poisson))
+        if poisson:
+            require_uniform_batches(data_loader)
         return super().make_private_with_epsilon(module=module, data_loader=data_loader, **options)
 
     def make_private_on(

@@ -118,7 +118,8 @@ class RecordingEngine(LedgerEngine):
         if clipping == "adaptive":
             options["unclipped_num_std"] = optimizer.unclipped_num_std
         charger = self._ready_charger(
-            module, dataset, options, noise_multiplier=float(optimizer.noise_multiplier),
+            module, dataset, options, policy=self._policy_for(poisson_sampling=True),
+            noise_multiplier=float(optimizer.noise_multiplier),
             criterion_known=criterion is not None,
         )  # fmt: skip
         kernel = TrainingKernel(
@@ -137,7 +138,7 @@ class RecordingEngine(LedgerEngine):
         counts = self.accountant.get_optimizer_hook_fn(sample_rate=rate)
         previous = optimizer.step_hook
         optimizer.step_hook = counts if previous is None else chained(previous, counts)
-        self._charger = charger
+        self._settle(charger)
         self._kernels.append(kernel)
         if criterion is not None:
             self._criterion = criterion
@@ -230,21 +231,22 @@ class RecordingEngine(LedgerEngine):
         dataset: Any,
         options: Mapping[str, Any],
         *,
+        policy: str,
         noise_multiplier: float,
         criterion_known: bool,
     ) -> Charger:
         """Return what will charge this training, after every check that needs no mutation."""
-        require_supported(module, options, norm_policy=self._norm_policy)
+        require_supported(module, options, norm_policy=policy)
         size = len(dataset)
         clipping = options.get("clipping", "flat")
-        if self._norm_policy == "capped" and clipping != "flat":
+        if policy == "capped" and clipping != "flat":
             raise UnsupportedError(
                 f"Expected clipping='flat' with norm_policy='capped', got {clipping=}. A cap "
                 "bounds the whole gradient of an instance."
             )
         if self._refresh_every is not None and not criterion_known:
             raise ValueError(
-                f"Expected criterion to be named with norm_policy={self._norm_policy!r}, got "
+                f"Expected criterion to be named with norm_policy={policy!r}, got "
                 "Opacus's default. A full pass needs the loss you train with: "
                 "make_private(criterion=...)."
             )
@@ -257,7 +259,7 @@ class RecordingEngine(LedgerEngine):
                 )
             return self._charger
         caps = None
-        if self._norm_policy == "capped":
+        if policy == "capped":
             # Clipping to a cap is exact up to rounding; the charge is raised by as much.
             dtypes = {torch.float32, *(p.dtype for p in _parameters(module))}
             self._cap_rounding = max(float(torch.finfo(dtype).eps) for dtype in dtypes)
@@ -277,7 +279,7 @@ class RecordingEngine(LedgerEngine):
             budget=self._budget,
             history=self._history,
         )
-        return Charger(accountant, norm_policy=self._norm_policy, refresh_every=self._refresh_every)
+        return Charger(accountant, norm_policy=policy, refresh_every=self._refresh_every)
 
     def _account(
         self,

@@ -112,7 +112,7 @@ def require_supported(
             "Expected poisson_sampling=False with norm_policy='participation' and only there, got "
             f"poisson_sampling={options.get('poisson_sampling', True)} with {norm_policy=}. "
             "Shuffled batches get no amplification by sampling: only who is in the batch is "
-            "charged. Change one of the two."
+            "charged. Change one of the two, or use another engine for the other kind of batches."
         )
     distributed = (
         DistributedDataParallel, DifferentiallyPrivateDistributedDataParallel, FSDPModule,

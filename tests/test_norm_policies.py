@@ -135,7 +135,53 @@ class TestParticipation:
         with pytest.raises(UnsupportedError, match="participation"):
             train(self.engine())
         with pytest.raises(UnsupportedError, match="participation"):
-            train(PerInstancePrivacyEngine(), poisson_sampling=False)
+            train(PerInstancePrivacyEngine(norm_policy="last_seen"), poisson_sampling=False)
+
+    def test_it_is_the_default_for_fixed_batches_and_says_so(self):
+        runs = []
+        for engine in (PerInstancePrivacyEngine(accountant="rdp", orders=ORDERS), self.engine()):
+            torch.manual_seed(3)
+            if len(runs) == 0:
+                assert engine.norm_policy == "last_seen"
+                with pytest.warns(UserWarning, match="zero-out") as caught:
+                    train(engine, poisson_sampling=False)
+                said = [w for w in caught if "amplification" in str(w.message)]
+                assert len(said) == 1
+            else:
+                train(engine, poisson_sampling=False)  # named: nothing to say
+            assert engine.norm_policy == "participation"
+            assert engine.fork().norm_policy == "participation"
+            runs.append((engine.get_epsilon(1e-2), engine.per_instance.guarantee))
+        torch.manual_seed(3)
+        plain = PrivacyEngine(accountant="rdp")
+        train(plain, poisson_sampling=False)
+        assert runs[0] == runs[1] == (plain.get_epsilon(1e-2), "output_specific")
+
+    @pytest.mark.filterwarnings("ignore:poisson_sampling=False")  # the test above is about it
+    @pytest.mark.parametrize("first", [True, False])
+    def test_one_engine_accounts_for_one_kind_of_batches(self, first):
+        engine, data = PerInstancePrivacyEngine(accountant="rdp"), images(SIZE)
+        loader = DataLoader(data, batch_size=BATCH)
+        train(engine, poisson_sampling=first, data=data, data_loader=loader)
+        before = engine.per_instance.rdp()
+        with pytest.raises(UnsupportedError, match="another engine"):
+            train(engine, poisson_sampling=not first, data=data, data_loader=loader)
+        assert np.array_equal(engine.per_instance.rdp(), before)
+        assert engine.norm_policy == ("last_seen" if first else "participation")
+        train(engine, poisson_sampling=first, data=data, data_loader=loader)
+        assert engine.per_instance.steps == 2 * SIZE // BATCH
+
+    def test_noise_for_a_target_epsilon_takes_fixed_batches_too(self):
+        noises = []
+        for engine in (PrivacyEngine(accountant="rdp"), self.engine()):
+            module = convolutional()
+            made = engine.make_private_with_epsilon(
+                module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+                data_loader=DataLoader(images(SIZE), batch_size=BATCH), target_epsilon=3.0,
+                target_delta=1e-2, epochs=2, max_grad_norm=1.0, poisson_sampling=False,
+            )  # fmt: skip
+            noises.append(made[1].noise_multiplier)
+        assert noises[0] == noises[1]
 
     def test_such_a_kernel_cannot_be_run_on_part_of_the_data(self):
         engine = self.engine()

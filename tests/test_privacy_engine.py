@@ -387,7 +387,6 @@ REFUSED = {
         },
         "Subset",
     ),
-    "no Poisson": ({"poisson_sampling": False}, "participation"),
     "sharded": ({"grad_sample_mode": "ghost_fsdp"}, "grad_sample_mode='ghost_fsdp'"),
 }
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import math
 import platform
 import secrets
 from collections.abc import Sequence
@@ -184,6 +185,10 @@ def certificate_record(
                     name, "to be a SHA-256 in hex", value, "Use unlearning.model_hash."
                 )
             )
+    if epsilon == math.inf:
+        raise CertificateError(
+            "Expected a finite epsilon to certify, got inf. It says nothing: run more steps."
+        )
     claimed = _validate.epsilon(epsilon)
     target = _validate.real("target_epsilon", target_epsilon, low=0.0)
     own = certificate.epsilon(delta=delta, steps=steps)

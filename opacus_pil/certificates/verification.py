@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from .. import __version__, _validate
 from ..errors import CertificateError
+from .best import BestCertificate
 from .certificate_record import DIRECTIONS, TOLERANCE, CertificateRecord, hashed_id, is_sha256
 from .chien2024 import Chien2024Certificate
 from .contraction import ContractionCertificate
@@ -156,20 +157,23 @@ def _epsilon(record: CertificateRecord, certificate: Certificate) -> list[Check]
 
 def _run(record: CertificateRecord, certificate: Certificate) -> Check:
     """Hold training steps and number of instances against the constants, where they hold them."""
-    steps = members = None
-    if isinstance(certificate, ContractionCertificate):
-        steps = len(certificate.shifts) or None
-    elif isinstance(certificate, PoissonContractionCertificate):
-        steps, members = certificate.training_steps, len(certificate.gradient_bounds)
-    elif isinstance(certificate, Chien2024Certificate):
-        members = certificate.num_deleted
-    for name, own, said in (
-        ("training steps", steps, record.training_steps),
-        ("forgotten instances", members, record.number_forgotten),
-    ):
-        # Earlier requests add their steps and instances to the certificate's.
-        if own is not None and (own < said or (own > said and not record.earlier_requests)):
-            return Check("run", False, f"{own} {name} in the constants; the file says {said}")
+    members = certificate.members if isinstance(certificate, BestCertificate) else (certificate,)
+    for member in members:
+        steps = number = None
+        if isinstance(member, ContractionCertificate):
+            steps = len(member.shifts) or None
+        elif isinstance(member, PoissonContractionCertificate):
+            steps, number = member.training_steps, len(member.gradient_bounds)
+        elif isinstance(member, Chien2024Certificate):
+            number = member.num_deleted
+        for name, own, said in (
+            ("training steps", steps, record.training_steps),
+            ("forgotten instances", number, record.number_forgotten),
+        ):
+            # Earlier requests add their steps and instances to the certificate's.
+            if own not in (None, said) and not record.earlier_requests:
+                wrong = f"{own} {name} in the constants; the file says {said}"
+                return Check("run", False, wrong)
     if not record.method:
         return Check("run", False, "the file names no method")
     where = f"{record.training_steps} steps of training, then {record.steps} by {record.method}"

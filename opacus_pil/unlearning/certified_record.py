@@ -34,13 +34,11 @@ def certified_record(
 
     Raises:
         TypeError: A plan or result without a certificate.
-        CertificateError: The plan's certificate cannot be written, or does not give its ε.
+        CertificateError: The plan's certificate cannot be written, or does not give its ε; or ε is
+            infinite.
     """
     if not isinstance(plan, CertifiedPlan):
-        raise TypeError(
-            f"Expected a CertifiedPlan, got {type(plan).__name__}. Nothing is proved about such a "
-            "run: it has no ε, and there is no certificate to write."
-        )
+        raise TypeError(uncertified_message(plan))
     rows = plan.forget_set.tolist()
     if instance_ids is None:
         ids: list[str | int] = rows
@@ -68,4 +66,12 @@ def certified_record(
         model_after=after,
         earlier_requests=plan.requests_served,
         plain_ids=plain_ids,
+    )
+
+
+def uncertified_message(plan: object) -> str:
+    """Word why a run without a certified plan has no certificate."""
+    return (
+        f"Expected a CertifiedPlan, got {type(plan).__name__}. Nothing is proved about such a run: "
+        "it has no ε, and there is no certificate to write."
     )

@@ -24,6 +24,7 @@ from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
 from .applicable import certificates_for
 from .methods import optimizer_like, plain_copy, plain_module
+from .model_hash import model_hash
 from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
 from .planning import Facts, make_plan
 from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
@@ -276,6 +277,9 @@ class UnlearningEngine:
             )
         self._check_current(plan)
         every = check.integer("record_every", record_every, low=1)
+        hashes = (
+            {"model_before": model_hash(self._module)} if isinstance(plan, CertifiedPlan) else {}
+        )
         number = int(torch.randint(2**62, ()).item()) if seed is None else seed
         twin, optimizer = self._start(plan, seed=number)
         ledger = None if self._engine is None else self._engine.fork()
@@ -339,8 +343,10 @@ class UnlearningEngine:
         run.remove(path)
         kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
         kind: Any = kinds.get(type(plan), UncertifiedResult)
+        if hashes:
+            hashes["model_after"] = model_hash(twin)
         result: UnlearningResult = kind(
-            module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history)
+            module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history), **hashes
         )
         return result
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn as nn
 
-from ..certificates import Certificate
+from ..certificates import Certificate, CertificateRecord
+from .certified_record import certified_record, uncertified_message
 from .plan import CertifiedPlan, UnlearningPlan
 
 
@@ -41,9 +43,16 @@ class UnlearningResult(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class CertifiedResult(UnlearningResult):
-    """A run that followed a certified plan to its last step."""
+    """A run that followed a certified plan to its last step.
+
+    Attributes:
+        model_before: `model_hash` of the model that the run started from.
+        model_after: `model_hash` of `module` as the run left it.
+    """
 
     plan: CertifiedPlan
+    model_before: str
+    model_after: str
 
     @property
     def certificate(self) -> Certificate:
@@ -54,6 +63,18 @@ class CertifiedResult(UnlearningResult):
     def epsilon(self) -> float:
         """ε after the plan's steps."""
         return self.plan.epsilon
+
+    def record(
+        self, *, instance_ids: Sequence[str | int] | None = None, plain_ids: bool = False
+    ) -> CertificateRecord:
+        """Return the page to file (`certificates.write_certificate`); see `certified_record`."""
+        return certified_record(
+            self.plan,
+            before=self.model_before,
+            after=self.model_after,
+            instance_ids=instance_ids,
+            plain_ids=plain_ids,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +90,10 @@ class UncertifiedResult(UnlearningResult):
     def epsilon(self) -> None:
         """No ε."""
         return
+
+    def record(self, **_: Any) -> NoReturn:
+        """Refuse: there is nothing to certify."""
+        raise TypeError(uncertified_message(self.plan))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,7 @@ def requests(rng):
 
 
 def best(rng):
-    return best_of([contraction(rng), noisy_finetuning(rng), contraction(rng)])
+    return best_of([noisy_finetuning(rng), contraction(rng), noisy_finetuning(rng)])
 
 
 MAKERS = (
@@ -117,7 +117,10 @@ MAKERS = (
 
 def training_steps(certificate):
     """What the certificate counts, where it counts."""
-    return len(getattr(certificate, "shifts", ())) or getattr(certificate, "training_steps", 10)
+    for member in getattr(certificate, "members", (certificate,)):
+        if steps := len(getattr(member, "shifts", ())) or getattr(member, "training_steps", 0):
+            return steps
+    return 10
 
 
 def record_of(certificate, *, steps=7, **changes):

@@ -39,14 +39,8 @@ def served() -> Served:
     before = {name: value.clone() for name, value in unlearning.module.state_dict().items()}
     plan = unlearning.plan([3, 5], epsilon=2.0, delta=DELTA, method="langevin")
     result = unlearning.unlearn(plan, seed=1)
-    after = result.module.state_dict()
-    record = certified_record(
-        plan,
-        before=model_hash(before),
-        after=model_hash(after),
-        instance_ids=[f"user {n}" for n in range(48)],
-    )
-    return Served(plan, record, before, after)
+    record = result.record(instance_ids=[f"user {n}" for n in range(48)])
+    return Served(plan, record, before, result.module.state_dict())
 
 
 @pytest.fixture
@@ -66,6 +60,7 @@ def test_the_record_says_what_was_run(served) -> None:
     assert (record.method, record.direction) == ("langevin", "both")
     assert set(record.software) == {"opacus_pil", "python", "torch", "opacus", "numpy", "scipy"}
     assert record.software["torch"] == torch.__version__
+    assert record.model_before == model_hash(served.before)
     assert verify_certificate(
         record, model_sha256=model_hash(served.after), key=record.key, ids=["user 3", "user 5"]
     ).holds
@@ -75,10 +70,9 @@ def test_a_second_request_verifies_too() -> None:
     run = logistic_run()
     unlearning = run.unlearning()
     for rows in ([3], [5, 7]):
-        before = model_hash(unlearning.module)
         plan = unlearning.plan(rows, epsilon=0.5, delta=DELTA, method="langevin")
-        unlearning.unlearn(plan, seed=1)
-    record = certified_record(plan, before=before, after=model_hash(unlearning.module))
+        record = unlearning.unlearn(plan, seed=1).record(plain_ids=True)
+    assert record.forgotten == (5, 7)
     assert record.earlier_requests == 1
     assert len(record.certificate.shifts) > record.training_steps == 300
     assert verify_certificate(record).holds
@@ -92,11 +86,16 @@ def test_a_run_without_a_claim_cannot_become_a_certificate() -> None:
     for thing in (plan, result, None):
         with pytest.raises(TypeError, match="Nothing is proved about such a run"):
             certified_record(thing, before="0" * 64, after="0" * 64)
+    with pytest.raises(TypeError, match="got PredictedPlan"):
+        result.record(plain_ids=True)
 
 
 def test_a_plan_with_a_smaller_number_cannot_be_written(served) -> None:
     plan = dataclasses.replace(served.plan, epsilon=served.plan.epsilon / 2)
     with pytest.raises(CertificateError, match="Expected epsilon between"):
+        certified_record(plan, before="0" * 64, after="0" * 64)
+    plan = dataclasses.replace(served.plan, epsilon=float("inf"))
+    with pytest.raises(CertificateError, match="says nothing"):
         certified_record(plan, before="0" * 64, after="0" * 64)
     with pytest.raises(ValueError, match="model_before"):
         certified_record(served.plan, before="x", after="0" * 64)

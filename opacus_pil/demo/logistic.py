@@ -75,7 +75,7 @@ def run_logistic(
     """Train with caps, certify and unlearn three forget sets, retrain their oracles, compare."""
     pairs = binary(data, positive=3, negative=8)
     parts = split(pairs, sizes=settings.sizes, generator=torch.Generator().manual_seed(seed))
-    trained = _train(parts, settings=settings, seed=seed, progress=progress)
+    trained = train_logistic(parts, settings=settings, seed=seed, progress=progress)
     engine, train = trained.engine, parts["train"]
     delta = 1.0 / len(train)
     order = exposure_order(engine.per_instance, delta)
@@ -133,9 +133,10 @@ def _make(dataset: TensorDataset, settings: Settings) -> tuple[nn.Module, torch.
     return module, optimizer
 
 
-def _train(
+def train_logistic(
     parts: dict[str, ImageData], *, settings: Settings, seed: int, progress: bool
 ) -> Trained:
+    """Train the logistic model with caps from the public part; see `WORDS["task"]`."""
     tensors = {
         name: (logistic_features(part.images, feature_norm=FEATURE_NORM), part.labels[:, None])
         for name, part in parts.items()

@@ -132,6 +132,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.gap",
         "evaluation.loss_barrier",
         "evaluation.oracle",
+        "evaluation.difficulty",
         "evaluation.rank_correlation",
     ),
     # surface

@@ -80,6 +80,17 @@ class BatchTracker:
         """Take the caller's rows for the next claim and ignore loaders; None: back to loaders."""
         self._rows, self._draw, self._owner, self.handed_out = rows, None, None, 0
         self._explicit = rows is not None
+    @property
+    def in_hand(self) -> bool:
+        """Whether a batch may be in hand that no step has claimed; its rows may be unknown."""
+        return self._rows is not None or self.handed_out > 0 or self.split.active
+
+    def current(self) -> IntArray | None:
+        """Return the rows of the batch in hand, unclaimed; None when they are not known."""
+        if self.handed_out > 1 or (not self._explicit and self.split.interfering):
+            return None
+        return self._rows
+
 
 
 class RecordingSampler(Resumable, UniformWithReplacementSampler):

@@ -65,6 +65,10 @@ class Recorder:
         rand_on_empty: Opacus replaces an empty draw by one random row, whose norm is nobody's.
         publish: Where the norms are left as `per_sample_gradient_norms`, as ghost clipping does
             by itself: the module or hooks object that Opacus made; None: nowhere.
+
+    Attributes:
+        listeners: Called at each noisy step with rows (None: not known) and unclipped norms, those
+            of rows that a cap left out included. They may read, not change.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Recorder:
         self.tracker = tracker
         self.caps = caps
         self.publish = publish
+        self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
         self.guarded = False  # True once the accounting hook is attached and must stay
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
@@ -160,10 +165,13 @@ class Recorder:
             rows, mismatch = np.concatenate([c.rows for c in captures]), ""
         elif captures:
             rows, mismatch = _whole_draw(captures, len(norms))
+        unclipped = norms
         if any(c.dropped is not None for c in captures):
             dropped = [c.dropped for c in captures if c.dropped is not None]
             norms = np.where(torch.cat(dropped).cpu().numpy(), 0.0, norms)
         _require_finite(norms, rows)
+        for listener in self.listeners:
+            listener(rows, unclipped)
         return StepRecord(
             indices=rows,
             norms=norms,

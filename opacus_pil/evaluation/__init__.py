@@ -5,6 +5,9 @@ from .deciles import GroupComparison as GroupComparison
 from .deciles import compare_groups as compare_groups
 from .deciles import group_hardness as group_hardness
 from .deciles import top_group_difference as top_group_difference
+from .difficulty import DIFFICULTY_SCORES as DIFFICULTY_SCORES
+from .difficulty import DifficultyTracker as DifficultyTracker
+from .difficulty import difficulty_scores as difficulty_scores
 from .ensemble import Oracle as Oracle
 from .ensemble import retrained_ensemble as retrained_ensemble
 from .ensemble import run_trials as run_trials
@@ -25,6 +28,8 @@ from .rank_correlation import correlation_difference as correlation_difference
 from .rank_correlation import rank_correlation as rank_correlation
 
 __all__ = [
+    "DIFFICULTY_SCORES",
+    "DifficultyTracker",
     "Estimate",
     "Gap",
     "GroupComparison",
@@ -37,6 +42,7 @@ __all__ = [
     "compare_groups",
     "compare_scores",
     "correlation_difference",
+    "difficulty_scores",
     "evaluate",
     "evaluate_splits",
     "group_hardness",

@@ -48,6 +48,11 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: 
         state: Tensors, numpy arrays (stored as tensors) and plain types, in dicts, lists, tuples.
         kind: What the file is, checked when it is read.
     """
+    write_atomic(path, state_bytes(state, kind=kind))
+
+
+def state_bytes(state: Mapping[str, Any], *, kind: str) -> bytes:
+    """Return what `save_state` writes."""
     body = io.BytesIO()
     torch.save(_plain(state), body)
     payload = body.getvalue()
@@ -62,7 +67,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: 
         },
         outer,
     )
-    write_atomic(path, outer.getvalue())
+    return outer.getvalue()
 
 
 def _plain(value: Any) -> Any:

@@ -6,8 +6,8 @@ Works on copies: the caller's module, optimizer and ledgers change only when a r
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,29 +23,19 @@ from ..certificates import Certificate
 from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
 from .applicable import certificates_for
+from .engine_state import engine_state, load_engine_state
 from .methods import optimizer_like, plain_copy, plain_module
 from .model_hash import model_hash
+from .phase import Phase
 from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
 from .planning import Facts, make_plan
+from .requests import Request, RequestQueue
 from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
 from .running import run_plan
 from .saved_run import SavedRun
+from .serving import go_on, serve
 
 MakeModel = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
-
-
-class Phase(NamedTuple):
-    """Part of what has run so far.
-
-    Attributes:
-        steps: Its number of steps.
-        forgotten: Rows that had been forgotten before it began.
-        method: "training", or the method of unlearning.
-    """
-
-    steps: int
-    forgotten: frozenset[int]
-    method: str
 
 
 class UnlearningEngine:
@@ -69,6 +59,9 @@ class UnlearningEngine:
         batch_size: Without `privacy_engine`: batch size of fine-tuning.
         make_model: For method "retraining": make_model() -> (plain module, plain optimizer),
             freshly initialised from torch's global generator.
+        requests: Folder of a durable queue for `submit` and `serve`, see `RequestQueue`. If a model
+            was served there before, the engine goes on with it and its ledgers, whatever weights
+            `module` holds: a new process needs the architecture, not the trained model.
         progress: Show a progress bar when the output is a terminal.
 
     Raises:
@@ -90,6 +83,7 @@ class UnlearningEngine:
         feature_norm: float | None = None,
         batch_size: int | None = None,
         make_model: MakeModel | None = None,
+        requests: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
         self._module = plain_module(module)
@@ -124,6 +118,11 @@ class UnlearningEngine:
         self._phases = [Phase(self._training_steps, frozenset(), "training")]
         self._forgotten: frozenset[int] = frozenset()
         self._requests_served = 0
+        self._serving = False
+        self._state_name: str | None = None  # of the file with this state, once it was served
+        self._queue = None if requests is None else RequestQueue(requests)
+        if self._queue is not None:
+            go_on(self, self._queue)
 
     @property
     def module(self) -> nn.Module:
@@ -275,6 +274,11 @@ class UnlearningEngine:
                 "Expected a certified plan to run to its last step, got until=. Stopping on what "
                 "the model shows voids the certificate; plan with steps alone."
             )
+        if self._queue is not None and not self._serving:
+            raise ValueError(
+                "Expected submit and serve on an engine with requests, got unlearn: the next "
+                "server would not know of this run. Build another engine without requests."
+            )
         self._check_current(plan)
         every = check.integer("record_every", record_every, low=1)
         hashes = (
@@ -306,7 +310,8 @@ class UnlearningEngine:
         def after_step(taken: int) -> bool:
             run.done = start + taken
             stop = observed(run.done)
-            if path is not None and not stop and run.done % checkpoint_every == 0:
+            due = run.done % checkpoint_every == 0 or run.done == plan.steps
+            if path is not None and due and not stop:
                 run.save(path)
             return stop
 
@@ -340,7 +345,8 @@ class UnlearningEngine:
         # What was there before a retraining left nothing in the model.
         self._phases = [phase] if plan.method == "retraining" else [*self._phases, phase]
         self._requests_served += 1
-        run.remove(path)
+        if not self._serving:  # a server deletes it when the new state is safe on disk
+            run.remove(path)
         kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
         kind: Any = kinds.get(type(plan), UncertifiedResult)
         if hashes:
@@ -349,6 +355,134 @@ class UnlearningEngine:
             module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history), **hashes
         )
         return result
+
+    # --- a durable queue of requests -----------------------------------------------------------
+
+    @property
+    def requests(self) -> RequestQueue:
+        """The queue, to be read.
+
+        Raises:
+            ValueError: The engine was built without requests.
+        """
+        if self._queue is None:
+            raise ValueError(
+                "Expected an engine with requests, got one without. Build it with requests=folder."
+            )
+        return self._queue
+
+    def submit(self, forget: npt.ArrayLike, *, request_id: str) -> Request:
+        """Put a deletion request into the queue; nothing runs before `serve`, in any process.
+
+        Args:
+            forget: Rows of the data set, each once, not all of them. Rows that are forgotten
+                already, or that another request names as well, are fine.
+            request_id: The requester's name for it. Submitting the same again changes nothing.
+
+        Returns:
+            The request as it stands.
+
+        Raises:
+            ValueError: Rows that are not in the data set, repeated, none or all; or a known
+                request_id for other rows. The queue is left as it was.
+            LedgerError: The database is locked, read-only or no queue. Likewise.
+        """
+        queue = self.requests
+        rows = check.index_array("forget", forget, size=self._size)
+        if len(rows) == self._size:
+            raise ValueError(
+                f"Expected a forget set that leaves something to train on, got all {self._size} "
+                "rows. Delete the model instead."
+            )
+        return queue.submit(request_id, rows)
+
+    def serve(
+        self,
+        *,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        method: str = "dp_sgd",
+        steps: int | None = None,
+        max_steps: int | None = None,
+        step_grid: int = 10,
+        strength: float | None = None,
+        predict: bool = False,
+        max_batch: int | None = None,
+        checkpoint_every: int = 50,
+        seed: int | None = None,
+        wait: bool = True,
+    ) -> list[Request]:
+        """Serve the queue until it is empty, and become the engine of the model served last.
+
+        Requests that have a plan together are served by one run; an instance that several name is
+        forgotten once. A run that another process left behind is finished first, as that planned
+        it. A request that no plan exists for fails, with the reason; the others go on.
+
+        Guarantee: killed at any moment and served again, by this or another process that built the
+            same engine, no request is lost, none is run again once done, and the last model and
+            ledgers equal bit for bit those of a serving that was not killed (on one machine with
+            the same number of threads, if items and forward pass draw from torch's generator; not
+            in secure mode). What is claimed about a request is what its plan claims. Everything
+            forgotten so far is counted together, and requests are taken as chosen without a look
+            at a model released in between: `adaptive` in the result says so.
+        Nothing computed with a forgotten instance is used again: optimizer state is dropped, its
+        ledger row is marked and not charged any more, and the states and checkpoints of before are
+        deleted once the new state is on disk. Checkpoints and copies elsewhere are the caller's.
+
+        Args:
+            epsilon, delta, method, steps, max_steps, step_grid, strength, predict: As in `plan`.
+            max_batch: Most requests in one run; 1: one after the other. Default: all that wait.
+            checkpoint_every: As in `unlearn`.
+            seed: The seeds of all runs are drawn from this. Default: from the system; a run's seed
+                is kept, privately, until the run is done. Fix it in experiments only.
+            wait: Wait while another process serves; else raise.
+
+        Returns:
+            The requests that were done or failed, in that order.
+
+        Raises:
+            ValueError: Arguments that make no plan, or an engine without requests.
+            LedgerError: The database is locked, read-only or no queue; another process serves and
+                `wait` is False; or the folder belongs to another engine. The model is the one that
+                was served last.
+        """
+        return serve(
+            self,
+            self.requests,
+            goal={
+                "epsilon": epsilon,
+                "delta": delta,
+                "method": method,
+                "steps": steps,
+                "max_steps": max_steps,
+                "step_grid": step_grid,
+                "strength": strength,
+                "predict": predict,
+            },
+            max_batch=None if max_batch is None else check.integer("max_batch", max_batch, low=1),
+            seed=None if seed is None else check.integer("seed", seed, low=0),
+            checkpoint_every=check.integer("checkpoint_every", checkpoint_every, low=1),
+            wait=wait,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, phases, optimizer settings and both ledgers, to be saved.
+
+        Tensors, arrays and plain values only; no optimizer state, which was computed with instances
+        that are forgotten since.
+
+        Privacy: the ledgers are not private to release.
+        """
+        return engine_state(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, in an engine that was built like the one that saved it.
+
+        Raises:
+            LedgerError: Another data set size, kernel, model, optimizer, training or ledger.
+                Nothing is changed.
+        """
+        load_engine_state(self, state)
 
     # --- inside -------------------------------------------------------------------------------
 

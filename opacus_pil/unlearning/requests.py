@@ -137,10 +137,15 @@ class RequestQueue:
         with self._database.reading() as db:
             return _found(db, request_id)
 
-    def requests(self) -> list[Request]:
-        """Return all requests in the order they were submitted."""
+    def requests(self, *, state: str | None = None) -> list[Request]:
+        """Return the requests in one state, or all, in the order they were submitted."""
+        if state is not None:
+            check.choice("state", state, STATES)
         with self._database.reading() as db:
-            return [_request(row) for row in db.execute("SELECT * FROM requests ORDER BY position")]
+            rows = db.execute(
+                "SELECT * FROM requests WHERE ?1 IS NULL OR state = ?1 ORDER BY position", (state,)
+            )
+            return [_request(row) for row in rows]
 
     def status(self) -> dict[str, int]:
         """Return how many requests are in each state."""

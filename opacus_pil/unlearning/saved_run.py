@@ -81,9 +81,13 @@ class SavedRun:
         save_state(path, state, kind=_KIND)
 
     def remove(self, path: Path | None) -> None:
-        """Delete the file of a finished run: it was computed next to the forget set."""
+        """Delete the file of a finished run: it was computed next to the forget set.
+
+        So were the parts of it that writes left behind which were killed.
+        """
         if path is not None:
-            path.unlink(missing_ok=True)
+            for found in (path, *path.parent.glob(f".{path.name}.*")):
+                found.unlink(missing_ok=True)
 
     def _load(self, state: dict[str, Any], path: Path) -> None:
         if state["fingerprint"] != self._fingerprint:

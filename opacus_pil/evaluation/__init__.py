@@ -1,6 +1,7 @@
 """Evidence against retraining: oracles, gaps, loss barriers; which scores foresee difficulty."""
 
 from .bootstrap import Estimate as Estimate
+from .calibrate import calibrate as calibrate
 from .deciles import GroupComparison as GroupComparison
 from .deciles import compare_groups as compare_groups
 from .deciles import group_hardness as group_hardness
@@ -21,6 +22,14 @@ from .gap import oracle_gap as oracle_gap
 from .gap import time_to_unlearn as time_to_unlearn
 from .loss_barrier import LossBarrier as LossBarrier
 from .loss_barrier import loss_barrier as loss_barrier
+from .margins import EnsembleOutputs as EnsembleOutputs
+from .margins import Klom as Klom
+from .margins import MarginDeviation as MarginDeviation
+from .margins import ensemble_outputs as ensemble_outputs
+from .margins import gaussian_klom as gaussian_klom
+from .margins import klom as klom
+from .margins import klom_of_oracles as klom_of_oracles
+from .margins import margin_deviation as margin_deviation
 from .oracle import retrained_oracles as retrained_oracles
 from .rank_correlation import ScoreComparison as ScoreComparison
 from .rank_correlation import compare_scores as compare_scores
@@ -30,23 +39,32 @@ from .rank_correlation import rank_correlation as rank_correlation
 __all__ = [
     "DIFFICULTY_SCORES",
     "DifficultyTracker",
+    "EnsembleOutputs",
     "Estimate",
     "Gap",
     "GroupComparison",
+    "Klom",
     "LossBarrier",
+    "MarginDeviation",
     "Metrics",
     "Oracle",
     "ScoreComparison",
     "SplitGap",
     "Spread",
+    "calibrate",
     "compare_groups",
     "compare_scores",
     "correlation_difference",
     "difficulty_scores",
+    "ensemble_outputs",
     "evaluate",
     "evaluate_splits",
+    "gaussian_klom",
     "group_hardness",
+    "klom",
+    "klom_of_oracles",
     "loss_barrier",
+    "margin_deviation",
     "oracle_gap",
     "rank_correlation",
     "retrained_ensemble",

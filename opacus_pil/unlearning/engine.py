@@ -5,9 +5,10 @@ Works on copies: the caller's module, optimizer and ledgers change only when a r
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,13 @@ from ..certificates import Certificate
 from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
 from .applicable import certificates_for
+from .calibration import Calibration, mean_log_loss
 from .engine_state import engine_state, load_engine_state
 from .methods import optimizer_like, plain_copy, plain_module
 from .model_hash import model_hash
 from .phase import Phase
 from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
-from .planning import Facts, make_plan
+from .planning import Facts, make_plan, predicted_plan
 from .requests import Request, RequestQueue
 from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
 from .running import run_plan
@@ -139,6 +141,30 @@ class UnlearningEngine:
         """Rows that are still in the training set, ascending."""
         return np.setdiff1d(np.arange(self._size), list(self.forgotten))
 
+    def branch(self) -> Self:
+        """Return an engine in the same state, whose runs leave this one and its ledgers alone.
+
+        It has no queue of requests. For trying out plans, as `evaluation.calibrate` does.
+        """
+        branch = copy.copy(self)
+        branch._engine = None if self._engine is None else self._engine.fork()
+        branch._phases = list(self._phases)
+        branch._queue, branch._state_name = None, None
+        return branch
+
+    def mean_log_loss(self, rows: npt.ArrayLike, *, order: float = 2.0) -> float:
+        """Return the mean over `rows` of the log of their privacy loss (RDP at `order`, in nats).
+
+        What `calibrate` fits times to unlearn against. The labels of the losses are the ledger's.
+
+        Raises:
+            ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
+        """
+        if self._engine is None:
+            raise ValueError("Expected privacy_engine for privacy losses, got None. Pass it.")
+        ledger = self._engine.per_instance
+        return mean_log_loss(ledger.rdp(rows), orders=ledger.orders, order=order)
+
     def plan(
         self,
         forget: npt.ArrayLike,
@@ -152,11 +178,13 @@ class UnlearningEngine:
         step_grid: int = 10,
         strength: float | None = None,
         predict: bool = False,
+        calibration: Calibration | None = None,
     ) -> UnlearningPlan:
         """Say what forgetting these instances takes, before anything runs.
 
         With epsilon and delta: as few steps as reach the target. With steps and delta: the ε after
-        so many steps. With steps alone: a run without a claim.
+        so many steps. With steps alone: a run without a claim. With calibration alone: steps that
+        the pilot sets predict.
 
         Methods:
             dp_sgd              the training's own noisy steps; certified by what training gave away
@@ -184,6 +212,8 @@ class UnlearningEngine:
                 1) add to the loss.
             predict: Compute the steps from the norms that the deployed run's ledger stands at. The
                 plan is predicted then, whatever formula gave it.
+            calibration: From `opacus_pil.evaluation.calibrate`; its method, and the upper end of
+                its interval, rounded up.
 
         Returns:
             CertifiedPlan, PredictedPlan or RetrainPlan.
@@ -195,6 +225,27 @@ class UnlearningEngine:
         """
         rows = self._checked_forget(forget)
         check.choice("method", method, METHODS)
+        facts = Facts(
+            forget_set=rows,
+            method=method,
+            steps_retrain=self._training_steps,
+            batch_size=self._batch_size,
+            requests_served=self._requests_served,
+            module=self._module,
+        )
+        if calibration is not None:
+            if any(value is not None for value in (epsilon, delta, certificate, steps, strength)):
+                raise ValueError(
+                    "Expected calibration alone, got a target, a certificate, steps or strength "
+                    "beside it. A calibrated plan makes no claim and takes its steps from pilots."
+                )
+            return predicted_plan(
+                facts,
+                calibration,
+                log_loss=self.mean_log_loss(rows, order=calibration.order),
+                max_steps=max_steps,
+                step_grid=step_grid,
+            )
 
         def applicable() -> tuple[Certificate, Certificate | None]:
             return certificates_for(
@@ -212,14 +263,7 @@ class UnlearningEngine:
             )
 
         return make_plan(
-            Facts(
-                forget_set=rows,
-                method=method,
-                steps_retrain=self._training_steps,
-                batch_size=self._batch_size,
-                requests_served=self._requests_served,
-                module=self._module,
-            ),
+            facts,
             epsilon=epsilon,
             delta=delta,
             certificate=certificate,

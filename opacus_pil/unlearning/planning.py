@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from .._validate import IntArray
 from ..certificates import BestCertificate, Certificate, NoisyFineTuningCertificate
 from ..errors import CertificateError
 from .averaged import require_all_trainable
+from .calibration import Calibration
 from .plan import (
     NOISE_FREE_METHODS,
     CertifiedPlan,
@@ -136,6 +138,36 @@ def make_plan(
         limit=max(facts.steps_retrain - 1, 0) if max_steps is None else max_steps,
         grid=grid,
         predict=predict,
+    )
+
+
+def predicted_plan(
+    facts: Facts,
+    calibration: Calibration,
+    *,
+    log_loss: float,
+    max_steps: int | None,
+    step_grid: int,
+) -> UnlearningPlan:
+    """Return the plan that the pilot sets predict, or "retrain instead" beyond their reach."""
+    grid = check.integer("step_grid", step_grid, low=1)
+    limit = calibration.max_steps if max_steps is None else max_steps
+    found = calibration.predict(log_loss)
+    pilots = f"{len(calibration.times)} pilot sets at mean log privacy loss {log_loss:.3g}"
+    if found.extrapolated:
+        pilots += " (outside the pilots' range)"
+    if found.high > limit:
+        return RetrainPlan(
+            steps=facts.steps_retrain,
+            reason=f"{pilots} put up to {found.high:.0f} steps in the interval, above {limit}.",
+            **facts.common(method="retraining"),
+        )
+    return PredictedPlan(
+        steps=on_grid(math.ceil(found.high), step_grid=grid),
+        reason=f"upper end of the {found.level:.0%} prediction interval from {pilots}; estimate "
+        f"{found.estimate:.0f}",
+        interval=(found.low, found.high),
+        **facts.common(method=calibration.method),
     )
 
 

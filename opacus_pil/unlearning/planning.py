@@ -95,6 +95,11 @@ def make_plan(
         )
     if facts.method == "noisy_finetuning":
         _check_noisy_finetuning(certificate, probability, facts.module)
+    elif isinstance(certificate, NoisyFineTuningCertificate):
+        raise CertificateError(
+            f"Expected method='noisy_finetuning' with a NoisyFineTuningCertificate, got method="
+            f"{facts.method!r}, whose steps are other ones. Change the method."
+        )
     if budget is not None and probability is None:
         if certificate is not None or predict:
             raise ValueError(

@@ -1,6 +1,5 @@
 """What each method does to the model, and what may be said about it afterwards."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -182,6 +181,8 @@ class TestNoisyFineTuning:
             unlearning.plan([1], **goal)
         with pytest.raises(CertificateError, match="got ContractionCertificate"):
             unlearning.plan([1], certificate=ContractionCertificate(0.9, 1.0), **goal)
+        with pytest.raises(CertificateError, match="whose steps are other ones"):
+            unlearning.plan([1], certificate=NOISY, **{**goal, "method": "dp_sgd"})
         run = network_run()
         run.module._module[0].weight.requires_grad_(False)
         with pytest.raises(CertificateError, match=r"'0\.weight'"):

@@ -130,6 +130,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # evidence
     4: (
         "evaluation",
+        "evaluation.attack",
         "evaluation.bootstrap",
         "evaluation.calibrate",
         "evaluation.class_outputs",
@@ -139,6 +140,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.gap",
         "evaluation.loss_barrier",
         "evaluation.margins",
+        "evaluation.membership",
         "evaluation.oracle",
         "evaluation.rank_correlation",
     ),

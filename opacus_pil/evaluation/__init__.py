@@ -1,5 +1,10 @@
 """Evidence against retraining: oracles, gaps, loss barriers; which scores foresee difficulty."""
 
+from .attack import AreaUnderCurve as AreaUnderCurve
+from .attack import AttackSummary as AttackSummary
+from .attack import Proportion as Proportion
+from .attack import TruePositives as TruePositives
+from .attack import attack_summary as attack_summary
 from .bootstrap import Estimate as Estimate
 from .calibrate import calibrate as calibrate
 from .deciles import GroupComparison as GroupComparison
@@ -30,6 +35,11 @@ from .margins import gaussian_klom as gaussian_klom
 from .margins import klom as klom
 from .margins import klom_of_oracles as klom_of_oracles
 from .margins import margin_deviation as margin_deviation
+from .membership import MembershipScores as MembershipScores
+from .membership import ULiraScores as ULiraScores
+from .membership import membership_scores as membership_scores
+from .membership import memorisation_scores as memorisation_scores
+from .membership import u_lira_scores as u_lira_scores
 from .oracle import retrained_oracles as retrained_oracles
 from .rank_correlation import ScoreComparison as ScoreComparison
 from .rank_correlation import compare_scores as compare_scores
@@ -38,6 +48,8 @@ from .rank_correlation import rank_correlation as rank_correlation
 
 __all__ = [
     "DIFFICULTY_SCORES",
+    "AreaUnderCurve",
+    "AttackSummary",
     "DifficultyTracker",
     "EnsembleOutputs",
     "Estimate",
@@ -46,11 +58,16 @@ __all__ = [
     "Klom",
     "LossBarrier",
     "MarginDeviation",
+    "MembershipScores",
     "Metrics",
     "Oracle",
+    "Proportion",
     "ScoreComparison",
     "SplitGap",
     "Spread",
+    "TruePositives",
+    "ULiraScores",
+    "attack_summary",
     "calibrate",
     "compare_groups",
     "compare_scores",
@@ -65,6 +82,8 @@ __all__ = [
     "klom_of_oracles",
     "loss_barrier",
     "margin_deviation",
+    "membership_scores",
+    "memorisation_scores",
     "oracle_gap",
     "rank_correlation",
     "retrained_ensemble",
@@ -72,4 +91,5 @@ __all__ = [
     "run_trials",
     "time_to_unlearn",
     "top_group_difference",
+    "u_lira_scores",
 ]

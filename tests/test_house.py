@@ -139,6 +139,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.ensemble",
         "evaluation.gap",
         "evaluation.loss_barrier",
+        "evaluation.estimate_convergence",
         "evaluation.margins",
         "evaluation.membership",
         "evaluation.oracle",

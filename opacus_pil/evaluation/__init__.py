@@ -17,6 +17,9 @@ from .difficulty import difficulty_scores as difficulty_scores
 from .ensemble import Oracle as Oracle
 from .ensemble import retrained_ensemble as retrained_ensemble
 from .ensemble import run_trials as run_trials
+from .estimate_convergence import RankingStability as RankingStability
+from .estimate_convergence import estimate_convergence as estimate_convergence
+from .estimate_convergence import estimated_privacy_losses as estimated_privacy_losses
 from .gap import Gap as Gap
 from .gap import Metrics as Metrics
 from .gap import SplitGap as SplitGap
@@ -62,6 +65,7 @@ __all__ = [
     "Metrics",
     "Oracle",
     "Proportion",
+    "RankingStability",
     "ScoreComparison",
     "SplitGap",
     "Spread",
@@ -74,6 +78,8 @@ __all__ = [
     "correlation_difference",
     "difficulty_scores",
     "ensemble_outputs",
+    "estimate_convergence",
+    "estimated_privacy_losses",
     "evaluate",
     "evaluate_splits",
     "gaussian_klom",

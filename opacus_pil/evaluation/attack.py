@@ -163,13 +163,14 @@ def attack_summary(
     Privacy: computed from private data; not private to release.
     """
     roc_auc_score, roc_curve = _scikit_learn()
+    plain: npt.ArrayLike = scores.scores if isinstance(scores, MembershipScores) else scores
     if isinstance(scores, MembershipScores):
-        scores, attack = scores.scores, attack or scores.attack
+        attack = attack or scores.attack
     if not attack:
         raise ValueError(
             "Expected attack to name the attack, got none. A rate without the attack says nothing."
         )
-    values = np.asarray(scores, dtype=np.float64).reshape(-1)
+    values = np.asarray(plain, dtype=np.float64).reshape(-1)
     labels = np.asarray(members).reshape(-1)
     check.same_length("members", labels, "scores", len(values))
     if labels.dtype != np.bool_ and not np.isin(labels, (0, 1)).all():

@@ -191,10 +191,10 @@ def _columns(named: Mapping[str, npt.ArrayLike]) -> list[FloatArray]:
 
 def _correlation(a: FloatArray, b: FloatArray, method: str) -> Statistic:
     check.choice("method", method, _METHODS)
-    return _spearman(a, b) if method == "spearman" else _kendall(a, b)
+    return spearman_statistic(a, b) if method == "spearman" else _kendall(a, b)
 
 
-def _spearman(a: FloatArray, b: FloatArray) -> Statistic:
+def spearman_statistic(a: FloatArray, b: FloatArray) -> Statistic:
     """Pearson correlation of mid-ranks, in time linear in the instances for every draw."""
     rank_a, rank_b = MidRanks(a), MidRanks(b)
 

@@ -17,6 +17,8 @@ from opacus import PrivacyEngine
 from . import _validate as check
 from . import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .capture.shards import Shard
+from .distributed import gathered
 from .errors import LedgerError, UnsupportedError
 from .norm_policy import Charger, checked_policy
 from .step_accounting import StepAccounting
@@ -57,6 +59,7 @@ class LedgerEngine(PrivacyEngine):
         self._history = history
         self._kernels: list[TrainingKernel] = []
         self._charger: Charger | None = None
+        self._shard: Shard | None = None  # rows of this process among several; None: all rows
         self._criterion: Any = None  # the loss that make_private was given by name
         self._accountings: list[StepAccounting] = []
         self._origin: tuple[LedgerEngine, int] | None = None
@@ -78,7 +81,7 @@ class LedgerEngine(PrivacyEngine):
         Raises:
             ValueError: make_private was not called yet.
             UnsupportedError: It was called several times with different constants, with other
-                than flat clipping, or without Poisson sampling.
+                than flat clipping, without Poisson sampling, or in several processes.
         """
         if not self._kernels:
             raise ValueError(
@@ -96,11 +99,18 @@ class LedgerEngine(PrivacyEngine):
                 f"{kernel.clipping!r} and poisson_sampling={kernel.poisson_sampling}. Its kernel "
                 "cannot be run again on part of the data."
             )
+        if kernel.world_size > 1:
+            raise UnsupportedError(
+                f"Expected a training in one process, got one in {kernel.world_size}. No process "
+                "holds the account of all instances, which running its kernel again would charge."
+            )
         return kernel
 
     @property
     def per_instance(self) -> PerInstanceAccountant:
-        """The per-instance ledger.
+        """The per-instance ledger; in a distributed training that of this process's shard.
+
+        Its `instance_ids` are rows of the data set; `gather_per_instance` joins the shards.
 
         Raises:
             ValueError: make_private was not called yet, so the number of instances is unknown.
@@ -125,6 +135,31 @@ class LedgerEngine(PrivacyEngine):
     ) -> PerInstanceEpsilon:
         """Return each instance's epsilon at `delta`, with its guarantee."""
         return self.per_instance.get_epsilon(delta, indices=indices)
+
+    def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
+        """Return one ledger of all instances of a distributed training, in order of the data set.
+
+        Every process must call it; what each has charged is left as it is.
+
+        Guarantee: that of the shards, weakest label first. An instance's numbers are those that a
+            single process would have charged for the same draws and norms.
+
+        Args:
+            dst: Rank that gets the ledger; the others get None. Default: every rank gets it.
+
+        Returns:
+            A new accountant over the whole data set. In one process a copy of `per_instance`.
+
+        Raises:
+            LedgerError: On every rank: the ranks counted other steps, other noise or other rates.
+            ValueError: make_private was not called yet.
+            UnsupportedError: The process group is gone.
+        """
+        if self._shard is None:
+            return self.per_instance.copy()
+        history = [(float(z), float(q), int(n)) for z, q, n in self.accountant.history]
+        claims = {"norm_policy": self._norm_policy, "history of noise and rates": history}
+        return gathered(self.per_instance, claims=claims, dst=dst)
 
     # --- both ledgers -------------------------------------------------------------------------
 
@@ -233,9 +268,16 @@ class LedgerEngine(PrivacyEngine):
             return self._norm_policy
         return "last_seen" if poisson_sampling else "participation"
 
-    def _settle(self, charger: Charger) -> None:
+    def _settings(self) -> tuple[Any, ...]:
+        """Return what ledgers must share to be joined, beside the charges."""
+        budgeted = self._budget is not None
+        return self._orders, self._levels, self._refresh_every, self._history, budgeted
+
+    def _settle(self, charger: Charger, shard: Shard | None) -> None:
         """Charge by `charger` from now on: its training was made private."""
-        self._charger, self._norm_policy = charger, charger.norm_policy
+        if self._charger is None and shard is not None and self._caps is not None:
+            self._caps = self._caps[shard.rows]
+        self._charger, self._norm_policy, self._shard = charger, charger.norm_policy, shard
 
     def _charges(self) -> Charger:
         if self._charger is None:

@@ -22,9 +22,12 @@ from torch.utils.data import DataLoader
 from . import _validate as check
 from .capture.fixed_batches import recording_copy
 from .capture.indices import record_indices
+from .capture.shards import Shard
+from .distributed import require_same_arguments, separate_coins
 from .resuming_engine import ResumingEngine
 from .training_kernel import (
     TrainingKernel,
+    is_distributed,
     require_map_style,
     require_plain,
     require_supported,
@@ -72,6 +75,13 @@ class PerInstancePrivacyEngine(ResumingEngine):
     Raises:
         ValueError: Arguments that do not fit each other.
 
+    Distributed: wrap the module in Opacus's DifferentiallyPrivateDistributedDataParallel and start
+        the processes with torchrun. Each keeps the account of its own rows, fixed for the run
+        (`per_instance.instance_ids`), full passes cover them only, and no step exchanges more than
+        Opacus's gradients. Caps and budgets per instance are given for the whole data set on every
+        rank. An empty draw is an empty batch, so that all ranks make the same steps.
+        `gather_per_instance` joins the accounts; every rank saves and loads a checkpoint of its own.
+
     Privacy: per-instance values depend on private data and are not private to release.
     """
 
@@ -112,17 +122,27 @@ class PerInstancePrivacyEngine(ResumingEngine):
         poisson = options.get("poisson_sampling", True)
         named = not any(criterion is default for default in _DEFAULT_CRITERIA)
         require_map_style(data_loader)
-        if poisson:
-            require_uniform_batches(data_loader)
         policy = self._policy_for(poisson_sampling=poisson)
+        require_supported(module, options, norm_policy=policy)
+        distributed = is_distributed(module)
+        if poisson:
+            require_uniform_batches(data_loader, distributed=distributed)
+        size = len(data_loader.dataset)  # type: ignore[arg-type]
+        shard = Shard.of_process(size) if distributed else None
         charger = self._ready_charger(
             module,
             data_loader.dataset,
             options,
+            shard=shard,
             policy=policy,
             noise_multiplier=noise,
             criterion_known=named or mode == "ghost",
         )
+        if distributed:
+            require_same_arguments(
+                noise_multiplier=noise, max_grad_norm=bound, norm_policy=policy, instances=size,
+                batches=len(data_loader), grad_sample_mode=mode, policy_settings=self._settings(),
+            )  # fmt: skip
         made = super().make_private(
             module=module,
             optimizer=optimizer,
@@ -152,7 +172,10 @@ class PerInstancePrivacyEngine(ResumingEngine):
             num_instances=len(loader.dataset),
             clipping=options.get("clipping", "flat"),
             poisson_sampling=poisson,
+            world_size=1 if shard is None else shard.world_size,
         )
+        if shard is not None and not self.secure_mode:
+            separate_coins(loader.batch_sampler)
         if policy == "participation" and not self._policy_named:
             warnings.warn(
                 "poisson_sampling=False: fixed batches are charged by norm_policy='participation', "
@@ -161,7 +184,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
                 "claims the amplification. Name the policy to accept this.",
                 stacklevel=2,
             )
-        self._settle(charger)
+        self._settle(charger, shard)
         self._kernels.append(kernel)
         if named or mode == "ghost":
             self._criterion = criterion
@@ -187,7 +210,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         poisson = options.get("poisson_sampling", True)
         require_supported(module, options, norm_policy=self._policy_for(poisson_sampling=poisson))
         if poisson:
-            require_uniform_batches(data_loader)
+            require_uniform_batches(data_loader, distributed=is_distributed(module))
         return super().make_private_with_epsilon(module=module, data_loader=data_loader, **options)
 
     def make_private_on(

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,16 @@ from .capture.clipping import checked_caps
 from .capture.indices import BatchTracker, record_indices
 from .capture.norms import chained, require_known
 from .capture.recorder import Recorder
+from .capture.shards import Shard
 from .capture.sweep import Sweep
+from .distributed import separate_coins
 from .errors import UnsupportedError
 from .ledgers import LedgerEngine
 from .norm_policy import Charger, raised
 from .step_accounting import StepAccounting, adaptive_noise
 from .training_kernel import (
     TrainingKernel,
+    is_distributed,
     require_map_style,
     require_supported,
 )
@@ -114,11 +118,17 @@ class RecordingEngine(LedgerEngine):
             clipping = "per_layer"
         elif isinstance(optimizer, AdaClipDPOptimizer):
             clipping = "adaptive"
-        options = {"grad_sample_mode": "ghost" if ghost else "hooks", "clipping": clipping}
+        options: dict[str, Any] = {
+            "grad_sample_mode": "ghost" if ghost else "hooks",
+            "clipping": clipping,
+        }
         if clipping == "adaptive":
             options["unclipped_num_std"] = optimizer.unclipped_num_std
+        policy = self._policy_for(poisson_sampling=True)
+        require_supported(module, options, norm_policy=policy)
+        shard = self._attached_shard(module, data_loader)
         charger = self._ready_charger(
-            module, dataset, options, policy=self._policy_for(poisson_sampling=True),
+            module, dataset, options, shard=shard, policy=policy,
             noise_multiplier=float(optimizer.noise_multiplier),
             criterion_known=criterion is not None,
         )  # fmt: skip
@@ -132,13 +142,16 @@ class RecordingEngine(LedgerEngine):
             batch_first=getattr(module, "batch_first", True),
             num_instances=len(dataset),
             clipping=clipping,
+            world_size=1 if shard is None else shard.world_size,
         )
         tracker = BatchTracker() if data_loader is None else record_indices(data_loader)
         collate = None if data_loader is None else data_loader.collate_fn.wrapped_collator_fn
+        if shard is not None and not optimizer.secure_mode:
+            separate_coins(data_loader.batch_sampler)  # type: ignore[union-attr]
         counts = self.accountant.get_optimizer_hook_fn(sample_rate=rate)
         previous = optimizer.step_hook
         optimizer.step_hook = counts if previous is None else chained(previous, counts)
-        self._settle(charger)
+        self._settle(charger, shard)
         self._kernels.append(kernel)
         if criterion is not None:
             self._criterion = criterion
@@ -156,9 +169,14 @@ class RecordingEngine(LedgerEngine):
         The caller vouches that the rows were drawn by independent coins at the accounted rate.
 
         Args:
-            indices: Rows of the data set, each once, in the order of the batch.
+            indices: Rows of the data set, each once, in the order of the batch; in a distributed
+                training of this process's shard.
         """
-        rows = check.index_array("indices", indices, size=self.per_instance.num_instances)
+        size, shard = self.per_instance.num_instances, self._shard
+        size = size if shard is None else shard.num_instances
+        rows = check.index_array("indices", indices, size=size)
+        if shard is not None:
+            shard.positions(rows)
         trackers = [accounting.tracker for accounting in self._accountings]
         for tracker in trackers:
             tracker.set_explicit(rows)
@@ -196,7 +214,9 @@ class RecordingEngine(LedgerEngine):
             )
         found, _ = training.measure()
         self._charges().observe(found, max_grad_norm=training.clip_bound)
-        return found
+        if self._shard is None:
+            return found
+        return replace(found, indices=self._shard.rows[found.indices])
 
     def set_caps(self, caps: npt.ArrayLike) -> None:
         """Clip each instance to another cap from the next step on.
@@ -205,7 +225,8 @@ class RecordingEngine(LedgerEngine):
             models and of the instance's own record only; without one it becomes "output_specific".
 
         Args:
-            caps: Shape (instances,), in units of max_grad_norm, in [0, 1].
+            caps: Shape (instances,), in units of max_grad_norm, in [0, 1]; in a distributed
+                training of the whole data set, on every rank.
 
         Raises:
             ValueError: Not one finite cap per instance; norm_policy is not "capped"; or steps
@@ -216,8 +237,11 @@ class RecordingEngine(LedgerEngine):
                 f"Expected norm_policy='capped', got norm_policy={self._norm_policy!r}. "
                 "Caps are enforced under that policy only."
             )
-        charges = self._charges()
-        checked = checked_caps(caps, num_instances=charges.accountant.num_instances)
+        charges, shard = self._charges(), self._shard
+        size = charges.accountant.num_instances if shard is None else shard.num_instances
+        checked = checked_caps(caps, num_instances=size)
+        if shard is not None:
+            checked = checked[shard.rows]
         charges.set_caps(raised(checked, rounding=self._cap_rounding))
         self._caps = checked
 
@@ -231,13 +255,16 @@ class RecordingEngine(LedgerEngine):
         dataset: Any,
         options: Mapping[str, Any],
         *,
+        shard: Shard | None,
         policy: str,
         noise_multiplier: float,
         criterion_known: bool,
     ) -> Charger:
         """Return what will charge this training, after every check that needs no mutation."""
-        require_supported(module, options, norm_policy=policy)
-        size = len(dataset)
+        total = len(dataset)
+        size = total if shard is None else check.integer(
+            "rows of this rank", len(shard.rows), low=1, cure="Train on fewer processes."
+        )  # fmt: skip
         clipping = options.get("clipping", "flat")
         if policy == "capped" and clipping != "flat":
             raise UnsupportedError(
@@ -258,14 +285,18 @@ class RecordingEngine(LedgerEngine):
                     "make_private_on for part of the same."
                 )
             return self._charger
-        caps = None
+        caps, budget = None, self._budget
         if policy == "capped":
             # Clipping to a cap is exact up to rounding; the charge is raised by as much.
             dtypes = {torch.float32, *(p.dtype for p in _parameters(module))}
             self._cap_rounding = max(float(torch.finfo(dtype).eps) for dtype in dtypes)
             if self._caps is None:
-                self._caps = np.ones(size)
-            caps = raised(checked_caps(self._caps, num_instances=size), rounding=self._cap_rounding)
+                self._caps = np.ones(total)
+            caps = checked_caps(self._caps, num_instances=total)
+            if shard is not None:
+                caps = caps[shard.rows]
+                budget = shard_of_budget(budget, shard)
+            caps = raised(caps, rounding=self._cap_rounding)
         top = 1.0
         if clipping == "adaptive":
             deviation = float(options.get("unclipped_num_std", math.inf))
@@ -276,10 +307,23 @@ class RecordingEngine(LedgerEngine):
             levels=self._levels,
             max_sensitivity=top,
             caps=caps,
-            budget=self._budget,
+            budget=budget,
             history=self._history,
+            instance_ids=None if shard is None else shard.rows,
         )
         return Charger(accountant, norm_policy=policy, refresh_every=self._refresh_every)
+
+    @staticmethod
+    def _attached_shard(module: Any, data_loader: Any) -> Shard | None:
+        """Return this process's shard of a distributed training that was made private already."""
+        if not is_distributed(module):
+            return None
+        if data_loader is None or not data_loader.distributed:
+            raise UnsupportedError(
+                "Expected Opacus's distributed DPDataLoader with a distributed module, got none: "
+                "which rows belong to this rank is not known. Pass data_loader."
+            )
+        return Shard.of_process(len(data_loader.dataset))
 
     def _account(
         self,
@@ -311,16 +355,28 @@ class RecordingEngine(LedgerEngine):
                 population=population,
                 criterion=criterion,
                 sample_rate=sample_rate,
+                shard=self._shard,
             )
         )
 
     def _caps_in_force(self, training: int, rows: IntArray) -> FloatArray:
         """Return the caps that `rows` are clipped to in the step under way."""
         assert self._caps is not None
+        rows = rows if self._shard is None else self._shard.positions(rows)
         noise, rate = self._accountings[training].coming_kernel()
         charged = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
         # The ledger has the last word: a loaded one may have smaller caps, or budgets of its own.
         return np.minimum(self._caps[rows], charged)
+
+
+def shard_of_budget(budget: Any, shard: Shard) -> Any:
+    """Return the part of a budget that belongs to a shard; one for everybody stays as it is."""
+    target, delta = budget if isinstance(budget, tuple) else (budget, None)
+    if target is None or np.ndim(target) == (0 if delta is not None else 1):
+        return budget
+    values = np.asarray(target)
+    check.same_length("budget", values, "instances", shard.num_instances)
+    return values[shard.rows] if delta is None else (values[shard.rows], delta)
 
 
 def _parameters(module: Any) -> list[nn.Parameter]:

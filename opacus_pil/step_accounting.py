@@ -7,6 +7,7 @@ parameters the step was computed at.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ._validate import IntArray
 from .capture.norms import record_norms
 from .capture.recorder import Recorder
+from .capture.shards import Shard
 from .capture.sweep import Sweep, sweep
 from .norm_policy import Charger
 from .training_kernel import TrainingKernel
@@ -35,6 +37,7 @@ class StepAccounting:
         population: Rows that may be drawn; None: all.
         criterion: Loss to measure with; None: not known.
         sample_rate: Largest of the accounted and the drawn rate.
+        shard: Rows that the charger's instances are; None: all, in order.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class StepAccounting:
         population: IntArray | None,
         criterion: Any,
         sample_rate: float,
+        shard: Shard | None = None,
     ) -> None:
         self.criterion = criterion
         self.tracker = recorder.tracker
@@ -62,6 +66,7 @@ class StepAccounting:
         self._collate_fn = collate_fn
         self._population = population
         self.sample_rate = sample_rate
+        self._shard = shard
         self._opacus_hook = optimizer.step_hook
         self._ghost = kernel.grad_sample_mode == "ghost"
         record_norms(optimizer, recorder, module=module)
@@ -71,6 +76,8 @@ class StepAccounting:
     def __call__(self, optimizer: DPOptimizer) -> None:
         """Charge Opacus's ledger, then the per-instance one."""
         record = self.recorder.take(max_grad_norm=self.clip_bound)
+        if self._shard is not None and record.indices is not None:
+            record = replace(record, indices=self._shard.positions(record.indices))
         self._opacus_hook(optimizer)
         if self.clip_bound != optimizer.max_grad_norm:
             self._charger.warn(
@@ -119,10 +126,15 @@ class StepAccounting:
         )
 
     def measure(self) -> tuple[Sweep, bool]:
-        """Run a full pass over the instances in training; say whether dropout is active there."""
-        rows = self._charger.active_rows()
+        """Run a full pass over the instances in training; say whether dropout is active there.
+
+        The pass's indices are the charger's, in a shard not the data set's.
+        """
+        rows = members = self._charger.active_rows()
         if self._population is not None:
-            rows = np.intersect1d(rows, self._population)
+            rows = members = np.intersect1d(rows, self._population)
+        if self._shard is not None:
+            rows = self._shard.rows[members]
         inner = self.module._module
         names = None
         if not self._ghost:  # flat clipping clips what the optimizer holds
@@ -138,7 +150,7 @@ class StepAccounting:
             collate_fn=self._collate_fn,
             parameters=names,
         )
-        return found, self.random_forward()
+        return replace(found, indices=members), self.random_forward()
 
 
 def adaptive_noise(noise_multiplier: float, unclipped_num_std: float) -> tuple[float, float]:

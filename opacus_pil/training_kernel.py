@@ -13,7 +13,12 @@ from torch import nn
 from torch.distributed._composable.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    WeightedRandomSampler,
+)
 
 from . import _validate as check
 from .capture.indices import require_in_order
@@ -37,6 +42,7 @@ class TrainingKernel:
         num_instances: Size of the training set.
         clipping: "flat", "per_layer" or "adaptive".
         poisson_sampling: False for fixed batches.
+        world_size: Number of processes that draw from a shard each; `sample_rate` is that of each.
     """
 
     sample_rate: float
@@ -49,6 +55,7 @@ class TrainingKernel:
     num_instances: int
     clipping: str = "flat"
     poisson_sampling: bool = True
+    world_size: int = 1
 
 
 def require_map_style(data_loader: Any) -> None:
@@ -68,9 +75,11 @@ def require_map_style(data_loader: Any) -> None:
     require_in_order(data_loader)  # Opacus would drop the setting without a word
 
 
-def require_uniform_batches(data_loader: DataLoader[Any]) -> None:
+def require_uniform_batches(data_loader: DataLoader[Any], *, distributed: bool = False) -> None:
     """Raise if Opacus would replace the loader's sampler by one that draws something else."""
     size, batch_size = len(data_loader.dataset), data_loader.batch_size  # type: ignore[arg-type]
+    if distributed and isinstance(data_loader.sampler, DistributedSampler):
+        size = len(data_loader.sampler)  # batch_size is then meant per process
     cure = (
         "Opacus draws every row of the data set uniformly at rate 1 / len(data_loader) and drops "
         "the sampler. Train on a Subset, or on a DataLoader with shuffle=True."
@@ -83,7 +92,7 @@ def require_uniform_batches(data_loader: DataLoader[Any]) -> None:
         allowed = {max(size // batch_size, 1), -(-size // batch_size)}
         if len(data_loader) not in allowed:
             raise UnsupportedError(
-                f"Expected len(data_loader) to be len(dataset) / batch_size ({size} / "
+                f"Expected len(data_loader) to be rows / batch_size ({size} / "
                 f"{batch_size}), got {len(data_loader)}. {cure}"
             )
 
@@ -114,13 +123,36 @@ def require_supported(
             "Shuffled batches get no amplification by sampling: only who is in the batch is "
             "charged. Change one of the two, or use another engine for the other kind of batches."
         )
-    distributed = (
-        DistributedDataParallel, DifferentiallyPrivateDistributedDataParallel, FSDPModule,
-    )  # fmt: skip
-    if isinstance(module, distributed):
+    inner = module._module if isinstance(module, AbstractGradSampleHooks) else module
+    if isinstance(inner, DistributedDataParallel | FSDPModule):
         raise UnsupportedError(
-            f"Expected a module in one process, got module={type(module).__name__}. The rows of "
-            "other ranks are not recorded yet. Train in one process."
+            f"Expected a plain module, or Opacus's DifferentiallyPrivateDistributedDataParallel, "
+            f"got module={type(inner).__name__}, which adds up gradients or shards parameters "
+            "before they are clipped and noised. Wrap in Opacus's."
+        )
+    if is_distributed(module):
+        _require_shards(options, clipping=clipping)
+
+
+def is_distributed(module: Any) -> bool:
+    """Whether several processes train this module together, by Opacus's wrapper."""
+    inner = module._module if isinstance(module, AbstractGradSampleHooks) else module
+    return isinstance(inner, DifferentiallyPrivateDistributedDataParallel)
+
+
+def _require_shards(options: Mapping[str, Any], *, clipping: str) -> None:
+    """Raise for a distributed training whose processes cannot keep the account of their shards."""
+    if not options.get("poisson_sampling", True):
+        raise UnsupportedError(
+            "Expected Poisson sampling in a distributed training, got poisson_sampling=False. "
+            "Fixed batches move instances between ranks (DistributedSampler deals them anew at "
+            "each epoch and repeats some; without it every rank trains on all of them), so that no "
+            "rank knows what an instance has lost. Leave poisson_sampling out."
+        )
+    if clipping == "adaptive":
+        raise UnsupportedError(
+            "Expected flat or per-layer clipping in a distributed training, got "
+            "clipping='adaptive', for which Opacus has no distributed optimizer. Use flat clipping."
         )
 
 

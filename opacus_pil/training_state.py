@@ -16,6 +16,7 @@ from opacus.optimizers import DPOptimizer
 
 from .capture.indices import RecordingSampler
 from .capture.passes import Remainder
+from .capture.shards import RecordingShardSampler
 from .errors import LedgerError
 
 Apply = Callable[[], None]
@@ -179,7 +180,8 @@ def checked_pass(saved: Mapping[str, Any] | None, loader: Any) -> Apply:
     if other or set(saved["drawn_from"]) != set(here):
         raise LedgerError(
             f"Expected a loader that draws as the file's, got another "
-            f"{', '.join(other) or 'sampler'}. Use the same data set and batch size."
+            f"{', '.join(other) or 'sampler'}. Use the same data set and batch size; in a "
+            "distributed training each rank reads the file that it wrote."
         )
     left = saved["left"]
     if left is None:
@@ -192,7 +194,7 @@ def checked_pass(saved: Mapping[str, Any] | None, loader: Any) -> Apply:
 
 
 def _drawn_from(sampler: Any) -> dict[str, Any]:
-    if not isinstance(sampler, RecordingSampler):
+    if not isinstance(sampler, RecordingSampler | RecordingShardSampler):
         return {"batches": len(sampler)}
     rows = sampler.population
     return {

@@ -15,13 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from opacus.data_loader import DPDataLoader
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from opacus.utils.uniform_sampler import (
+    DistributedUniformWithReplacementSampler,
+    UniformWithReplacementSampler,
+)
 
 from .. import _validate as check
 from .._validate import IntArray
 from ..errors import UnsupportedError
 from .draws import Draw, SplitPasses
 from .passes import Pass, Resumable, started
+from .shards import RecordingShardSampler
 
 
 class BatchTracker:
@@ -76,10 +80,6 @@ class BatchTracker:
             self.drawn = None if published else self.split.use()
         return rows
 
-    def set_explicit(self, rows: IntArray | None) -> None:
-        """Take the caller's rows for the next claim and ignore loaders; None: back to loaders."""
-        self._rows, self._draw, self._owner, self.handed_out = rows, None, None, 0
-        self._explicit = rows is not None
     @property
     def in_hand(self) -> bool:
         """Whether a batch may be in hand that no step has claimed; its rows may be unknown."""
@@ -91,6 +91,10 @@ class BatchTracker:
             return None
         return self._rows
 
+    def set_explicit(self, rows: IntArray | None) -> None:
+        """Take the caller's rows for the next claim and ignore loaders; None: back to loaders."""
+        self._rows, self._draw, self._owner, self.handed_out = rows, None, None, 0
+        self._explicit = rows is not None
 
 
 class RecordingSampler(Resumable, UniformWithReplacementSampler):
@@ -211,7 +215,8 @@ def record_indices(
 
     Args:
         loader: A DPDataLoader that nobody iterates yet; its class and sampler are exchanged.
-        population: Ascending rows to draw from; None: all rows of the data set.
+        population: Ascending rows to draw from; None: all rows of the data set, in a distributed
+            loader all of its shard.
         steps: Number of batches per pass; None: as the loader had it.
 
     Returns:
@@ -222,27 +227,34 @@ def record_indices(
         TypeError, ValueError: `population` is empty, repeats a row or leaves the data set.
     """
     sampler = loader.batch_sampler
-    if type(loader) is not DPDataLoader or type(sampler) is not UniformWithReplacementSampler:
+    samplers = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
+    if type(loader) is not DPDataLoader or type(sampler) not in samplers:
         raise UnsupportedError(
             f"Expected a DPDataLoader with Opacus's UniformWithReplacementSampler, got "
             f"{type(loader).__name__} with {type(sampler).__name__}. Rows are recorded for "
-            "single-process Poisson sampling only."
+            "Opacus's own Poisson sampling only."
         )
     if population is not None:
         population = np.sort(check.index_array("population", population, size=len(loader.dataset)))
         check.integer("len(population)", len(population), low=1)
     require_in_order(loader)
     tracker = BatchTracker()
+    if isinstance(sampler, DistributedUniformWithReplacementSampler):
+        assert population is None
+        assert steps is None
+        recording: Any = RecordingShardSampler(sampler, tracker=tracker)
+    else:
+        recording = RecordingSampler(
+            num_samples=sampler.num_samples,
+            sample_rate=sampler.sample_rate,
+            generator=sampler.generator,
+            steps=sampler.steps if steps is None else steps,
+            population=population,
+            tracker=tracker,
+        )
     # DataLoader forbids setting a batch_sampler once built, to protect running iterators; this
     # loader has none yet.
-    loader.__dict__["batch_sampler"] = RecordingSampler(
-        num_samples=sampler.num_samples,
-        sample_rate=sampler.sample_rate,
-        generator=sampler.generator,
-        steps=sampler.steps if steps is None else steps,
-        population=population,
-        tracker=tracker,
-    )
+    loader.__dict__["batch_sampler"] = recording
     loader.__class__ = RecordingDataLoader
     loader.tracker = tracker
     tracker.loader = loader

@@ -21,6 +21,11 @@ from opacus.optimizers import (
     DPOptimizerFastGradientClipping,
     DPPerLayerOptimizer,
 )
+from opacus.optimizers.ddp_perlayeroptimizer import SimpleDistributedPerLayerOptimizer
+from opacus.optimizers.ddpoptimizer import DistributedDPOptimizer
+from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import (
+    DistributedDPOptimizerFastGradientClipping,
+)
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
 from ..errors import UnsupportedError
@@ -153,6 +158,25 @@ class RecordingGhostOptimizer(_Recording, DPOptimizerFastGradientClipping):
             )
 
 
+# Clipping and its norms are local to a process, noise and the sum over processes Opacus's.
+
+
+class RecordingDistributedOptimizer(RecordingDPOptimizer, DistributedDPOptimizer):
+    """Flat clipping in one of several processes."""
+
+
+class RecordingDistributedPerLayerOptimizer(
+    RecordingPerLayerOptimizer, SimpleDistributedPerLayerOptimizer
+):
+    """Per-layer clipping in one of several processes."""
+
+
+class RecordingDistributedGhostOptimizer(
+    RecordingGhostOptimizer, DistributedDPOptimizerFastGradientClipping
+):
+    """Ghost clipping in one of several processes."""
+
+
 def _capped_coefficients(module: Any, recorder: Recorder) -> torch.Tensor:
     """Return each row's factor in place of the ghost module's own, after recording the norms."""
     norms = module.get_norm_sample()
@@ -172,6 +196,9 @@ _RECORDING: dict[type, type] = {
     DPPerLayerOptimizer: RecordingPerLayerOptimizer,
     AdaClipDPOptimizer: RecordingAdaptiveOptimizer,
     DPOptimizerFastGradientClipping: RecordingGhostOptimizer,
+    DistributedDPOptimizer: RecordingDistributedOptimizer,
+    SimpleDistributedPerLayerOptimizer: RecordingDistributedPerLayerOptimizer,
+    DistributedDPOptimizerFastGradientClipping: RecordingDistributedGhostOptimizer,
 }
 
 
@@ -185,13 +212,13 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
             are exchanged.
 
     Raises:
-        UnsupportedError: An optimizer for several processes or of another library; or caps with
+        UnsupportedError: An optimizer of another kind (sharded parameters) or library; or caps with
             per-layer or adaptive clipping.
     """
     require_known(optimizer)
     recording = _RECORDING[type(optimizer)]
-    ghost = recording is RecordingGhostOptimizer
-    if recorder.caps is not None and recording is not RecordingDPOptimizer:
+    ghost = issubclass(recording, RecordingGhostOptimizer)
+    if recorder.caps is not None and not issubclass(recording, RecordingDPOptimizer):
         if not (ghost and isinstance(module, GradSampleHooksFastGradientClipping)):
             raise UnsupportedError(
                 f"Expected flat clipping with caps, got {type(optimizer).__name__} with "
@@ -223,5 +250,5 @@ def require_known(optimizer: DPOptimizer) -> None:
     if type(optimizer) not in _RECORDING:
         raise UnsupportedError(
             f"Expected an optimizer of {', '.join(c.__name__ for c in _RECORDING)}, got "
-            f"{type(optimizer).__name__}. Train in one process with Opacus's own optimizers."
+            f"{type(optimizer).__name__}. Use one of these, as Opacus makes them."
         )

@@ -179,6 +179,7 @@ class UnlearningEngine:
         strength: float | None = None,
         predict: bool = False,
         calibration: Calibration | None = None,
+        adaptive: bool = False,
     ) -> UnlearningPlan:
         """Say what forgetting these instances takes, before anything runs.
 
@@ -214,6 +215,9 @@ class UnlearningEngine:
                 plan is predicted then, whatever formula gave it.
             calibration: From `opacus_pil.evaluation.calibrate`; its method, and the upper end of
                 its interval, rounded up.
+            adaptive: Whoever chose these rows had seen a model released before. Only what training
+                alone gives away covers that, and needs no allowance: its bound is on everything
+                that was ever released. The other certificates are not used then.
 
         Returns:
             CertifiedPlan, PredictedPlan or RetrainPlan.
@@ -252,6 +256,7 @@ class UnlearningEngine:
                 rows,
                 method=method,
                 measured=predict,
+                adaptive=adaptive,
                 module=self._module,
                 optimizer=self._optimizer,
                 criterion=self._criterion,
@@ -273,6 +278,7 @@ class UnlearningEngine:
             step_grid=step_grid,
             strength=strength,
             predict=predict,
+            adaptive=adaptive,
         )
 
     def unlearn(
@@ -451,6 +457,7 @@ class UnlearningEngine:
         step_grid: int = 10,
         strength: float | None = None,
         predict: bool = False,
+        adaptive: bool = False,
         max_batch: int | None = None,
         checkpoint_every: int = 50,
         seed: int | None = None,
@@ -468,13 +475,14 @@ class UnlearningEngine:
             the same number of threads, if items and forward pass draw from torch's generator; not
             in secure mode). What is claimed about a request is what its plan claims. Everything
             forgotten so far is counted together, and requests are taken as chosen without a look
-            at a model released in between: `adaptive` in the result says so.
+            at a model released in between unless `adaptive`; the result says which.
         Nothing computed with a forgotten instance is used again: optimizer state is dropped, its
         ledger row is marked and not charged any more, and the states and checkpoints of before are
         deleted once the new state is on disk. Checkpoints and copies elsewhere are the caller's.
 
         Args:
-            epsilon, delta, method, steps, max_steps, step_grid, strength, predict: As in `plan`.
+            epsilon, delta, method, steps, max_steps, step_grid, strength, predict, adaptive: As in
+                `plan`.
             max_batch: Most requests in one run; 1: one after the other. Default: all that wait.
             checkpoint_every: As in `unlearn`.
             seed: The seeds of all runs are drawn from this. Default: from the system; a run's seed
@@ -502,6 +510,7 @@ class UnlearningEngine:
                 "step_grid": step_grid,
                 "strength": strength,
                 "predict": predict,
+                "adaptive": adaptive,
             },
             max_batch=None if max_batch is None else check.integer("max_batch", max_batch, low=1),
             seed=None if seed is None else check.integer("seed", seed, low=0),

@@ -11,7 +11,12 @@ import torch.nn as nn
 
 from .. import _validate as check
 from .._validate import IntArray
-from ..certificates import BestCertificate, Certificate, NoisyFineTuningCertificate
+from ..certificates import (
+    BestCertificate,
+    Certificate,
+    DataProcessingCertificate,
+    NoisyFineTuningCertificate,
+)
 from ..errors import CertificateError
 from .averaged import require_all_trainable
 from .calibration import Calibration
@@ -60,6 +65,7 @@ def make_plan(
     step_grid: int,
     strength: float | None,
     predict: bool,
+    adaptive: bool,
 ) -> UnlearningPlan:
     """Return the plan; arguments, errors and result as in `UnlearningEngine.plan`.
 
@@ -114,6 +120,11 @@ def make_plan(
         )
     if probability is None or (target is None and budget is None):
         raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
+    if adaptive and not (certificate is None or isinstance(certificate, DataProcessingCertificate)):
+        raise CertificateError(
+            f"Expected no certificate but data processing for a request chosen after a look at a "
+            f"released model, got {type(certificate).__name__}. It speaks of the last model only."
+        )
     worst: Certificate | None = None
     if certificate is None:
         certificate, worst = applicable()

@@ -220,7 +220,7 @@ def _serve_batch(
             server.fail(batch, reason=str(error))
             return
         name = _write_state(engine, queue.folder)
-        result |= {**_summary(done), "state_file": name}
+        result |= {**_summary(done, adaptive=bool(batch.goal.get("adaptive"))), "state_file": name}
         server.finish(batch, state_file=name, result=result)
         engine._state_name = name
     except BaseException:
@@ -248,7 +248,7 @@ def _run(
         engine._serving = False
 
 
-def _summary(done: UnlearningResult) -> dict[str, Any]:
+def _summary(done: UnlearningResult, *, adaptive: bool) -> dict[str, Any]:
     """Return what was run and what may be claimed, as plain values."""
     plan, epsilon = done.plan, done.epsilon
     certified = plan if isinstance(plan, CertifiedPlan) else None
@@ -259,8 +259,9 @@ def _summary(done: UnlearningResult) -> dict[str, Any]:
         "epsilon": epsilon if epsilon is not None and math.isfinite(epsilon) else None,
         "delta": certified.delta if certified else None,
         "certificate": type(certified.certificate).__name__ if certified else None,
-        "adaptive": "no allowance: requests are taken as chosen without a look at a model released "
-        "in between",
+        "adaptive": "covered: the bound is on everything that was ever released"
+        if adaptive and certified
+        else "not covered: requests are taken as chosen without a look at a model released before",
     }
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from opacus_pil.accounting import sampled_gaussian_rdp
+from opacus_pil import PerInstancePrivacyEngine
+from opacus_pil.accounting import group_rdp, sampled_gaussian_rdp
 from opacus_pil.capture.averaged_clip import AveragedClipOptimizer, clip_to_norm
 from opacus_pil.certificates import (
     ContractionCertificate,
@@ -27,7 +28,7 @@ from opacus_pil.unlearning import (
 from opacus_pil.unlearning.averaged import noisy_finetuning_steps
 from opacus_pil.unlearning.methods import plain_copy
 
-from .runs import DELTA, SIZE, logistic_run, network_run
+from .runs import DELTA, SIZE, _train, logistic_run, network_run
 from .test_engine import Killed, Watched, assert_same, weights
 
 NOISY = NoisyFineTuningCertificate(1.5, 0.5, 0.1, 0.2, 3.0)
@@ -384,23 +385,12 @@ class TestPredictedFromNorms:
         assert least <= plan.steps <= least + 1  # shifts have 1e-5 room for float32
 
     def test_a_set_with_history_is_bounded_by_training_alone(self):
-        from opacus_pil import PerInstancePrivacyEngine
-
-        run = network_run(norm_policy="worst_case")
-        engine = PerInstancePrivacyEngine(norm_policy="worst_case", history=True)
-        from .runs import _train
-
-        module = nn.Linear(4, 3)
-        private, optimizer = _train(
-            engine, module, torch.optim.SGD(module.parameters(), lr=0.1), run.dataset,
-            run.criterion, batch_size=12, epochs=2, noise_multiplier=4.0,
-        )  # fmt: skip
-        run.module, run.optimizer, run.engine = private, optimizer, engine
+        run = history_run()
         plan = run.unlearning().plan([1, 2], steps=0, delta=DELTA)
         assert isinstance(plan.certificate, DataProcessingCertificate)
         np.testing.assert_array_equal(
-            plan.certificate.rdp(engine.per_instance.orders, steps=0),
-            engine.per_instance.group_rdp([1, 2]),
+            plan.certificate.rdp(run.engine.per_instance.orders, steps=0),
+            run.engine.per_instance.group_rdp([1, 2]),
         )
 
 
@@ -417,3 +407,52 @@ def test_running_statistics_of_any_kind_are_refused():
             training_steps=1,
             batch_size=1,
         )
+
+
+class TestAdaptiveRequests:
+    """Whoever saw a release chooses with what it shows; the whole transcript covers that."""
+
+    def test_contraction_is_not_used(self):
+        run = logistic_run()
+        goal = {"steps": 20, "delta": DELTA, "method": "langevin"}
+        sharp = run.unlearning().plan([0], **goal)
+        covered = run.unlearning().plan([0], adaptive=True, **goal)
+        assert isinstance(sharp.certificate, ContractionCertificate)
+        assert isinstance(covered.certificate, DataProcessingCertificate)
+        np.testing.assert_array_equal(
+            covered.certificate.rdp(run.engine.per_instance.orders, steps=20),
+            run.engine.per_instance.rdp([0])[0],
+        )
+        assert covered.epsilon > sharp.epsilon
+        with pytest.raises(CertificateError, match="the last model only"):
+            run.unlearning().plan(
+                [0], adaptive=True, certificate=ContractionCertificate(0.9, 1.0), **goal
+            )
+        with pytest.raises(CertificateError, match="the last model only"):
+            run.unlearning().plan(
+                [0], steps=3, delta=DELTA, method="noisy_finetuning", certificate=NOISY,
+                adaptive=True,
+            )  # fmt: skip
+
+    def test_later_requests_are_counted_with_the_earlier_ones(self):
+        run = history_run()
+        unlearning, ledger = run.unlearning(), run.engine.per_instance
+        goal = {"delta": DELTA, "adaptive": True, "steps": 5}
+        unlearning.unlearn(unlearning.plan([3], **goal), seed=0)
+        second = unlearning.plan([7], **goal)
+        kernel = {"noise_multiplier": 4.0, "sample_rate": 0.25, "orders": ledger.orders}
+        # both took part in training; in the five steps that forgot the first only the second did
+        both = run.steps * group_rdp([1.0, 1.0], **kernel) + 5 * group_rdp([1.0], **kernel)
+        np.testing.assert_allclose(second.certificate.rdp(ledger.orders, steps=5), both, rtol=1e-9)
+
+
+def history_run():
+    run = network_run(norm_policy="worst_case")
+    run.engine = PerInstancePrivacyEngine(norm_policy="worst_case", history=True)
+    module = nn.Linear(4, 3)
+    run.module, run.optimizer = _train(
+        run.engine, module, torch.optim.SGD(module.parameters(), lr=0.1), run.dataset,
+        run.criterion, batch_size=12, epochs=2, noise_multiplier=4.0,
+    )  # fmt: skip
+    run.steps = run.engine.per_instance.steps
+    return run

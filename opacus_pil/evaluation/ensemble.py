@@ -137,6 +137,17 @@ def run_trials(
     return [results[key] for key in keys]
 
 
+def read_trial(folder: str | os.PathLike[str], key: str) -> dict[str, Any]:
+    """Return a finished trial's result by its key, for trials that go on from one.
+
+    Raises:
+        FileNotFoundError: It has not been computed.
+        LedgerError: Its file is damaged.
+    """
+    result: dict[str, Any] = load_state(Path(folder) / key / _RESULT, kind=_KIND)["result"]
+    return result
+
+
 def retrained_ensemble(
     train: Callable[[IntArray, int], nn.Module],
     *,

@@ -1,0 +1,161 @@
+"""The study's figures: one function each, plain numbers in, matplotlib figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_STYLE = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": "#E4E4E4", "legend.frameon": False, "legend.fontsize": 8,
+    "text.parse_math": False,
+}  # fmt: skip
+_KINDS = {"quantile": "sets at quantiles of P", "random": "random sets", "top": "top deciles"}
+
+
+def times_figure(entries: Sequence[Mapping[str, Any]], *, definition: str) -> Figure:
+    """Draw time to unlearn against the mean log privacy loss, one panel per condition."""
+    figure, panels = _panels(entries)
+    for entry, axes in zip(entries, panels, strict=True):
+        last = max(entry["forget_sets"][0]["steps"], 1) / entry["steps_per_epoch"]
+        for number, (kind, label) in enumerate(_KINDS.items()):
+            sets = [one for one in entry["forget_sets"] if one["kind"] == kind]
+            if not sets:
+                continue
+            x = np.array([one["log_privacy_loss"] for one in sets])
+            times = [one["time_to_unlearn"][definition]["mean_curve"] for one in sets]
+            y = np.array([np.nan if t is None else t / entry["steps_per_epoch"] for t in times])
+            style = {"color": COLOURS[number], "marker": MARKERS[number], "ls": "none", "ms": 5}
+            axes.plot(x, y, label=label, **style)
+            never = np.isnan(y)
+            axes.plot(x[never], np.full(never.sum(), 1.08 * last), mfc="none", **style)
+        line = entry["time_against_log_privacy_loss"][definition]["line"]
+        _draw_line(axes, entry, line, 1.0 / entry["steps_per_epoch"], high=1.05 * last)
+        axes.axhline(1.03 * last, color="#999999", lw=0.8, ls=":")
+        axes.set_title(f"{entry['model']}, {entry['name']}")
+    _labels(figure, panels, f"epochs until {definition} (hollow: not reached)")
+    return figure
+
+
+def gaps_figure(entries: Sequence[Mapping[str, Any]], *, budget: str) -> Figure:
+    """Draw the gap to the oracles after a fixed budget against the mean log privacy loss."""
+    figure, panels = _panels(entries)
+    for entry, axes in zip(entries, panels, strict=True):
+        for number, (kind, label) in enumerate(_KINDS.items()):
+            sets = [one for one in entry["forget_sets"] if one["kind"] == kind]
+            if sets:
+                axes.plot(
+                    [one["log_privacy_loss"] for one in sets],
+                    [one["gap"][budget] for one in sets],
+                    color=COLOURS[number], marker=MARKERS[number], ls="none", ms=5, label=label,
+                )  # fmt: skip
+        line = entry["gap_against_log_privacy_loss"][budget]["line"]
+        _draw_line(axes, entry, line, 1.0, high=1.0)
+        axes.set_title(f"{entry['model']}, {entry['name']}")
+    _labels(figure, panels, f"|confidence − oracles| after {budget}")
+    return figure
+
+
+def scores_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw every score's rank correlation with difficulty, with its interval."""
+    entries = [entry for entry in entries if entry["scores"]]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(entries) + 1.8, 3.4), layout="constrained")
+        panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
+        for entry, axes in zip(entries, panels, strict=True):
+            found = entry["scores"]["scores"]
+            for height, one in enumerate(found.values()):
+                value = one["spearman"]
+                if value["value"] is None:
+                    continue
+                colour = COLOURS[1] if height == 0 else COLOURS[0]
+                axes.plot(value["value"], height, "o", color=colour, ms=5)
+                if value["low"] is not None and value["high"] is not None:
+                    axes.plot([value["low"], value["high"]], [height] * 2, color=colour, lw=1.5)
+            axes.set_yticks(range(len(found)), list(found))
+            axes.set_title(f"{entry['model']}, {entry['name']}")
+            axes.set_xlabel("Spearman with the gap")
+        panels[0].invert_yaxis()
+    return figure
+
+
+def barriers_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the loss barriers on the forget set against the mean log privacy loss."""
+    figure, panels = _panels(entries)
+    for entry, axes in zip(entries, panels, strict=True):
+        sets = [one for one in entry["forget_sets"] if one["kind"] != "top"]
+        x = [one["log_privacy_loss"] for one in sets]
+        for number, pair in enumerate(("original", "unlearned")):
+            y = [one["barriers"][pair]["forget"] for one in sets]
+            axes.plot(
+                x, y, color=COLOURS[number], marker=MARKERS[number], ls="none", ms=5,
+                label=f"{pair} to oracle",
+            )  # fmt: skip
+        axes.set_title(f"{entry['model']}, {entry['name']}")
+    _labels(figure, panels, "loss barrier on the forget set (nats)")
+    return figure
+
+
+def certified_figure(found: Mapping[str, Any]) -> Figure:
+    """Draw certified steps beside the worst case's, for every forget set and target."""
+    rows = [row for row in found["rows"] if row["steps_worst_case"] is not None]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+        axes = figure.subplots()
+        names = list(dict.fromkeys((row["set"], row["size"]) for row in rows))
+        for number, (name, size) in enumerate(names):
+            chosen = [row for row in rows if (row["set"], row["size"]) == (name, size)]
+            axes.plot(
+                [row["steps_worst_case"] for row in chosen],
+                [np.nan if row["steps"] is None else row["steps"] for row in chosen],
+                color=COLOURS[number % 6], marker=MARKERS[number % 6], ls="none",
+                label=f"{name}, {size} instances",
+            )  # fmt: skip
+        top = max((row["steps_worst_case"] for row in rows), default=1)
+        axes.plot([0, top], [0, top], color="#777777", lw=1, ls="--", label="equal")
+        axes.set_xlabel("certified steps, worst case")
+        axes.set_ylabel("certified steps, per-instance caps")
+        axes.legend()
+    return figure
+
+
+def _panels(entries: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[Any]]:
+    with matplotlib.rc_context(_STYLE):
+        wide = min(len(entries), 3)
+        tall = -(-len(entries) // wide)
+        figure = Figure(figsize=(3.1 * wide + 0.4, 2.6 * tall + 0.5), layout="constrained")
+        grid = figure.subplots(tall, wide, squeeze=False).ravel().tolist()
+    for spare in grid[len(entries) :]:
+        spare.set_axis_off()
+    return figure, grid[: len(entries)]
+
+
+def _labels(figure: Figure, panels: Sequence[Any], ylabel: str) -> None:
+    figure.supxlabel("mean log privacy loss of the forget set (estimate)", fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4)
+
+
+def _draw_line(
+    axes: Any, entry: Mapping[str, Any], line: Mapping[str, Any], scale: float, *, high: float
+) -> None:
+    """Draw a fitted line over the range of the sets it is about."""
+    if line["slope"] is None:
+        return
+    x = [one["log_privacy_loss"] for one in entry["forget_sets"] if one["kind"] != "top"]
+    ends = np.linspace(min(x), max(x), 50)
+    y = scale * (line["intercept"] + line["slope"] * ends)
+    inside = (y >= 0) & (y <= high)
+    label = "line through sets that get there" if scale != 1.0 else "line"
+    axes.plot(ends[inside], y[inside], color="#555555", lw=1, label=label)

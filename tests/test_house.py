@@ -146,6 +146,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.membership",
         "evaluation.oracle",
         "evaluation.rank_correlation",
+        "evaluation.visits",
     ),
     # surface
     5: (

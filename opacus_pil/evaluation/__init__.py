@@ -7,11 +7,12 @@ from .attack import TruePositives as TruePositives
 from .attack import attack_summary as attack_summary
 from .bootstrap import Estimate as Estimate
 from .calibrate import calibrate as calibrate
+from .class_outputs import EnsembleOutputs as EnsembleOutputs
+from .class_outputs import ensemble_outputs as ensemble_outputs
 from .deciles import GroupComparison as GroupComparison
 from .deciles import compare_groups as compare_groups
 from .deciles import group_hardness as group_hardness
 from .deciles import top_group_difference as top_group_difference
-from .difficulty import DIFFICULTY_SCORES as DIFFICULTY_SCORES
 from .difficulty import DifficultyTracker as DifficultyTracker
 from .difficulty import difficulty_scores as difficulty_scores
 from .ensemble import Oracle as Oracle
@@ -30,10 +31,8 @@ from .gap import oracle_gap as oracle_gap
 from .gap import time_to_unlearn as time_to_unlearn
 from .loss_barrier import LossBarrier as LossBarrier
 from .loss_barrier import loss_barrier as loss_barrier
-from .margins import EnsembleOutputs as EnsembleOutputs
 from .margins import Klom as Klom
 from .margins import MarginDeviation as MarginDeviation
-from .margins import ensemble_outputs as ensemble_outputs
 from .margins import gaussian_klom as gaussian_klom
 from .margins import klom as klom
 from .margins import klom_of_oracles as klom_of_oracles
@@ -48,6 +47,7 @@ from .rank_correlation import ScoreComparison as ScoreComparison
 from .rank_correlation import compare_scores as compare_scores
 from .rank_correlation import correlation_difference as correlation_difference
 from .rank_correlation import rank_correlation as rank_correlation
+from .visits import DIFFICULTY_SCORES as DIFFICULTY_SCORES
 
 __all__ = [
     "DIFFICULTY_SCORES",

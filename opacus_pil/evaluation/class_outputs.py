@@ -1,20 +1,24 @@
-"""What a classifier's outputs say about each instance: margins, losses, errors, correctness.
+"""What classifiers' outputs say about each instance: margins, losses, errors, correctness.
 
-Numpy on one batch of outputs; a model with one logit z is the two-class model with logits (0, z).
-Knows no training and no ensemble.
+A model with one logit z is the two-class model with logits (0, z). Knows no training, and not how
+the models of an ensemble came about.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.special import log_softmax, logsumexp
+from torch import Tensor, nn
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
+from .gap import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,54 @@ class ClassOutputs:
         others = self.logits.copy()
         others[np.arange(len(others)), self.classes] = -np.inf
         return others
+
+
+@dataclass(frozen=True)
+class EnsembleOutputs:
+    """What every model of an ensemble says about every instance.
+
+    Attributes:
+        margins: Shape (models, instances), φ.
+        correct: Shape (models, instances), whether the prediction is the true class.
+    """
+
+    margins: FloatArray
+    correct: npt.NDArray[np.bool_]
+
+
+def ensemble_outputs(
+    modules: Sequence[nn.Module], *, x: Tensor, y: Tensor, batch_size: int = 512
+) -> EnsembleOutputs:
+    """Return margin and correctness of every model on every instance.
+
+    Args:
+        modules: Models, at least one; evaluated in eval mode, their modes are restored.
+        x: Inputs, shape (instances, …).
+        y: Class numbers, shape (instances,); 0 and 1 for models with one logit.
+        batch_size: Rows per forward pass, >= 1.
+
+    Returns:
+        EnsembleOutputs.
+
+    Raises:
+        ValueError: No model or no instance, outputs of an unusable shape or not finite.
+
+    Privacy: margins of a training set depend on private data.
+    """
+    rows = check.integer("batch_size", batch_size, low=1)
+    if not len(modules) or not len(x):
+        raise ValueError(
+            f"Expected at least one model and one instance, got {len(modules)} and {len(x)}."
+        )
+    margins, correct = [], []
+    for module in modules:
+        device = next((p.device for p in module.parameters()), x.device)
+        with evaluation_mode(module), torch.no_grad():
+            outputs = torch.cat([module(part.to(device)) for part in x.split(rows)])
+        found = ClassOutputs.of(outputs, y)
+        margins.append(found.log_odds)
+        correct.append(found.correct == 1)
+    return EnsembleOutputs(np.stack(margins), np.stack(correct))
 
 
 def _array(values: Any) -> FloatArray:

@@ -18,21 +18,7 @@ from ..capture.norms import RecordingPerLayerOptimizer
 from ..capture.recorder import Recorder
 from ..capture.sweep import Sweep
 from .class_outputs import ClassOutputs
-
-# Sign with which each quantity enters its score, so that higher is harder.
-DIFFICULTY_SCORES: Mapping[str, int] = {
-    "mean_gradient_norm": 1,  # mean over visits of the unclipped per-sample gradient norm
-    "max_gradient_norm": 1,  # the largest of them
-    "grand": 1,  # the mean over visits in the early window
-    "el2n": 1,  # mean of ‖softmax − onehot‖₂ over visits in the early window
-    "forgetting_events": 1,  # times that an incorrect visit followed a correct one
-    "margin": -1,  # mean of p_y − max_{j≠y} p_j
-    "c_score": -1,  # mean correctness: a proxy of the C-score
-    "area_under_margin": -1,  # mean of z_y − max_{j≠y} z_j
-    "loss": 1,  # mean cross-entropy
-}
-_SUMMED = ("margin", "c_score", "area_under_margin", "loss")
-_NEVER, _WRONG, _RIGHT = -1, 0, 1
+from .visits import DIFFICULTY_SCORES, Visits, mean
 
 
 class DifficultyTracker:
@@ -66,29 +52,22 @@ class DifficultyTracker:
         self.early_steps = check.integer("early_steps", early_steps, low=0)
         self.steps = 0
         self.unattributed = 0
-        self._counts = {
-            name: np.zeros(size, dtype=np.int64)
-            for name in ("visits", "early", "gradient_visits", "early_gradient", "forgotten")
-        }
-        self._sums = {name: np.zeros(size) for name in (*_SUMMED, "el2n", "norm", "grand")}
-        self._largest = np.full(size, -np.inf)
-        self._last = np.full(size, _NEVER, dtype=np.int8)
-        self._learned = np.zeros(size, dtype=bool)
+        self._visits = Visits(size)
         self._recorder: Recorder | None = None
 
     def __len__(self) -> int:
         """Return the number of instances."""
-        return len(self._last)
+        return len(self._visits)
 
     @property
     def visits(self) -> IntArray:
         """Visits with outputs, shape (instances,)."""
-        return self._counts["visits"].copy()
+        return self._visits.counts["visits"].copy()
 
     @property
     def gradient_visits(self) -> IntArray:
         """Visits with a gradient norm, shape (instances,)."""
-        return self._counts["gradient_visits"].copy()
+        return self._visits.counts["gradient_visits"].copy()
 
     # --- a training of PerInstancePrivacyEngine -------------------------------------------------
 
@@ -128,7 +107,7 @@ class DifficultyTracker:
         """One noisy step: whose gradients it summed, and their norms before clipping."""
         if rows is not None:
             known = np.isfinite(norms)  # only rows that a cap left out may lack one
-            self._add_norms(rows[known], norms[known])
+            self._visits.add_norms(rows[known], norms[known], early=self._early)
         self.steps += 1
 
     # --- what was seen --------------------------------------------------------------------------
@@ -177,9 +156,9 @@ class DifficultyTracker:
         seen = ClassOutputs.of(outputs, targets)
         check.same_length("indices", rows, "outputs", len(seen.classes))
         sizes = None if norms is None else _norms(norms, len(rows))
-        self._add_outputs(rows, seen)
+        self._visits.add_outputs(rows, seen, early=self._early)
         if sizes is not None:
-            self._add_norms(rows, sizes)
+            self._visits.add_norms(rows, sizes, early=self._early)
         if self._recorder is None:
             self.steps += 1
 
@@ -216,59 +195,27 @@ class DifficultyTracker:
         if found.outputs is not None:
             seen = ClassOutputs.of(found.outputs, targets)
             check.same_length("indices", rows, "outputs", len(seen.classes))
-            self._add_outputs(rows, seen)
-        self._add_norms(rows, sizes)
+            self._visits.add_outputs(rows, seen, early=self._early)
+        self._visits.add_norms(rows, sizes, early=self._early)
 
-    def _add_outputs(self, rows: IntArray, seen: ClassOutputs) -> None:
-        correct = seen.correct
-        values = (seen.margin, correct, seen.logit_margin, seen.loss)
-        for name, value in zip(_SUMMED, values, strict=True):
-            self._sums[name][rows] += value
-        self._counts["visits"][rows] += 1
-        if self.steps < self.early_steps:
-            self._sums["el2n"][rows] += seen.error_norm
-            self._counts["early"][rows] += 1
-        self._counts["forgotten"][rows] += (self._last[rows] == _RIGHT) & (correct == 0)
-        self._last[rows] = np.where(correct == 1, _RIGHT, _WRONG)
-        self._learned[rows] |= correct == 1
-
-    def _add_norms(self, rows: IntArray, norms: FloatArray) -> None:
-        self._sums["norm"][rows] += norms
-        self._counts["gradient_visits"][rows] += 1
-        self._largest[rows] = np.maximum(self._largest[rows], norms)
-        if self.steps < self.early_steps:
-            self._sums["grand"][rows] += norms
-            self._counts["early_gradient"][rows] += 1
+    @property
+    def _early(self) -> bool:
+        return self.steps < self.early_steps
 
     # --- reading and saving ---------------------------------------------------------------------
 
     def scores(self) -> dict[str, FloatArray]:
         """Return every score of this run, see `difficulty_scores`."""
-        counts, sums = self._counts, self._sums
-        natural = {
-            "mean_gradient_norm": _mean(sums["norm"], counts["gradient_visits"]),
-            "max_gradient_norm": np.where(
-                counts["gradient_visits"] > 0, self._largest, np.nan
-            ),
-            "grand": _mean(sums["grand"], counts["early_gradient"]),
-            "el2n": _mean(sums["el2n"], counts["early"]),
-            "forgetting_events": np.where(
-                counts["visits"] < 2, np.nan,
-                np.where(self._learned, counts["forgotten"], np.inf),
-            ),
-            **{name: _mean(sums[name], counts["visits"]) for name in _SUMMED},
-        }  # fmt: skip
-        return {name: sign * natural[name] for name, sign in DIFFICULTY_SCORES.items()}
+        return self._visits.scores()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on: arrays and whole numbers."""
         return {
-            "early_steps": self.early_steps, "steps": self.steps,
-            "unattributed": self.unattributed, "largest": self._largest.copy(),
-            "last": self._last.copy(), "learned": self._learned.copy(),
-            "counts": {name: value.copy() for name, value in self._counts.items()},
-            "sums": {name: value.copy() for name, value in self._sums.items()},
-        }  # fmt: skip
+            "early_steps": self.early_steps,
+            "steps": self.steps,
+            "unattributed": self.unattributed,
+            **self._visits.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; what is watched stays watched.
@@ -287,10 +234,7 @@ class DifficultyTracker:
                 f"got {len(state['last'])} and {state['early_steps']}. Construct the tracker alike."
             )
         self.steps, self.unattributed = int(state["steps"]), int(state["unattributed"])
-        self._largest, self._last = state["largest"].copy(), state["last"].copy()
-        self._learned = state["learned"].copy()
-        self._counts = {name: state["counts"][name].copy() for name in self._counts}
-        self._sums = {name: state["sums"][name].copy() for name in self._sums}
+        self._visits.load_state_dict(state)
 
 
 def difficulty_scores(
@@ -340,12 +284,7 @@ def difficulty_scores(
 def _mean_of_runs(values: list[FloatArray]) -> FloatArray:
     stacked = np.stack(values)
     known = ~np.isnan(stacked)
-    return _mean(np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0))
-
-
-def _mean(sums: FloatArray, counts: IntArray) -> FloatArray:
-    with np.errstate(invalid="ignore"):  # 0 / 0: never visited, NaN as promised
-        return np.asarray(sums / counts)
+    return mean(np.where(known, stacked, 0.0).sum(axis=0), known.sum(axis=0))
 
 
 def _norms(norms: npt.ArrayLike, count: int) -> FloatArray:

@@ -1,78 +1,25 @@
-"""Margins of ensembles of models, and how far an unlearned ensemble's are from the oracles' (KLOM).
+"""How far the margins of unlearned models are from those of their oracles: KLOM, and single models.
 
-The margin is φ = log p_y − log(1 − p_y), the log-odds of the true class. Knows models as functions
-and arrays (models, instances); not how the models were unlearned or retrained. Claims nothing about
-privacy: a small divergence of margins is evidence, never a certificate.
+The margin is φ = log p_y − log(1 − p_y), the log-odds of the true class (`ensemble_outputs`). Works
+on arrays (models, instances); claims nothing about privacy: a small divergence of margins is
+evidence, never a certificate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import stats
-from torch import Tensor, nn
 
 from .. import _validate as check
 from .._validate import FloatArray
-from .class_outputs import ClassOutputs
-from .gap import evaluation_mode
 
 BINS = 20  # the three constants of the reference implementation
 CLIP = 100.0
 FLOOR = 1e-5
-
-
-@dataclass(frozen=True)
-class EnsembleOutputs:
-    """What every model of an ensemble says about every instance.
-
-    Attributes:
-        margins: Shape (models, instances), φ.
-        correct: Shape (models, instances), whether the prediction is the true class.
-    """
-
-    margins: FloatArray
-    correct: npt.NDArray[np.bool_]
-
-
-def ensemble_outputs(
-    modules: Sequence[nn.Module], *, x: Tensor, y: Tensor, batch_size: int = 512
-) -> EnsembleOutputs:
-    """Return margin and correctness of every model on every instance.
-
-    Args:
-        modules: Models, at least one; evaluated in eval mode, their modes are restored.
-        x: Inputs, shape (instances, …).
-        y: Class numbers, shape (instances,); 0 and 1 for models with one logit.
-        batch_size: Rows per forward pass, >= 1.
-
-    Returns:
-        EnsembleOutputs.
-
-    Raises:
-        ValueError: No model or no instance, outputs of an unusable shape or not finite.
-
-    Privacy: margins of a training set depend on private data.
-    """
-    rows = check.integer("batch_size", batch_size, low=1)
-    if not len(modules) or not len(x):
-        raise ValueError(
-            f"Expected at least one model and one instance, got {len(modules)} and {len(x)}."
-        )
-    margins, correct = [], []
-    for module in modules:
-        device = next((p.device for p in module.parameters()), x.device)
-        with evaluation_mode(module), torch.no_grad():
-            outputs = torch.cat([module(part.to(device)) for part in x.split(rows)])
-        found = ClassOutputs.of(outputs, y)
-        margins.append(found.log_odds)
-        correct.append(found.correct == 1)
-    return EnsembleOutputs(np.stack(margins), np.stack(correct))
 
 
 @dataclass(frozen=True)

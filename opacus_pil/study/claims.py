@@ -95,7 +95,12 @@ def gap_claim(entries: Sequence[Mapping[str, Any]], *, resamples: int, seed: int
 
 
 def score_claim(
-    scores: Mapping[str, FloatArray], *, hardness: FloatArray, resamples: int, seed: int
+    scores: Mapping[str, FloatArray],
+    *,
+    hardness: FloatArray,
+    variants: Mapping[str, FloatArray] | None = None,
+    resamples: int,
+    seed: int,
 ) -> dict[str, Any]:
     """(b) Which score ranks the instances of random forget sets best, and whose top decile is
     hardest.
@@ -103,10 +108,13 @@ def score_claim(
     Args:
         scores: Name -> shape (instances,), higher is harder, `REFERENCE` among them.
         hardness: Shape (instances,): distance from the oracles after a fixed budget.
+        variants: The privacy loss computed in other ways: listed with the scores, without a part in
+            the verdict.
     """
+    shown = {**scores, **(variants or {})}
     how: dict[str, Any] = {"reference": REFERENCE, "resamples": resamples, "seed": seed}
-    ranked = compare_scores(scores, target=hardness, **how)
-    groups = compare_groups(scores, hardness=hardness, **how)
+    ranked = compare_scores(shown, target=hardness, **how)
+    groups = compare_groups(shown, hardness=hardness, **how)
     others = [name for name in scores if name != REFERENCE]
     worse = any(ranked[name].verdict == "worse" for name in others)
     foresees = ranked[REFERENCE].correlation.sign > 0  # else "not worse" says nothing
@@ -121,8 +129,9 @@ def score_claim(
                 "reference_top_minus_this": _estimate(groups[name].difference),
                 "reference_top_is": groups[name].verdict,
             }
-            for name in scores
+            for name in shown
         },
+        "variants": list(variants or {}),
         "better_than": [n for n in others if ranked[n].verdict == "better"],
         "worse_than": [n for n in others if ranked[n].verdict == "worse"],
         "harder_top_than": [n for n in others if groups[n].verdict == "harder"],

@@ -36,7 +36,8 @@ def times_figure(entries: Sequence[Mapping[str, Any]], *, definition: str) -> Fi
             axes.plot(x, y, label=label, **style)
             never = np.isnan(y)
             axes.plot(x[never], np.full(never.sum(), 1.08 * last), mfc="none", **style)
-        line = entry["time_against_log_privacy_loss"][definition]["line"]
+        found = entry["time_against_log_privacy_loss"][definition]
+        line = found["line_with_unreached_at_the_end"]
         _draw_line(axes, entry, line, 1.0 / entry["steps_per_epoch"], high=1.05 * last)
         axes.axhline(1.03 * last, color="#999999", lw=0.8, ls=":")
         axes.set_title(f"{entry['model']}, {entry['name']}")
@@ -130,7 +131,8 @@ def _panels(entries: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[Any]]:
     with matplotlib.rc_context(_STYLE):
         wide = min(len(entries), 3)
         tall = -(-len(entries) // wide)
-        figure = Figure(figsize=(3.1 * wide + 0.4, 2.6 * tall + 0.5), layout="constrained")
+        size = (max(3.1 * wide + 0.4, 6.5), max(2.6 * tall + 0.5, 4.0))
+        figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(tall, wide, squeeze=False).ravel().tolist()
     for spare in grid[len(entries) :]:
         spare.set_axis_off()
@@ -157,5 +159,5 @@ def _draw_line(
     ends = np.linspace(min(x), max(x), 50)
     y = scale * (line["intercept"] + line["slope"] * ends)
     inside = (y >= 0) & (y <= high)
-    label = "line through sets that get there" if scale != 1.0 else "line"
+    label = "line, top deciles left out"
     axes.plot(ends[inside], y[inside], color="#555555", lw=1, label=label)

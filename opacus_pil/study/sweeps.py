@@ -95,30 +95,38 @@ def run_condition(condition: Condition, *, bench: Bench) -> Sweep:
         "early_epochs": min(settings.early_epochs, condition.epochs),
     }  # fmt: skip
     name = f"{condition.model}, {condition.name}"
+    known = (bench.folder / bench.key(first)).exists()  # reads the data too, before the clock runs
     started = time.monotonic()
     (original,) = bench.run(trials.original, [first], f"{name}: training")
     seconds = time.monotonic() - started
-    losses, other = (
-        privacy_losses(
-            original["norms"].numpy(),
-            steps_per_epoch=sizes.steps_per_epoch,
-            noise_multiplier=noise_multiplier(condition, batch_size=sizes.batch_size),
-            sample_rate=sizes.batch_size / sizes.train,
-            order=order,
+    noise = noise_multiplier(condition, batch_size=sizes.batch_size)
+    log_loss, at_other_order, at_more_noise = (
+        np.log(
+            privacy_losses(
+                original["norms"].numpy(),
+                steps_per_epoch=sizes.steps_per_epoch,
+                noise_multiplier=factor * noise,
+                sample_rate=sizes.batch_size / sizes.train,
+                order=order,
+            )
         )
-        for order in (settings.order, settings.other_order)
+        for order, factor in ((settings.order, 1), (settings.other_order, 1), (settings.order, 10))
     )
-    log_loss = np.log(losses)
+    variants = {
+        f"privacy loss, order {settings.other_order:g}": at_other_order,
+        "privacy loss, ten times the noise": at_more_noise,
+    }
     scores = {claims.REFERENCE: log_loss}
     scores |= {key.replace("_", " "): value.numpy() for key, value in original["scores"].items()}
     scores = {key: value for key, value in scores.items() if not np.isnan(value).any()}
     sets = _sets(log_loss, scores, condition=condition, bench=bench)
     count = sizes.seeds if condition.complete else sizes.few_seeds
     pairs = [(s, k) for s in sets for k in range(count)]
+    minutes = 2 * len(pairs) * seconds / bench.jobs / 60
+    budget = f"one took {seconds:.1f} s, so about {minutes:.0f} min on {bench.jobs} processes"
     bench.say(
         f"{name}: {len(sets)} forget sets x {count} seeds = {len(pairs)} oracles and as many runs; "
-        f"one training took {seconds:.1f} s (0 if it was read), so about "
-        f"{2 * len(pairs) * seconds / bench.jobs / 60:.1f} min on {bench.jobs} processes"
+        + ("going on" if known else budget)
     )
     retraining = [
         {**common, "kind": "oracle", "forget_set": s.rows, "seed": _seed(bench.seed, 1 + k)}
@@ -157,12 +165,12 @@ def run_condition(condition: Condition, *, bench: Bench) -> Sweep:
         "test_accuracy": original["test_accuracy"],
         "log_privacy_loss_quantiles": np.quantile(log_loss, [0, 0.1, 0.5, 0.9, 1]).tolist(),
         "orders_agree": rank_correlation(
-            losses, target=other, resamples=settings.resamples, seed=bench.seed
+            log_loss, target=at_other_order, resamples=settings.resamples, seed=bench.seed
         ).value,
         "steps_per_epoch": sizes.steps_per_epoch,
         "seeds": count,
         "forget_sets": [measure.entry for measure in measures],
-        **_judged(measures, sets, scores, condition=condition, bench=bench),
+        **_judged(measures, sets, scores, variants, condition=condition, bench=bench),
     }
     return Sweep(condition, entry, measures)
 
@@ -171,6 +179,7 @@ def _judged(
     measures: tuple[SetMeasure, ...],
     sets: list[ForgetSet],
     scores: dict[str, Any],
+    variants: dict[str, Any],
     *,
     condition: Condition,
     bench: Bench,
@@ -190,8 +199,12 @@ def _judged(
         rows, hard = gaps_of_random_sets(
             measures, sets, step=budget * settings.sizes.steps_per_epoch
         )
-        chosen = {name: values[rows] for name, values in scores.items()}
-        found["scores"] = claims.score_claim(chosen, hardness=hard, **how)
+        found["scores"] = claims.score_claim(
+            {name: values[rows] for name, values in scores.items()},
+            variants={name: values[rows] for name, values in variants.items()},
+            hardness=hard,
+            **how,
+        )
         found["scores"]["after_epochs"] = budget
     return found
 

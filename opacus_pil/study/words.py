@@ -83,7 +83,7 @@ def _condition(entry: Mapping[str, Any], definition: str) -> list[dict[str, str]
 
 def _scores(found: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     own = found["scores"][REFERENCE]["spearman"]
-    others = [key for key in found["scores"] if key != REFERENCE]
+    others = [k for k in found["scores"] if k != REFERENCE and k not in found["variants"]]
     best = max(others, key=lambda key: found["scores"][key]["spearman"]["value"] or -1.0)
     easier = found["easier_top_than"]
     harder = found["harder_top_than"]
@@ -94,7 +94,10 @@ def _scores(found: Mapping[str, Any], name: str) -> list[dict[str, str]]:
             "reproduced": found["reproduced"],
             "numbers": f"rank correlation {_estimate(own)}; better than "
             f"{_names(found['better_than'])}; worse than {_names(found['worse_than'])}; best proxy "
-            f"{best} {_estimate(found['scores'][best]['spearman'])}",
+            f"{best} {_estimate(found['scores'][best]['spearman'])}"
+            + "".join(
+                f"; {k} {_estimate(found['scores'][k]['spearman'])}" for k in found["variants"]
+            ),
         },
         {
             "claim": "b, top decile",

@@ -89,8 +89,8 @@ class LedgerEngine(PrivacyEngine):
             )
         if any(kernel != self._kernels[0] for kernel in self._kernels):
             raise UnsupportedError(
-                f"Expected one training kernel, got {len(self._kernels)} make_private calls with "
-                "different constants. Use one engine per training."
+                f"Expected one training kernel, got {len(self._kernels)} trainings with different "
+                "constants. Use one engine per training."
             )
         kernel = self._kernels[0]
         if kernel.clipping != "flat" or not kernel.poisson_sampling:

@@ -23,6 +23,7 @@ from .errors import LedgerError, UnsupportedError
 from .plain_checkpoint import checked_history, worst_case_ledger
 from .recording_engine import RecordingEngine
 from .step_accounting import StepAccounting
+from .training_kernel import TrainingKernel
 from .training_state import (
     Apply,
     both,
@@ -146,7 +147,8 @@ class ResumingEngine(RecordingEngine):
             FileNotFoundError: There is no such file.
             LedgerError: A damaged or edited file; or one of another training: number of instances,
                 data set, orders, levels, norm policy, accountant, clipping, mode, kernel, loader,
-                generators or model. Module, optimizer, schedulers, engine and generators are as
+                generators or model. Only the noise may be another one, as in Opacus: the training
+                goes on with its own, with a warning. Module, optimizer, schedulers, engine and generators are as
                 they were.
         """
         entries, state = load_entries(path, kind=_KIND, options=torch_load_kwargs)
@@ -262,6 +264,7 @@ class ResumingEngine(RecordingEngine):
             )
         return {
             "kernel": asdict(training.kernel),
+            "kernels": [asdict(kernel) for kernel in self._kernels],  # of earlier parts of the run
             "sample_rate": float(training.sample_rate),
             "pass": left,
             "optimizer": private_attributes(optimizer),
@@ -281,7 +284,15 @@ class ResumingEngine(RecordingEngine):
         here = {**asdict(training.kernel), "accounted sample_rate": float(training.sample_rate)}
         there = {**saved["kernel"], "accounted sample_rate": saved["sample_rate"]}
         other = [name for name, value in there.items() if here.get(name) != value]
-        if other:
+        own_noise = other == ["noise_multiplier"]  # as in Opacus: charged for what it is
+        if own_noise:
+            warnings.warn(
+                f"The checkpoint's training had noise_multiplier={there['noise_multiplier']!r}; "
+                f"this one goes on with its own, {here['noise_multiplier']!r}, and is charged for "
+                "it. It is not the rest of the saved run, and no certificate covers both.",
+                stacklevel=3,
+            )
+        elif other:
             name = other[0]
             raise LedgerError(
                 f"Expected a checkpoint of a training with {name}={here.get(name)!r}, got "
@@ -289,13 +300,17 @@ class ResumingEngine(RecordingEngine):
                 "schedules go on by themselves."
             )
 
-        def clip_bound() -> None:
+        earlier = [TrainingKernel(**kernel) for kernel in saved.get("kernels", [saved["kernel"]])]
+
+        def constants() -> None:
             if training.kernel.grad_sample_mode == "ghost":
                 training.module.max_grad_norm = saved["module_clip_bound"]
+            self._kernels += [kernel for kernel in earlier if kernel not in self._kernels]
 
+        kept = {"noise_multiplier"} if own_noise else set()
         return both(
-            checked_attributes(saved["optimizer"], training.optimizer),
-            clip_bound,
+            checked_attributes(saved["optimizer"], training.optimizer, kept=kept),
+            constants,
             checked_pass(saved["pass"], training.tracker.loader),
             checked_generators(saved["generators"], self._generators(training)),
             checked_global_generators(saved["global_generators"]),

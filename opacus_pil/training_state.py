@@ -7,7 +7,7 @@ the function that takes the part over. Knows no ledger and no file.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -215,8 +215,10 @@ def private_attributes(optimizer: DPOptimizer) -> dict[str, Any]:
     }
 
 
-def checked_attributes(saved: Mapping[str, Any], optimizer: DPOptimizer) -> Apply:
-    """Check saved attributes against Opacus's optimizer.
+def checked_attributes(
+    saved: Mapping[str, Any], optimizer: DPOptimizer, *, kept: Collection[str] = ()
+) -> Apply:
+    """Check saved attributes against Opacus's optimizer; `kept` are not taken over.
 
     Raises:
         LedgerError: An optimizer of another kind.
@@ -231,7 +233,8 @@ def checked_attributes(saved: Mapping[str, Any], optimizer: DPOptimizer) -> Appl
 
     def apply() -> None:
         for name, value in saved.items():
-            setattr(optimizer, name, _copied(value, device=device))
+            if name not in kept:
+                setattr(optimizer, name, _copied(value, device=device))
         optimizer._step_skip_queue.clear()  # belonged to batches fetched ahead
         optimizer._is_last_step_skipped = False
         for p in optimizer.params:

@@ -18,7 +18,7 @@ from opacus_pil import PerInstancePrivacyEngine
 from opacus_pil.accounting import PerInstanceAccountant
 from opacus_pil.checkpoint import load_state, save_state, write_atomic
 from opacus_pil.dataset_fingerprint import dataset_fingerprint
-from opacus_pil.errors import LedgerError
+from opacus_pil.errors import LedgerError, UnsupportedError
 from tests.capture.models import convolutional, images
 from tests.training_loop import SIZE, Loop, differences, same
 
@@ -273,7 +273,6 @@ OTHERS = {
     "clipping": ADAPTIVE,
     "per layer": {"clipping": "per_layer", "max_grad_norm": [3.0] * 6},
     "mode": {"grad_sample_mode": "ghost"},
-    "noise": {"noise_multiplier": 1.1},
     "bound": {"max_grad_norm": 1.0},
     "batch size": {"batch": 10},
     "reduction": {"loss_reduction": "sum"},
@@ -292,6 +291,28 @@ def test_a_checkpoint_of_another_training_is_refused_and_nothing_changes(name, t
     with pytest.raises(LedgerError, match="Expected"):
         loop.load(path)
     assert same(_here(loop), before)
+
+
+def test_a_training_with_other_noise_goes_on_with_its_own_and_is_charged_for_it(tmp_path):
+    path = _saved(tmp_path / "c")
+    loop = Loop(seed=9, noise_multiplier=2.0)
+    with pytest.warns(UserWarning, match="goes on with its own, 2.0"):
+        loop.load(path)
+    assert loop.optimizer.noise_multiplier == 2.0
+    before, steps = loop.engine.per_instance.rdp(), loop.steps
+    loop.run(until=steps + 1)
+    most = PerInstanceAccountant(1, orders=[2.0, 8.0, 32.0], levels=64)
+    most.step(indices=None, sensitivities=None, noise_multiplier=2.0, sample_rate=0.2)
+    grown = loop.engine.per_instance.rdp() - before
+    # A difference of sums: rounding of the larger operands only.
+    assert (grown <= most.rdp() * (1 + 1e-9) + 1e-12).all()
+    np.testing.assert_allclose(grown.max(axis=0), most.rdp()[0], rtol=1e-9)  # not seen yet
+    assert [run[0] for run in loop.engine.accountant.history] == [1.0, 2.0]
+    loop.save(tmp_path / "d")
+    again = Loop(seed=8, noise_multiplier=2.0).load(tmp_path / "d")
+    for mixed in (loop, again):  # one kernel would be wrong for some of the steps
+        with pytest.raises(UnsupportedError, match="one training kernel"):
+            _ = mixed.engine.kernel
 
 
 def test_a_checkpoint_of_other_rows_of_the_data_set_is_refused(tmp_path):

@@ -80,7 +80,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         (`per_instance.instance_ids`), full passes cover them only, and no step exchanges more than
         Opacus's gradients. Caps and budgets per instance are given for the whole data set on every
         rank. An empty draw is an empty batch, so that all ranks make the same steps.
-        `gather_per_instance` joins the accounts; every rank saves and loads a checkpoint of its own.
+        `gather_per_instance` joins the accounts; every rank has checkpoints of its own.
 
     Privacy: per-instance values depend on private data and are not private to release.
     """

@@ -148,8 +148,8 @@ class ResumingEngine(RecordingEngine):
             LedgerError: A damaged or edited file; or one of another training: number of instances,
                 data set, orders, levels, norm policy, accountant, clipping, mode, kernel, loader,
                 generators or model. Only the noise may be another one, as in Opacus: the training
-                goes on with its own, with a warning. Module, optimizer, schedulers, engine and generators are as
-                they were.
+                goes on with its own, with a warning. Module, optimizer, schedulers, engine and
+                generators are as they were.
         """
         entries, state = load_entries(path, kind=_KIND, options=torch_load_kwargs)
         for name in ("module_state_dict", "privacy_accountant_state_dict"):

@@ -145,12 +145,17 @@ def test_training_and_epsilon_are_opacus_own(mode, ranks):
 
 
 def test_batch_sizes_per_rank_of_a_distributed_sampler_give_the_global_rate(ranks):
-    found = ranks.run(runs.training, batch=6, per_rank=True, epochs=1)
+    engine = {"norm_policy": "worst_case"}
+    found = ranks.run(runs.training, batch=6, per_rank=True, epochs=1, engine=engine)
     rate = 1 / 6  # ceil(ceil(61 / 2) / 6) = 6 batches of a rank, each of its rows at 1/6
+    truth = PerInstanceAccountant(1, levels=64, orders=[2.0, 8.0, 32.0])
+    for _ in range(6):  # by the noise of the whole sum, which one rank adds
+        truth.step(indices=[], sensitivities=[], noise_multiplier=1.0, sample_rate=rate)
     for one in found:
         assert one["kernel"].sample_rate == rate
         assert one["kernel"].num_instances == SIZE
         assert one["history"] == [(1.0, rate, 6.0)]
+        assert np.array_equal(accountant(one["all"]).rdp(), np.tile(truth.rdp(), (SIZE, 1)))
 
 
 def test_physical_batches_are_charged_as_the_draws_they_are_parts_of(ranks):

@@ -54,7 +54,7 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: 
 def state_bytes(state: Mapping[str, Any], *, kind: str) -> bytes:
     """Return what `save_state` writes."""
     body = io.BytesIO()
-    torch.save(_plain(state), body)
+    torch.save(tensors(state), body)
     payload = body.getvalue()
     outer = io.BytesIO()
     torch.save(
@@ -70,15 +70,15 @@ def state_bytes(state: Mapping[str, Any], *, kind: str) -> bytes:
     return outer.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    """Replace what safe loading refuses by what it accepts: arrays and numpy scalars."""
+def tensors(value: Any) -> Any:
+    """Replace what safe loading refuses by what it accepts: arrays, numpy scalars."""
     if isinstance(value, Mapping):
-        plain = {key: _plain(item) for key, item in value.items()}
+        plain = {key: tensors(item) for key, item in value.items()}
         if isinstance(value, OrderedDict):
             return OrderedDict(plain)
         return Counter(plain) if isinstance(value, Counter) else plain
     if isinstance(value, list | tuple):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(tensors(item) for item in value)
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     return value.item() if isinstance(value, np.generic) else value
@@ -151,8 +151,8 @@ def save_entries(
         TypeError: A value that cannot be read back without unpickling code.
     """
     # A module's state keeps its type: its version numbers hang on the dictionary.
-    stored = {k: v if _all_tensors(v) else _plain(v) for k, v in entries.items()}
-    ours = _plain(state)
+    stored = {k: v if _all_tensors(v) else tensors(v) for k, v in entries.items()}
+    ours = tensors(state)
     stored[STATE_KEY] = {
         "format": _FORMAT,
         "version": _VERSION,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import arrays
+from ..checkpoint import arrays, tensors
 from ..errors import LedgerError
 from .methods import optimizer_like, plain_copy
 from .phase import Phase
@@ -24,7 +24,7 @@ _KEYS = (
 
 
 def engine_state(engine: UnlearningEngine) -> dict[str, Any]:
-    """Return copies of weights, phases, optimizer settings and both ledgers.
+    """Return copies of weights, phases, optimizer settings and both ledgers, ready for torch.save.
 
     No optimizer state: it was computed with instances that are forgotten since. No generators:
     every run seeds its own.
@@ -39,7 +39,7 @@ def engine_state(engine: UnlearningEngine) -> dict[str, Any]:
             name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()
         },
         "param_groups": engine._optimizer.state_dict()["param_groups"],
-        "ledgers": None if engine._engine is None else engine._engine.ledger_state(),
+        "ledgers": None if engine._engine is None else tensors(engine._engine.ledger_state()),
     }
 
 

@@ -1,4 +1,4 @@
-"""Processes for the tests that kill: forked from one that has torch loaded, so that each is cheap.
+"""Processes for the tests that kill: forked from one that has everything loaded, hence cheap.
 
 Not forked from pytest's own process: torch cannot go on after its autograd threads were forked.
 """
@@ -6,4 +6,5 @@ Not forked from pytest's own process: torch cannot go on after its autograd thre
 import multiprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["opacus_pil.unlearning.engine", "opacus_pil.unlearning.requests"])
+# torch loads torch._dynamo with the first optimizer, which takes longer than all the rest.
+CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "tests.unlearning.kill_target"])

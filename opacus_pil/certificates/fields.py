@@ -39,7 +39,7 @@ _ARGUMENT = {("DataProcessingCertificate", "curve"): "rdp"}
 _INFINITY = {"float": "inf"}
 _LONGEST = 10_000_000  # entries of one sequence: an edited count must not fill the memory
 # What constructors and formulas raise when they are fed numbers they were not made for.
-REFUSALS = (TypeError, ValueError, ArithmeticError, OpacusPilError)
+REFUSALS = (TypeError, ValueError, ArithmeticError, MemoryError, OpacusPilError)
 
 
 def constants_of(certificate: Certificate) -> tuple[str, dict[str, Any]]:
@@ -55,6 +55,9 @@ def constants_of(certificate: Certificate) -> tuple[str, dict[str, Any]]:
             f"Expected one of the package's own certificates ({', '.join(CLASSES)}), got {name}. "
             "Nobody else could recompute its numbers from a file."
         )
+    steps = getattr(certificate, "training_steps", 0)
+    if steps > _LONGEST:
+        raise CertificateError(f"Expected at most {_LONGEST} training steps, got {steps}.")
     return name, {
         field.name: _encoded(getattr(certificate, field.name), f"{name}.{field.name}")
         for field in _fields(type(certificate))

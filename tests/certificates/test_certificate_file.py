@@ -387,6 +387,14 @@ def test_odd_constants_fail_and_raise_nothing(constants) -> None:
     assert "constants" in failed(odd)
 
 
+def test_edited_counts_do_not_fill_the_memory() -> None:
+    (poisson,) = [make for make in MAKERS if make.__name__ == "poisson"]
+    record = record_of(poisson(np.random.default_rng(0)))
+    for name in ("training_steps", "num_retained"):
+        odd = dataclasses.replace(record, constants={**record.constants, name: 10**15})
+        assert failed(odd) & {"constants", "epsilon", "assumptions"}
+
+
 def test_a_key_file_is_checked(tmp_path) -> None:
     (tmp_path / "k").write_bytes(b"\xff" * 64)
     with pytest.raises(LedgerError, match="64 hexadecimal digits"):

@@ -19,7 +19,7 @@ from .._validate import FloatArray, IntArray
 Statistic = Callable[[IntArray], FloatArray]
 
 RESAMPLES = 2000
-_CELLS = 1 << 21  # draws × instances handled at a time: some tens of megabytes
+_CELLS = 1 << 17  # draws × instances handled at a time: arrays of a megabyte stay in the cache
 _BLOCKS = 1000  # groups left out in turn where there are more instances
 
 

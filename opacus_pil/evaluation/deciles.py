@@ -156,17 +156,24 @@ def compare_groups(
     Privacy: as in `group_hardness`.
     """
     check.choice("reference", reference, list(scores), "Name one of the scores.")
-    how = {
-        "hardness": hardness, "groups": groups, "level": level, "resamples": resamples,
-        "interval": interval, "seed": seed,
-    }  # fmt: skip
-    return {
-        name: GroupComparison(
-            group_hardness(values, **how),  # type: ignore[arg-type]
-            top_group_difference(scores[reference], other=values, **how),  # type: ignore[arg-type]
-        )
-        for name, values in scores.items()
-    }
+    count = check.integer("groups", groups, low=2)
+    each = [_means(values, hardness, count) for values in scores.values()]
+    base = list(scores).index(reference)
+
+    def statistic(taken: IntArray) -> FloatArray:
+        found = np.stack([means(taken) for means in each], axis=1)
+        ahead = found[:, [base], -1:] - found[:, :, -1:]
+        return np.concatenate([found, ahead], axis=2).reshape(len(taken), -1)
+
+    estimates = bootstrap_each(
+        statistic, count=len(check.real_array("hardness", hardness)), level=level,
+        resamples=resamples, interval=interval, seed=seed,
+    )  # fmt: skip
+    result = {}
+    for number, name in enumerate(scores):
+        own = estimates[number * (count + 1) : (number + 1) * (count + 1)]
+        result[name] = GroupComparison(own[:-1], own[-1])
+    return result
 
 
 def _means(score: npt.ArrayLike, hardness: npt.ArrayLike, groups: int) -> Statistic:

@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
-from .bootstrap import RESAMPLES, Estimate, Statistic, bootstrap
+from .bootstrap import RESAMPLES, Estimate, Statistic, bootstrap, bootstrap_each
 
 _METHODS = ("spearman", "kendall")
 
@@ -84,10 +84,11 @@ def rank_correlation(
     0.8
     """
     a, b = _columns({"score": score, "target": target})
-    return bootstrap(
-        _correlation(a, b, method), count=len(a), level=level, resamples=resamples,
+    (estimate,) = bootstrap_each(
+        _correlations([a], b, method), count=len(a), level=level, resamples=resamples,
         interval=interval, seed=seed,
     )  # fmt: skip
+    return estimate
 
 
 def correlation_difference(
@@ -125,11 +126,15 @@ def correlation_difference(
     Privacy: as in `rank_correlation`.
     """
     a, b, t = _columns({"score": score, "other": other, "target": target})
-    first, second = _correlation(a, t, method), _correlation(b, t, method)
+    both = _correlations([a, b], t, method)
+
+    def difference(taken: IntArray) -> FloatArray:
+        found = both(taken)
+        return np.asarray(found[:, 0] - found[:, 1])
+
     return bootstrap(
-        lambda taken: first(taken) - second(taken), count=len(a), level=level,
-        resamples=resamples, interval=interval, seed=seed,
-    )  # fmt: skip
+        difference, count=len(a), level=level, resamples=resamples, interval=interval, seed=seed
+    )
 
 
 def compare_scores(
@@ -163,15 +168,22 @@ def compare_scores(
     Privacy: as in `rank_correlation`.
     """
     check.choice("reference", reference, list(scores), "Name one of the scores.")
-    how = {
-        "method": method, "level": level, "resamples": resamples, "interval": interval, "seed": seed
-    }  # fmt: skip
+    columns = _columns({**scores, "target": target})
+    correlations = _correlations(columns[:-1], columns[-1], method)
+    base = list(scores).index(reference)
+
+    def statistic(taken: IntArray) -> FloatArray:
+        found = correlations(taken)
+        return np.hstack([found, found[:, [base]] - found])
+
+    estimates = bootstrap_each(
+        statistic, count=len(columns[-1]), level=level, resamples=resamples, interval=interval,
+        seed=seed,
+    )  # fmt: skip
+    pairs = zip(estimates[: len(scores)], estimates[len(scores) :], strict=True)
     return {
-        name: ScoreComparison(
-            rank_correlation(values, target=target, **how),  # type: ignore[arg-type]
-            correlation_difference(scores[reference], other=values, target=target, **how),  # type: ignore[arg-type]
-        )
-        for name, values in scores.items()
+        name: ScoreComparison(correlation, difference)
+        for name, (correlation, difference) in zip(scores, pairs, strict=True)
     }
 
 
@@ -189,22 +201,37 @@ def _columns(named: Mapping[str, npt.ArrayLike]) -> list[FloatArray]:
     return columns
 
 
-def _correlation(a: FloatArray, b: FloatArray, method: str) -> Statistic:
+def _correlations(scores: list[FloatArray], target: FloatArray, method: str) -> Statistic:
+    """Return the correlation of each score with the target: shape (draws, scores)."""
     check.choice("method", method, _METHODS)
-    return spearman_statistic(a, b) if method == "spearman" else _kendall(a, b)
+    if method == "kendall":
+        each = [_kendall(score, target) for score in scores]
+        return lambda taken: np.stack([statistic(taken) for statistic in each], axis=1)
+    return _spearman(scores, target)
 
 
 def spearman_statistic(a: FloatArray, b: FloatArray) -> Statistic:
-    """Pearson correlation of mid-ranks, in time linear in the instances for every draw."""
-    rank_a, rank_b = MidRanks(a), MidRanks(b)
+    """Return Spearman's correlation of two vectors as a statistic to resample: shape (draws,)."""
+    both = _spearman([a], b)
+    return lambda taken: both(taken)[:, 0]
+
+
+def _spearman(scores: list[FloatArray], target: FloatArray) -> Statistic:
+    """Pearson correlations of mid-ranks, in time linear in the instances for every draw."""
+    ranks, target_rank = [MidRanks(score) for score in scores], MidRanks(target)
 
     def statistic(taken: IntArray) -> FloatArray:
         middle = taken.sum(axis=1, keepdims=True) / 2.0  # mid-ranks have this mean exactly
-        x, y = rank_a(taken) - middle, rank_b(taken) - middle
-        shared = (taken * x * y).sum(axis=1)
-        size = np.sqrt((taken * x * x).sum(axis=1) * (taken * y * y).sum(axis=1))
-        with np.errstate(invalid="ignore"):  # 0 / 0 where one is constant: NaN, as promised
-            return np.asarray(np.clip(shared / size, -1.0, 1.0))
+        y = target_rank(taken) - middle
+        weighted = taken * y
+        spread = (weighted * y).sum(axis=1)
+        found = np.empty((len(taken), len(ranks)))
+        for k, rank in enumerate(ranks):
+            x = rank(taken) - middle
+            size = np.sqrt((taken * x * x).sum(axis=1) * spread)
+            with np.errstate(invalid="ignore"):  # 0 / 0 where one is constant: NaN, as promised
+                found[:, k] = np.clip((weighted * x).sum(axis=1) / size, -1.0, 1.0)
+        return found
 
     return statistic
 

@@ -97,6 +97,16 @@ def test_better_score_has_the_harder_top_decile():
     assert turned["privacy_loss"].verdict == "easier"
 
 
+def test_comparing_many_scores_is_comparing_each_by_itself():
+    generator = np.random.default_rng(6)
+    hardness, *values = generator.normal(size=(4, 30))
+    scores = dict(zip("abc", values, strict=True))
+    how = {"hardness": hardness, "groups": 3, "resamples": 200}
+    for name, found in compare_groups(scores, reference="b", **how).items():
+        assert found.groups == group_hardness(scores[name], **how)
+        assert found.difference == top_group_difference(scores["b"], other=scores[name], **how)
+
+
 def test_difference_is_antisymmetric():
     generator = np.random.default_rng(5)
     a, b, hardness = generator.normal(size=(3, 50))

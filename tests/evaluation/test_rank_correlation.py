@@ -120,6 +120,16 @@ def test_pairing_cancels_what_two_scores_share():
     assert (itself.value, itself.low, itself.high) == (0.0, 0.0, 0.0)
 
 
+def test_comparing_many_scores_is_comparing_each_by_itself():
+    generator = np.random.default_rng(15)
+    target, *values = generator.normal(size=(4, 20))
+    scores = dict(zip("abc", values, strict=True))
+    how = {"target": target, "resamples": 200, "method": "kendall"}
+    for name, found in compare_scores(scores, reference="b", **how).items():
+        assert found.correlation == rank_correlation(scores[name], **how)
+        assert found.difference == correlation_difference(scores["b"], other=scores[name], **how)
+
+
 def test_verdict_names_the_better_score():
     generator = np.random.default_rng(11)
     target = generator.normal(size=80)

@@ -24,8 +24,9 @@ from .errors import LedgerError
 class LedgerTable:
     """A ledger file written by `to_parquet`, to be asked and never to be changed.
 
-    Only the columns and row groups that a question needs are read. Every answer carries δ and
-    guarantee; rows with different ones are never mixed in one quantile.
+    Only the columns and row groups that a question needs are read. Every answer carries δ,
+    guarantee and whether the rows are tombstones of forgotten instances, whose ε stands still; rows
+    with different ones are never mixed in one quantile.
 
     Args:
         path: The Parquet file.
@@ -86,9 +87,10 @@ class LedgerTable:
             at: Probabilities in [0, 1].
 
         Returns:
-            One row per group, δ and guarantee, ordered by them: the group's value, delta,
-            guarantee, instances, and a column "q0.5" (and so on) per probability: the lowest ε
-            of an instance such that at least that share of the group has no more.
+            One row per group, δ, guarantee and tombstones or not, ordered by them: the group's
+            value, delta, guarantee, forgotten, instances, and a column "q0.5" (and so on) per
+            probability: the lowest ε of an instance such that at least that share of the group has
+            no more.
 
         Raises:
             ValueError: No such column, or a probability outside [0, 1].
@@ -96,7 +98,9 @@ class LedgerTable:
         shares = [check.probability("at", share) for share in at]
         if by is not None:
             check.choice("by", by, self.columns, "Pass it to to_parquet as one of its columns.")
-        keys = [_quoted(name) for name in dict.fromkeys([by, "delta", "guarantee"]) if name]
+        keys = [
+            _quoted(name) for name in dict.fromkeys([by, "delta", "guarantee", "forgotten"]) if name
+        ]
         found = [f'quantile_disc(epsilon, {share!r}) AS "q{share:g}"' for share in shares]
         return self._ask(
             f"SELECT {', '.join([*keys, 'count(*) AS instances', *found])} FROM ledger "

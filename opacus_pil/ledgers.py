@@ -163,6 +163,40 @@ class LedgerEngine(PrivacyEngine):
 
     # --- both ledgers -------------------------------------------------------------------------
 
+    def require_constant_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise unless all steps so far were alike, and are those that `optimizer` takes now.
+
+        Certificates of the last model are computed for constant step size, decay, clip and noise.
+
+        Raises:
+            CertificateError: A schedule, other settings now, or steps that nothing is known about.
+        """
+        kernel, charges = self.kernel, self._charges()
+        odd = [
+            (z, q)
+            for z, q, _ in self.accountant.history
+            if (z, q) != (kernel.noise_multiplier, kernel.sample_rate)
+        ]
+        if odd:
+            raise CertificateError(
+                f"Expected noise multiplier {kernel.noise_multiplier:g} at rate "
+                f"{kernel.sample_rate:g} at every step, got {odd[0][0]:g} at {odd[0][1]:g}. The "
+                "certificate counts constant steps; train without schedules and accumulation."
+            )
+        now = described_update(
+            optimizer,
+            clip_bound=kernel.max_grad_norm,
+            divisor=kernel.expected_batch_size,
+            collate_fn=None,
+        )
+        if charges.accountant.steps and charges.update != now:
+            raise CertificateError(
+                "Expected every step of training to be one of the optimizer as it is now, "
+                f"{now}; got {charges.update or 'steps that nothing is known about'}. The "
+                "certificate counts constant steps; train without schedules, and leave the "
+                "optimizer's settings as they are."
+            )
+
     def fork(self, *, norm_policy: str | None = None) -> Self:
         """Return an engine with copies of both ledgers, the same kernel and the same caps.
 
@@ -228,6 +262,15 @@ class LedgerEngine(PrivacyEngine):
             guarantee="bound" if self._norm_policy == "worst_case" else "output_specific",
         )
         self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
+
+    def forget(self, indices: npt.ArrayLike) -> None:
+        """Charge instances no more that left the training set; their rows become tombstones.
+
+        Raises:
+            TypeError, ValueError: An index out of range, repeated, or forgotten before.
+        """
+        rows = check.index_array("indices", indices, size=self.per_instance.num_instances)
+        self._charges().forget(rows)
 
     def charge_without_noise(self, steps: int) -> None:
         """Charge both ledgers for noise-free steps: infinitely, whoever may have taken part."""

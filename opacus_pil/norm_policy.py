@@ -76,6 +76,7 @@ class Charger:
         self._since_refresh = 0
         self._caps_changed = False
         self._released_count = 0.0
+        self.update = ""  # how a noisy gradient becomes a step; see `note_update`
         self._warned: set[str] = set()
 
     def charge(
@@ -154,6 +155,22 @@ class Charger:
         self._rounding = max(self._rounding, float(np.finfo(np.float32).eps))
         self._known()[found.indices] = found.norms
         self._set_levels()
+
+    def note_update(self, update: str) -> None:
+        """Remember how this step moves the model; "varied" once two steps did it differently.
+
+        Certificates of the last model count every step at the settings of the last one.
+        """
+        if self.accountant.steps == 0:
+            self.update = update
+        elif self.update != update:
+            self.update = "varied"
+
+    def forget(self, rows: IntArray) -> None:
+        """Charge these rows no more, and drop what was measured of them."""
+        self.accountant.forget(rows)
+        if self._norms is not None:
+            self._norms[rows] = np.inf
 
     def active_rows(self) -> IntArray:
         """Return the rows still in the training set."""
@@ -250,6 +267,7 @@ class Charger:
             "since_refresh": self._since_refresh,
             "caps_changed": self._caps_changed,
             "released_count": self._released_count,
+            "update": self.update,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -271,3 +289,4 @@ class Charger:
         self._since_refresh = int(state["since_refresh"])
         self._caps_changed = bool(state["caps_changed"])
         self._released_count = float(state["released_count"])
+        self.update = str(state.get("update", ""))  # "": not known, where there are steps

@@ -289,7 +289,9 @@ class PerInstanceAccountant(PrivacyLosses):
         self._set_caps(checked)
 
     def forget(self, indices: npt.ArrayLike) -> None:
-        """Stop charging instances that left the training set; their losses so far stay readable.
+        """Stop charging instances that left the training set; their rows become tombstones.
+
+        Their losses so far stay readable, marked by `forgotten`.
 
         Args:
             indices: Shape (n,), instances, each once.

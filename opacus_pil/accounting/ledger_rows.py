@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .privacy_losses import PrivacyLosses
 
 ROW_GROUP = 1 << 16  # instances; a question about one of them reads one group
-ROWS_VERSION = "1"  # of the file's columns; under VERSION_KEY in its metadata
+ROWS_VERSION = "2"  # of the file's columns; under VERSION_KEY in its metadata
 VERSION_KEY = b"opacus_pil.ledger_rows"
 
 Columns = Mapping[str, npt.ArrayLike]
@@ -51,7 +51,9 @@ def ledger_chunks(
     own = {name: np.asarray(values) for name, values in (columns or {}).items()}
     for name, values in own.items():
         check.same_length(f"column {name!r}", values, "instances", total)
-    ids, sensitivities, active = losses.instance_ids, losses.sensitivities, losses.active
+    ids, active, forgotten = losses.instance_ids, losses.active, losses.forgotten
+    # Nobody may take a tombstone for an instance that gives nothing away.
+    sensitivities = np.where(forgotten, np.nan, losses.sensitivities)
     for start in range(0, total, size):
         rows = np.arange(start, min(start + size, total))
         found = losses.get_epsilon(target, indices=rows)
@@ -61,6 +63,7 @@ def ledger_chunks(
             "order": found.order,
             "sensitivity": sensitivities[rows],
             "active": active[rows],
+            "forgotten": forgotten[rows],
             "delta": np.full(len(rows), found.delta),
             "guarantee": np.full(len(rows), found.guarantee),
         }

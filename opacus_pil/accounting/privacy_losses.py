@@ -133,8 +133,20 @@ class PrivacyLosses:
         return self._history is not None
 
     @property
+    def forgotten(self) -> npt.NDArray[np.bool_]:
+        """Shape (instances,): True for tombstones, whose losses stand still since they left.
+
+        What is read for them is what the model had given away until then, not what an unlearned
+        model still does: that is what a certificate says.
+        """
+        return ~self._present()
+
+    @property
     def sensitivities(self) -> FloatArray:
-        """Sensitivity each instance is charged at now, rounded up, shape (instances,)."""
+        """Sensitivity each instance is charged at now, rounded up, shape (instances,).
+
+        0 for the forgotten: they pay nothing more. What they paid is not 0.
+        """
         return np.append(self._grid.sensitivities, 0.0)[self._balances.level]
 
     # --- reading ------------------------------------------------------------------------------
@@ -251,9 +263,10 @@ class PrivacyLosses:
         )
 
     def to_dataframe(self, *, delta: float | None = None) -> pd.DataFrame:
-        """Return one row per instance: id, epsilon, order, sensitivity, active, delta, guarantee.
+        """Return one row per instance: id, epsilon, order, sensitivity, active, forgotten, delta, …
 
-        Under a budget also spent_epsilon, the realised sum's ε.
+        … guarantee, and under a budget spent_epsilon, the realised sum's ε. Tombstones are marked
+        `forgotten`, with what they had lost when they left and no sensitivity (NaN).
 
         Args:
             delta: δ of the epsilons. Default 1 / num_instances.

@@ -338,7 +338,7 @@ class UnlearningEngine:
         twin, optimizer = self._start(plan, seed=number)
         ledger = None if self._engine is None else self._engine.fork()
         if ledger is not None:
-            ledger.per_instance.forget(plan.forget_set)
+            ledger.forget(plan.forget_set)
         run = SavedRun(
             plan=plan,
             origin=self._module,

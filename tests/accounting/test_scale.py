@@ -258,12 +258,13 @@ class TestQuestions:
     def test_quantiles_equal_those_of_each_group(self, table, frame, by):
         shares = (0.0, 0.1, 0.5, 0.77, 1.0)
         found = table.quantiles(by=by, at=shares)
-        groups = [(None, frame)] if by is None else list(frame.groupby(by))
+        groups = list(frame.groupby([by or "delta", "forgotten"]))  # tombstones apart
         assert found["instances"].tolist() == [len(rows) for _, rows in groups]
         assert set(found["guarantee"]) == {"estimate"}
         assert set(found["delta"]) == {1e-4}
-        for place, (value, rows) in enumerate(groups):
+        for place, ((value, forgotten), rows) in enumerate(groups):
             assert by is None or found[by][place] == value
+            assert found["forgotten"][place] == forgotten
             for share in shares:
                 expected = np.quantile(rows["epsilon"], share, method="inverted_cdf")
                 assert found[f"q{share:g}"][place] == expected

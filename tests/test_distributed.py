@@ -212,6 +212,17 @@ def test_ranks_that_counted_other_steps_do_not_join(options, why, ranks):
         assert why in message
 
 
+def test_rows_that_one_rank_did_not_know_are_charged_there_and_the_shards_still_join(ranks):
+    found = ranks.run(runs.one_rank_unattributed)
+    for one in found:
+        whole, own = accountant(one["all"]), accountant(one["ledger"])
+        assert whole.unattributed_steps == 1
+        # Joined against other sums: rounded up once more, by some ulps.
+        np.testing.assert_allclose(whole.rdp(one["shard"]), own.rdp(), rtol=1e-11)
+        assert (whole.rdp(one["shard"]) >= own.rdp() * (1 - 1e-15)).all()
+    assert [accountant(one["ledger"]).unattributed_steps for one in found] == [0, 1]
+
+
 def test_one_rank_may_gather_alone(ranks):
     (whole, own), (nothing, other) = ranks.run(runs.gathering, dst=0)
     assert (whole, nothing) == (SIZE, None)

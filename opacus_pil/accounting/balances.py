@@ -21,7 +21,6 @@ from ..errors import LedgerError
 from . import offsets
 
 CHUNK = 1 << 13  # instances whose RDP is formed at once: a full pass stays in the cache
-_EPS = float(np.finfo(np.float64).eps)
 _HUGE = 1e290  # a charge above this is taken as infinite, so that no sum of charges can overflow
 
 Kernel = tuple[float, float]  # noise_multiplier, sample_rate
@@ -141,8 +140,7 @@ class Balances:
 
     @property
     def _slack(self) -> float:
-        """Relative error of a prefix sum: one rounding per flush, a few for forming a row."""
-        return (self.flushes + 8) * _EPS
+        return relative_error(self.flushes)
 
     def _sums(self, level: npt.NDArray[Any]) -> FloatArray:
         # take: on rows of a matrix twice as fast as indexing, and half of a step's time is here
@@ -170,3 +168,8 @@ class Pending:
         finite = np.where(table <= _HUGE, table, 0.0)
         self.table = np.vstack([finite, np.zeros((1, table.shape[1]))])
         self.infinite = np.append((table > _HUGE).any(axis=1), False)
+
+
+def relative_error(flushes: int) -> float:
+    """Relative error of a prefix sum: one rounding per flush, a few for forming a row."""
+    return (flushes + 8) * float(np.finfo(np.float64).eps)

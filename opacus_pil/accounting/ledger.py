@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .._validate import FloatArray
 from ..errors import LedgerError
+from .balances import relative_error
 from .filter import PrivacyFilter
 from .guarantee import GUARANTEES, weakest
 from .history import History
@@ -162,7 +163,8 @@ class Ledger:
         return read
 
     def merged(self, other: Ledger) -> Ledger:
-        """Return the ledger of both shards' instances, ordered by id.
+        """Return the ledger of both shards' instances, ordered by id; no repeats pending in either,
+        unless they are the same.
 
         Raises:
             LedgerError: Ids in common, other orders or levels, or other steps.
@@ -174,13 +176,8 @@ class Ledger:
                 f"Expected shards of distinct instances, got {len(common)} in common "
                 f"(first: {common[0]}). Merge each shard once."
             )
-        shared = ("flushes", "repeats", "noise_multiplier", "sample_rate", "steps", "unattributed")
-        same = all(getattr(self, name) == getattr(other, name) for name in shared)
-        if not same or not np.array_equal(self.base, other.base):
-            raise LedgerError(
-                f"Expected shards that were charged the same steps, got {self.steps} and "
-                f"{other.steps} steps or other noise. Charge every shard at every step."
-            )
+        if not self.same_sums(other):
+            return self.merged(other._against(self))
         for name in ("caps", "privacy_filter", "history"):
             if (getattr(self, name) is None) != (getattr(other, name) is None):
                 raise LedgerError(f"Expected {name} in both shards or in neither, got it in one.")
@@ -194,6 +191,7 @@ class Ledger:
         return replace(
             self,
             base=self.base.copy(),
+            unattributed=max(self.unattributed, other.unattributed),
             level=joined("level"),
             offset=joined("offset"),
             infinite=joined("infinite"),
@@ -208,6 +206,48 @@ class Ledger:
             history=None
             if self.history is None or other.history is None
             else self.history.merged(other.history, order),
+        )
+
+    def same_sums(self, other: Ledger) -> bool:
+        """Whether offsets of both are against the same prefix sums."""
+        shared = ("flushes", "repeats", "noise_multiplier", "sample_rate", "steps")
+        same = all(getattr(self, name) == getattr(other, name) for name in shared)
+        return same and np.array_equal(self.base, other.base)
+
+    def settled(self, table: FloatArray) -> Ledger:
+        """Return the same ledger with its repeats of `table` (levels + 1, orders) in the sums."""
+        if not self.repeats:
+            return self
+        base = self.base + self.repeats * table
+        return replace(
+            self, base=base, flushes=self.flushes + 1, repeats=0, noise_multiplier=0.0,
+            sample_rate=0.0,
+        )  # fmt: skip
+
+    def _against(self, other: Ledger) -> Ledger:
+        """Return this ledger with offsets against the sums of `other`, rounded up.
+
+        Sums of shards differ by steps whose rows one of them did not know: everyone there paid the
+        highest level, whose own sums must therefore agree.
+
+        Raises:
+            LedgerError: They do not: the shards were charged other steps.
+        """
+        slack = relative_error(max(self.flushes, other.flushes))
+        top, expected = self.base[-2], other.base[-2]
+        if self.steps != other.steps or (np.abs(top - expected) > 2.0 * slack * expected).any():
+            raise LedgerError(
+                f"Expected shards that were charged the same steps, got {other.steps} and "
+                f"{self.steps} steps or other noise. Charge every shard at every step."
+            )
+        before, after = self.base[self.level], other.base[self.level]
+        error = slack * (before + after + np.abs(self.offset))
+        shared = ("flushes", "repeats", "noise_multiplier", "sample_rate")
+        return replace(
+            self,
+            base=other.base,
+            offset=self.offset + (before - after) + error,
+            **{name: getattr(other, name) for name in shared},
         )
 
     def _require_same_frame(self, other: Ledger) -> None:

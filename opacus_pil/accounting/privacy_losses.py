@@ -334,13 +334,18 @@ class PrivacyLosses:
     def merge(self, other: PrivacyLosses) -> None:
         """Take in the instances of another accountant that was charged the same steps.
 
-        For shards of distinct instances (distributed ranks). Instances end up ordered by id.
+        For shards of distinct instances (distributed ranks). Instances end up ordered by id. A step
+        whose rows one shard did not know charges that shard the worst case and the other nothing
+        more; with a history both must know the same.
 
         Raises:
             LedgerError: Ids in common, other orders or levels, or other steps (noise, sample rate
                 or their number). The accountant is left as it was.
         """
-        self._adopt(self._ledger().merged(other._ledger()))
+        mine, theirs = self._ledger(), other._ledger()
+        if not mine.same_sums(theirs):
+            mine, theirs = self._settled(), other._settled()
+        self._adopt(mine.merged(theirs))
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -404,6 +409,10 @@ class PrivacyLosses:
             privacy_filter=self._filter,
             history=self._history,
         )
+
+    def _settled(self) -> Ledger:
+        ledger, pending = self._ledger(), self._balances.pending
+        return ledger if pending is None else ledger.settled(pending.table)
 
     def _adopt(self, ledger: Ledger) -> None:
         folder = self._balances.folder

@@ -445,6 +445,38 @@ class TestLedger:
         with pytest.raises(LedgerError, match="distinct"):
             shards[1].merge(shards[0])
 
+    @pytest.mark.parametrize("first", [0, 1])
+    @pytest.mark.parametrize("last", [False, True])
+    def test_a_step_that_one_shard_could_not_attribute_charges_that_shard_alone(self, first, last):
+        ids = [np.array([0, 2, 4]), np.array([1, 3, 5])]
+        shards = [
+            PerInstanceAccountant(3, orders=ORDERS, levels=32, instance_ids=part) for part in ids
+        ]
+        generator = np.random.default_rng(1)
+        for step in range(5):
+            kernel = {"noise_multiplier": 1.0 + (step == 3), "sample_rate": 0.1}
+            for number, shard in enumerate(shards):
+                if number == 1 and step in (1, 4 if last else 2):
+                    shard.step(indices=None, sensitivities=None, **kernel)
+                    continue
+                values = generator.random(3) * 0.5
+                shard.step(indices=np.arange(3), sensitivities=values, **kernel)
+        own = np.empty((6, len(ORDERS)))
+        for part, shard in zip(ids, shards, strict=True):
+            own[part] = shard.rdp()
+        worst = shards[0].worst_case_rdp()
+        shards[first].merge(shards[1 - first])
+        found = shards[first].rdp()
+        assert (found >= own * (1 - 1e-15)).all()  # rounded up once more, by some ulps of the sums
+        np.testing.assert_allclose(found, own, rtol=1e-11)
+        assert (found[[0, 2, 4]] < 0.9 * worst).all()  # the other shard does not pay for it
+        assert shards[first].unattributed_steps == 2
+        # Charges go on from there.
+        shards[first].step(
+            indices=[], sensitivities=[], noise_multiplier=1.0, sample_rate=0.1,
+        )  # fmt: skip
+        assert (shards[first].rdp() > found).all()
+
     def test_shards_with_other_steps_are_refused(self):
         first = PerInstanceAccountant(2, orders=ORDERS, instance_ids=["a", "b"])
         second = PerInstanceAccountant(1, orders=ORDERS, instance_ids=["c"])

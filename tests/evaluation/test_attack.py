@@ -47,11 +47,12 @@ def test_two_gaussians_have_the_auc_of_the_closed_form():
 
 
 def test_auc_intervals_cover_as_often_as_they_say():
-    truth, trials = stats.norm.cdf(1 / math.sqrt(2)), 400
+    truth, trials = stats.norm.cdf(1 / math.sqrt(2)), 200
     found = [summary(*gaussians(100 + trial, 40), level=0.9).auc for trial in range(trials)]
     hits = sum(each.low <= truth <= each.high for each in found)
-    # Nominal 0.9, four binomial deviations (0.06) and 0.02 for samples of 40.
-    assert 0.9 - 0.08 <= hits / trials <= 0.9 + 0.08
+    # Nominal 0.9, three binomial deviations (0.064) and 0.02 for samples of 40. Without the spread
+    # of one of the two kinds the interval would cover 0.76.
+    assert 0.9 - 0.084 <= hits / trials <= 0.9 + 0.084
 
 
 def test_increasing_transformations_change_nothing_but_the_threshold():

@@ -90,7 +90,7 @@ def test_examples_without_enough_models_have_no_score():
 def test_online_attack_on_gaussians_reaches_the_best_possible_auc():
     """In and out are N(1, 1) and N(0, 1): no attack has an AUC above Φ(1/√2)."""
     generator = GENERATOR(7)
-    size, models = 4000, 200
+    size, models = 2000, 100
     margins = {
         "in_margins": 1 + generator.normal(size=(models, size)),
         "out_margins": generator.normal(size=(models, size)),
@@ -99,9 +99,9 @@ def test_online_attack_on_gaussians_reaches_the_best_possible_auc():
     target = generator.normal(size=size) + members
     summary = attack_summary(membership_scores(target, **margins), members=members)
     best = stats.norm.cdf(1 / math.sqrt(2))
-    # Sampling: the AUC's deviation is below 0.5/√2000 = 0.011: three of them; fits of 200 models
+    # Sampling: the AUC's deviation is below 0.5/√1000 = 0.016: three of them; fits of 100 models
     # lose far less.
-    assert summary.auc.value == pytest.approx(best, abs=0.033)
+    assert summary.auc.value == pytest.approx(best, abs=0.047)
 
 
 def test_u_lira_scores_each_model_by_the_others():

@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..certificates import write_certificate
 from ..checkpoint import load_state, state_bytes, write_atomic
 from ..errors import CertificateError, LedgerError, UnsupportedError
+from .certified_record import certified_record
 from .engine_state import engine_state, load_engine_state
+from .model_hash import model_hash
 from .plan import CertifiedPlan, RetrainPlan, UnlearningPlan
 from .request_server import Batch, Server
 from .requests import Request, RequestQueue
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 _KIND = "served model"
 # What lies in the folder for the sake of a model: served states, runs in progress, and what a
 # write leaves behind that was killed.
-_OURS = re.compile(r"state-[0-9a-f]{32}\.pt|run-\d+|\.state-.*")
+_OURS = re.compile(r"state-[0-9a-f]{32}\.pt|run-\d+|\.(state|certificate)-.*")
 
 
 def go_on(engine: UnlearningEngine, queue: RequestQueue) -> None:
@@ -210,7 +213,7 @@ def _serve_batch(
             f"Expected the plan of batch {batch.number} to take {batch.steps} steps as when it was "
             f"made, got {plan.steps}. Go on with the release and the engine that planned it."
         )
-    before = engine_state(engine)
+    before, hash_before = engine_state(engine), model_hash(engine.module)
     folder = queue.folder / f"run-{batch.number}"
     folder.mkdir(mode=0o700, exist_ok=True)
     try:
@@ -221,6 +224,9 @@ def _serve_batch(
             return
         name = _write_state(engine, queue.folder)
         result |= {**_summary(done, adaptive=bool(batch.goal.get("adaptive"))), "state_file": name}
+        if isinstance(plan, CertifiedPlan):
+            path = queue.folder / f"certificate-{batch.number}.json"
+            result |= _certify(engine, plan, hash_before, path)
         server.finish(batch, state_file=name, result=result)
         engine._state_name = name
     except BaseException:
@@ -246,6 +252,24 @@ def _run(
             )
     finally:
         engine._serving = False
+
+
+def _certify(
+    engine: UnlearningEngine, plan: CertifiedPlan, hash_before: str, path: Path
+) -> dict[str, Any]:
+    """Write the certificate file of a run; return its name, or why there is none."""
+    try:
+        record = certified_record(
+            plan,
+            before=hash_before,
+            after=model_hash(engine.module),
+            instance_ids=engine._engine.per_instance.instance_ids if engine._engine else None,
+        )
+    except CertificateError as error:
+        return {"certificate_file": None, "no_certificate_file": str(error)}
+    # Left from a killed run of this very batch, if there is one.
+    write_certificate(record, path=path, overwrite=True)
+    return {"certificate_file": path.name}
 
 
 def _summary(done: UnlearningResult, *, adaptive: bool) -> dict[str, Any]:

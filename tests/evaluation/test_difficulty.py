@@ -343,6 +343,18 @@ def test_batches_of_unknown_rows_are_counted_and_given_to_nobody():
     assert tracker.gradient_visits.sum() == sum(len(r.indices) for r in training.records)
 
 
+def test_batches_fetched_ahead_are_given_to_nobody():
+    """Two were handed out: the one in use may be either, even if the lengths agree."""
+    training = Training()
+    tracker = DifficultyTracker(SIZE, early_steps=EARLY)
+    tracker.watch(training.optimizer)
+    batches = iter(training.loader)
+    inputs, targets = next(batches)
+    next(batches)
+    tracker.update(plain(training)(inputs), targets)
+    assert (tracker.unattributed, tracker.visits.sum()) == (1, 0)
+
+
 def test_an_empty_draw_is_nobodys_visit():
     data = images(SIZE)
     module = convolutional()

@@ -67,9 +67,9 @@ def blank_engine(dataset, **changes):
 def serve(folder, dataset, die_at=None, max_batch=2):
     """Serve all requests in `folder`; kill this process at lasting operation `die_at`."""
     _prepare(die_at)
-    blank_engine(dataset, requests=folder).serve(
-        steps=STEPS, max_batch=max_batch, checkpoint_every=EVERY, seed=SEED
-    )
+    engine = blank_engine(dataset, requests=folder)
+    torch.seed()  # what the process did before must not matter
+    engine.serve(steps=STEPS, max_batch=max_batch, checkpoint_every=EVERY, seed=SEED)
 
 
 def unlearn(folder, dataset, state, die_at=None):

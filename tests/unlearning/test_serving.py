@@ -104,16 +104,13 @@ def test_the_same_seed_gives_the_same_model_and_another_another(dataset, tmp_pat
     def served(name, seed):
         engine = trained_engine(dataset, requests=tmp_path / name)
         engine.submit([3], request_id="ada")
-        torch.manual_seed(seed)  # must not matter: dropout draws from a run's own seed
+        torch.seed()  # must not matter: dropout draws from a run's own seed
         engine.serve(steps=5, seed=seed)
         return model_hash(engine.module)
 
-    torch.manual_seed(0)
     first = served("a", 1)
-    state = torch.random.get_rng_state()
     assert served("b", 1) == first
     assert served("c", 2) != first
-    torch.random.set_rng_state(state)
 
 
 # --- what cannot be served ------------------------------------------------------------------------

@@ -347,7 +347,12 @@ class RecordingEngine(LedgerEngine):
             StepAccounting(
                 module=module,
                 optimizer=optimizer,
-                recorder=Recorder(tracker, caps=caps, rand_on_empty=rand_on_empty),
+                recorder=Recorder(
+                    tracker,
+                    caps=caps,
+                    caps_rounding=self._cap_rounding,
+                    rand_on_empty=rand_on_empty,
+                ),
                 charger=self._charges(),
                 kernel=kernel,
                 dataset=dataset,

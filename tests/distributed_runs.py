@@ -29,7 +29,7 @@ from tests.capture.models import convolutional, images
 WORLD, SIZE, BATCH, BOUND, DELTA = 2, 61, 12, 8.5, 1e-2
 # Few levels and orders: their tables are most of the work of so small a training.
 SETTINGS = {"accountant": "rdp", "levels": 64, "orders": [2.0, 8.0, 32.0]}
-PATIENCE = 30  # seconds after which a rank counts as hanging
+PATIENCE = 60  # seconds after which a rank counts as hanging
 
 
 class Ranks:

@@ -82,6 +82,17 @@ def _chain(first: Callable[[Any], None], second: Callable[[Any], None], optimize
     second(optimizer)
 
 
+def _norms_of(samples: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each row's gradient norm for every parameter, as Opacus forms it."""
+    return [g.reshape(len(g), -1).norm(2, dim=-1) for g in samples]
+
+
+def _norms_over(layers: list[torch.Tensor]) -> torch.Tensor:
+    """Return each row's norm over all parameters, on the first one's device."""
+    device = layers[0].device
+    return torch.stack([norm.to(device) for norm in layers], dim=1).norm(2, dim=1)
+
+
 class RecordingDPOptimizer(_Recording, DPOptimizer):
     """Opacus's DPOptimizer, keeping the norms it clips by and enforcing per-instance caps."""
 
@@ -91,9 +102,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
         if len(samples[0]) == 0:
             norms = torch.zeros((0,), device=samples[0].device)
         else:
-            per_param = [g.reshape(len(g), -1).norm(2, dim=-1) for g in samples]
-            device = per_param[0].device
-            norms = torch.stack([norm.to(device) for norm in per_param], dim=1).norm(2, dim=1)
+            norms = _norms_over(_norms_of(samples))
         for p in self.params:  # before anything is claimed: a refused step leaves no trace
             _check_processed_flag(p.grad_sample)
         caps = self.recorder.capture(norms, max_grad_norm=self.max_grad_norm)
@@ -120,14 +129,9 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
     def clip_and_accumulate(self) -> None:
         """Record the clipped norm over all layers, then clip and sum as Opacus does."""
         bounds = [float(bound) for bound in self.max_grad_norms]
-        samples = self.grad_samples
-        layers = [
-            sample.reshape(len(sample), -1).norm(2, dim=-1).clamp(max=bound)
-            for sample, bound in zip(samples, bounds, strict=True)
-        ]
-        device = layers[0].device
-        norms = torch.stack([norm.to(device) for norm in layers], dim=1).norm(2, dim=1)
-        self.recorder.capture(norms, max_grad_norm=self.max_grad_norm)
+        layers = _norms_of(self.grad_samples)
+        clipped = [norm.clamp(max=bound) for norm, bound in zip(layers, bounds, strict=True)]
+        self.recorder.capture(_norms_over(clipped), max_grad_norm=self.max_grad_norm)
         super().clip_and_accumulate()
 
 
@@ -136,9 +140,7 @@ class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Record the norms, then clip, count and sum as Opacus does."""
-        layers = [g.reshape(len(g), -1).norm(2, dim=-1) for g in self.grad_samples]
-        device = layers[0].device
-        norms = torch.stack([norm.to(device) for norm in layers], dim=1).norm(2, dim=1)
+        norms = _norms_over(_norms_of(self.grad_samples))
         self.recorder.capture(norms, max_grad_norm=float(self.max_grad_norm))
         super().clip_and_accumulate()
 

@@ -62,6 +62,7 @@ class Recorder:
         tracker: Knows the current batch's rows.
         caps: Maps rows to the caps they are clipped to in the step under way, shape (batch,), in
             units of max_grad_norm; None: no caps.
+        caps_rounding: Machine epsilon of the least precise norms that caps may be enforced by.
         rand_on_empty: Opacus replaces an empty draw by one random row, whose norm is nobody's.
         publish: Where the norms are left as `per_sample_gradient_norms`, as ghost clipping does
             by itself: the module or hooks object that Opacus made; None: nowhere.
@@ -76,6 +77,7 @@ class Recorder:
         tracker: BatchTracker,
         *,
         caps: Callable[[IntArray], FloatArray] | None = None,
+        caps_rounding: float = 1.0,
         rand_on_empty: bool = False,
         publish: Any = None,
     ) -> None:
@@ -84,6 +86,7 @@ class Recorder:
         self.publish = publish
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
         self.guarded = False  # True once the accounting hook is attached and must stay
+        self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
 
@@ -100,7 +103,8 @@ class Recorder:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
 
         Raises:
-            UnsupportedError: Caps must be enforced and the batch's rows are not known.
+            UnsupportedError: Caps must be enforced and the batch's rows are not known, or norms are
+                too coarse.
         """
         handed_out = self.tracker.handed_out
         rows = self.tracker.claim()
@@ -126,6 +130,12 @@ class Recorder:
         if self.caps is not None:
             if handed_out > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{handed_out} batches were handed out since the last step"
+            if torch.finfo(norms.dtype).eps > self._caps_rounding:
+                raise UnsupportedError(
+                    f"Expected gradients as precise as the parameters under caps, got {norms.dtype}"
+                    ". Clipping by such norms exceeds a cap by more than what is charged for "
+                    "rounding. Leave torch.autocast out of the forward pass."
+                )
             if rows is None:
                 raise UnsupportedError(
                     "Expected the rows of this batch to be known, since each has its own cap, but "

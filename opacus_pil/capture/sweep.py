@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
+from opacus.grad_sample.embedding_norm_sample import compute_embedding_norm_sample
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
 from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
 from opacus.validators import ModuleValidator
@@ -132,12 +133,21 @@ def _linear_norms(
     return {p: g.flatten(start_dim=1).norm(2, dim=1) for p, g in gradients.items()}
 
 
+def _embedding_norms(
+    layer: nn.Embedding, activations: list[torch.Tensor], backprops: torch.Tensor
+) -> dict[nn.Parameter, torch.Tensor]:
+    """Opacus's, for a batch that is the inputs' second dimension too: it takes views of them."""
+    words = [words.contiguous() for words in activations]
+    return compute_embedding_norm_sample(layer, words, backprops.contiguous())
+
+
 class _Norms(GradSampleModuleFastGradientClipping):
     """Opacus's ghost clipping with norms that are exact for sequences too."""
 
     NORM_SAMPLERS = {  # noqa: RUF012, as in Opacus
         **GradSampleModuleFastGradientClipping.NORM_SAMPLERS,
         nn.Linear: _linear_norms,
+        nn.Embedding: _embedding_norms,
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from opacus import PrivacyEngine
 
 from . import _validate as check
@@ -19,9 +20,9 @@ from . import worst_case_accountant as worst_case_accountant  # registers itself
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
 from .capture.shards import Shard
 from .distributed import gathered
-from .errors import LedgerError, UnsupportedError
+from .errors import CertificateError, LedgerError, UnsupportedError
 from .norm_policy import Charger, checked_policy
-from .step_accounting import StepAccounting
+from .step_accounting import StepAccounting, described_update
 from .training_kernel import TrainingKernel
 
 
@@ -271,6 +272,10 @@ class LedgerEngine(PrivacyEngine):
         """
         rows = check.index_array("indices", indices, size=self.per_instance.num_instances)
         self._charges().forget(rows)
+
+    def note_new_model(self) -> None:
+        """Say that the steps to come train another model from its start, on the same ledgers."""
+        self._charges().note_new_model()
 
     def charge_without_noise(self, steps: int) -> None:
         """Charge both ledgers for noise-free steps: infinitely, whoever may have taken part."""

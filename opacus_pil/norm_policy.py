@@ -161,10 +161,14 @@ class Charger:
 
         Certificates of the last model count every step at the settings of the last one.
         """
-        if self.accountant.steps == 0:
+        if self.accountant.steps == 0 or self.update == "anew":
             self.update = update
         elif self.update != update:
             self.update = "varied"
+
+    def note_new_model(self) -> None:
+        """A model is trained from the start: what moved the old one is over."""
+        self.update = "anew"
 
     def forget(self, rows: IntArray) -> None:
         """Charge these rows no more, and drop what was measured of them."""

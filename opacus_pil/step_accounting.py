@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from opacus.optimizers import DPOptimizer
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from torch.utils.data import default_collate
 
 from ._validate import IntArray
 from .capture.norms import record_norms
@@ -87,6 +89,14 @@ class StepAccounting:
                 "own epsilon is not.",
             )
         noise, count = self._noise(optimizer)
+        self._charger.note_update(
+            described_update(
+                optimizer.original_optimizer,
+                clip_bound=self.clip_bound,
+                divisor=optimizer.expected_batch_size,
+                collate_fn=self._collate_fn,
+            )
+        )
         # An instance is in at least one of k summed draws with probability at most k·q, and then
         # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
         batches = max(optimizer.accumulated_iterations, record.draws)
@@ -151,6 +161,25 @@ class StepAccounting:
             parameters=names,
         )
         return replace(found, indices=members), self.random_forward()
+
+
+def described_update(
+    optimizer: Optimizer, *, clip_bound: float, divisor: int | None, collate_fn: Any
+) -> str:
+    """Return in words what makes a step of a batch, beside noise; equal words mean equal steps."""
+    groups = [
+        {
+            name: float(value) if type(value) is int else value
+            for name, value in group.items()
+            if name not in ("params", "initial_lr")
+        }
+        for group in optimizer.param_groups
+    ]
+    joined = collate_fn is None or collate_fn is default_collate
+    return (
+        f"{type(optimizer).__name__} {groups} clipped to {clip_bound!r} over {divisor}, batches "
+        f"joined by {'default_collate' if joined else 'another collate_fn'}"
+    )
 
 
 def adaptive_noise(noise_multiplier: float, unclipped_num_std: float) -> tuple[float, float]:

@@ -304,6 +304,16 @@ class PerInstanceAccountant(PrivacyLosses):
         self._move(rows, np.full(len(rows), len(self._grid)))
         self._num_present -= len(rows)
 
+    def weaken(self, guarantee: str) -> None:
+        """Lower the label of what was charged so far, where something outside voids it.
+
+        Args:
+            guarantee: "output_specific" or "estimate"; a stronger label than the present one
+                changes nothing. Budgets keep theirs: a filter holds whatever ends the run.
+        """
+        label = check.choice("guarantee", guarantee, ("output_specific", "estimate"))
+        self._guarantee = weakest([self._guarantee, label])
+
     # --- inside -------------------------------------------------------------------------------
 
     def _move(self, rows: IntArray, levels: IntArray) -> None:

@@ -20,7 +20,7 @@ from .._validate import FloatArray
 from ..errors import CertificateError
 from .gaussian import gaussian_delta, gaussian_epsilon
 from .hull import Hull, lower_hull
-from .record import Certificate
+from .record import NOT_ADAPTIVE, Certificate
 
 # Room for a clipped gradient that float32 leaves some ulps (6e-8) above its cap.
 _SHIFT_ROUND_UP = 1.0 + 1e-5
@@ -196,6 +196,7 @@ class ContractionCertificate(Certificate):
             eta * noise * clip / batch,
             shifts=(shift,) * steps,
             context=(
+                NOT_ADAPTIVE,
                 f"The model has one linear output, and every record's features have norm at most "
                 f"{norm:g}, the constant feature of a bias included.",
                 f"The loss is convex in that output, and its derivative changes by at most "

@@ -23,7 +23,7 @@ from .causal_plan import log_moment
 from .contraction import ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
-from .record import Certificate
+from .record import NOT_ADAPTIVE, Certificate
 
 # Neighbours (in α − 1) are a factor 1.5 apart: the best of them is within 2 % of the best order.
 _ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 24)
@@ -166,6 +166,7 @@ class PoissonContractionCertificate(Certificate):
             batch,
             size - limits.size,
             context=(
+                NOT_ADAPTIVE,
                 f"The model has one linear output, and every record's features have norm at most "
                 f"{norm:g}, the constant feature of a bias included.",
                 f"The loss is convex in that output, and its derivative changes by at most "

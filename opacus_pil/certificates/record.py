@@ -14,6 +14,13 @@ from .._validate import FloatArray
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 
+# Of every certificate that speaks of the last model alone: given an earlier one, the noise that is
+# to hide the difference is known.
+NOT_ADAPTIVE = (
+    "Who is forgotten was chosen without a look at a model released before, this request's and all "
+    "earlier ones'."
+)
+
 
 class Certificate(abc.ABC):
     """A claim that K unlearning steps leave the model close to one retrained without some data.

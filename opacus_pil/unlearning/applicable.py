@@ -42,7 +42,7 @@ def certificates_for(
     Args:
         measured: Use the sensitivities the ledger stands at, whatever its label: a prediction.
         adaptive: The request was chosen after a look at released models.
-        phases: What has run: (steps, rows forgotten before it, method) each.
+        phases: What has run: (steps, rows forgotten before it, method, private length) each.
         forgotten: Rows forgotten so far.
 
     Raises:
@@ -52,6 +52,12 @@ def certificates_for(
         raise CertificateError(
             "Expected a NoisyFineTuningCertificate for method 'noisy_finetuning', got none. Pass "
             "certificate=: the run follows its clips, step size, decay and noise."
+        )
+    if any(phase[3] for phase in phases):
+        raise CertificateError(
+            "Expected every run so far to have a length fixed before it, got one that stopped on "
+            "what the model showed, or that took predicted steps. Its length depends on private "
+            "data; use method='noisy_finetuning', or retrain."
         )
     if privacy_engine is None:
         raise CertificateError(

@@ -57,7 +57,8 @@ def noisy_finetuning_steps(
     the gradient of the criterion on a Poisson batch, zero for an empty one. A member of the retain
     set moves a clipped gradient by at most 2·C1, which the ledgers of `privacy_engine` are charged.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    require_all_trainable(module)  # now: the plan looked at it some time ago
+    parameters = list(module.parameters())
     if done == 0:
         with torch.no_grad():
             clipped = clip_to_norm([p.detach() for p in parameters], bound=certificate.model_clip)
@@ -81,7 +82,7 @@ def noisy_finetuning_steps(
         rate = privacy_engine.kernel.sample_rate
     module.train()
     for number in range(1, steps + 1):
-        drawn = torch.rand(len(retain_set), generator=sampler_generator) < rate
+        drawn = torch.rand(len(retain_set), generator=sampler_generator, dtype=torch.float64) < rate
         rows = retain_set[drawn.numpy()]
         optimizer.zero_grad(set_to_none=True)
         if len(rows):

@@ -23,8 +23,8 @@ class PredictedSteps:
 
     Attributes:
         estimate: Value of the line, in steps; not below 0.
-        low, high: Ends of the prediction interval; high is inf where a pilot set with no larger
-            privacy loss was not forgotten within the steps that were run.
+        low, high: Ends of the prediction interval; high is inf if a pilot set was not forgotten
+            within the steps that were run: leaving it out of the fit pulls the line down.
         level: Share of new sets that such an interval is meant to contain.
         extrapolated: Whether the set's privacy loss lies outside the pilots'.
     """
@@ -68,8 +68,8 @@ class Calibration:
     def predict(self, log_loss: float) -> PredictedSteps:
         """Return the steps for a set with this mean log privacy loss, with a prediction interval.
 
-        Assumes independent normal residuals of one size; pilots that were not forgotten are not in
-        the fit, so beyond them the interval has no upper end.
+        Assumes independent normal residuals of one size. Pilots that were not forgotten are not in
+        the fit, which is too low then: the interval has no upper end.
         """
         x = check.real("log_loss", log_loss)
         seen, times = self._fitted()
@@ -79,11 +79,11 @@ class Calibration:
         width = float(stats.t.ppf((1.0 + self.level) / 2.0, count - 2)) * scale
         width *= math.sqrt(1.0 + 1.0 / count + (x - float(seen.mean())) ** 2 / spread)
         middle = self.intercept + self.slope * x
-        missed = [a for a, b in zip(self.log_losses, self.times, strict=True) if b is None]
+        missed = None in self.times
         return PredictedSteps(
             estimate=max(middle, 0.0),
             low=max(middle - width, 0.0),
-            high=math.inf if missed and x >= min(missed) else max(middle + width, 0.0),
+            high=math.inf if missed else max(middle + width, 0.0),
             level=self.level,
             extrapolated=not min(self.log_losses) <= x <= max(self.log_losses),
         )

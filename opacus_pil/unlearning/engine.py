@@ -6,6 +6,7 @@ Works on copies: the caller's module, optimizer and ledgers change only when a r
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from .. import _validate as check
 from .._validate import IntArray
-from ..certificates import Certificate
-from ..errors import CertificateError, UnsupportedError
+from ..certificates import Certificate, DataProcessingCertificate, NoisyFineTuningCertificate
+from ..errors import CertificateError, LedgerError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
 from .applicable import certificates_for
 from .calibration import Calibration, mean_log_loss
@@ -34,7 +35,7 @@ from .planning import Facts, make_plan, predicted_plan
 from .requests import Request, RequestQueue
 from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
 from .running import run_plan
-from .saved_run import SavedRun
+from .saved_run import SavedRun, seeds
 from .serving import go_on, serve
 
 MakeModel = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
@@ -56,7 +57,7 @@ class UnlearningEngine:
         dataset: The training set, in the row order of training.
         criterion: The plain loss.
         privacy_engine: The engine that trained it. None: only plain fine-tuning is possible.
-        training_steps: Steps of training. Default: those in the ledger.
+        training_steps: Without `privacy_engine`: steps of training. Else those in the ledger.
         feature_norm: For method "langevin": public bound on the norm of every feature vector.
         batch_size: Without `privacy_engine`: batch size of fine-tuning.
         make_model: For method "retraining": make_model() -> (plain module, plain optimizer),
@@ -110,7 +111,12 @@ class UnlearningEngine:
                         "Pass it in the row order of training.",
                     )
                 )
-            steps = privacy_engine.per_instance.steps if training_steps is None else training_steps
+            steps = privacy_engine.per_instance.steps
+            if training_steps not in (None, steps):
+                raise ValueError(
+                    f"Expected training_steps to be the {steps} steps of the ledger, got "
+                    f"{training_steps}. Leave it out with privacy_engine."
+                )
             self._batch_size = float(kernel.expected_batch_size)
         else:
             cure = "It cannot be read off a ledger without privacy_engine."
@@ -120,6 +126,8 @@ class UnlearningEngine:
         self._phases = [Phase(self._training_steps, frozenset(), "training")]
         self._forgotten: frozenset[int] = frozenset()
         self._requests_served = 0
+        self._ledger_steps = 0
+        self._note_ledger()
         self._serving = False
         self._state_name: str | None = None  # of the file with this state, once it was served
         self._queue = None if requests is None else RequestQueue(requests)
@@ -227,15 +235,21 @@ class UnlearningEngine:
                 arguments that contradict each other.
             CertificateError: No certificate applies; the message names the broken assumption.
         """
+        self._require_own_ledger()
         rows = self._checked_forget(forget)
         check.choice("method", method, METHODS)
+        self._require_chargeable(method)
+        if certificate is not None:
+            _require_no_momentum(certificate, self._optimizer)
         facts = Facts(
             forget_set=rows,
             method=method,
             steps_retrain=self._training_steps,
             batch_size=self._batch_size,
             requests_served=self._requests_served,
+            basis=self._basis(),
             module=self._module,
+            noisy=self._engine is not None,
         )
         if calibration is not None:
             if any(value is not None for value in (epsilon, delta, certificate, steps, strength)):
@@ -334,11 +348,15 @@ class UnlearningEngine:
         hashes = (
             {"model_before": model_hash(self._module)} if isinstance(plan, CertifiedPlan) else {}
         )
-        number = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        number = int(torch.randint(2**62, ()).item())
+        number = number if seed is None else check.integer("seed", seed, low=0)
         twin, optimizer = self._start(plan, seed=number)
         ledger = None if self._engine is None else self._engine.fork()
-        if ledger is not None:
+        reads_forget_set = plan.method == "gradient_difference"
+        if ledger is not None and not reads_forget_set:
             ledger.forget(plan.forget_set)
+        if ledger is not None and plan.method == "retraining":
+            ledger.note_new_model()
         run = SavedRun(
             plan=plan,
             origin=self._module,
@@ -388,13 +406,21 @@ class UnlearningEngine:
         if ledger is not None and self._engine is not None:
             if plan.method in NOISE_FREE_METHODS:
                 ledger.charge_without_noise(run.done)
+            if reads_forget_set:  # its members paid for these steps too
+                ledger.forget(plan.forget_set)
+            private_length = until is not None or not plan.fixed_length
+            if private_length and ledger.per_instance.steps > self._ledger_steps:
+                ledger.per_instance.weaken("estimate")
             self._engine.adopt(ledger)
         self._module, self._optimizer = twin, optimizer_like(optimizer, twin, twin)
         self._forgotten |= frozenset(plan.forget_set.tolist())
-        phase = Phase(run.done, self._forgotten, plan.method)
+        phase = Phase(
+            run.done, self._forgotten, plan.method, until is not None or not plan.fixed_length
+        )
         # What was there before a retraining left nothing in the model.
         self._phases = [phase] if plan.method == "retraining" else [*self._phases, phase]
         self._requests_served += 1
+        self._note_ledger()
         if not self._serving:  # a server deletes it when the new state is safe on disk
             run.remove(path)
         kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
@@ -561,10 +587,52 @@ class UnlearningEngine:
         if isinstance(plan, RetrainPlan):
             assert self._make_model is not None
             with torch.random.fork_rng():
-                torch.manual_seed(seed)
+                torch.manual_seed(seeds(seed)[0])
                 return self._make_model()
         twin = plain_copy(self._module)
         return twin, optimizer_like(self._optimizer, self._module, twin)
+
+    def _note_ledger(self) -> None:
+        """Remember how far the ledger is: whoever trains on without this engine is noticed."""
+        self._ledger_steps = 0 if self._engine is None else self._engine.per_instance.steps
+
+    def _require_own_ledger(self) -> None:
+        """Raise if the ledger has steps or tombstones that this engine knows nothing about."""
+        if self._engine is None:
+            return
+        ledger = self._engine.per_instance
+        if ledger.steps != self._ledger_steps:
+            raise LedgerError(
+                f"Expected a ledger of {self._ledger_steps} steps, got {ledger.steps}: training "
+                "went on since this engine was built. Build it after training."
+            )
+        gone = frozenset(np.flatnonzero(ledger.forgotten).tolist())
+        if gone != self._forgotten:
+            raise LedgerError(
+                f"Expected the ledger to have the {len(self._forgotten)} forgotten rows of this "
+                f"engine, got {len(gone)}: another engine has unlearned with it. Go on with that "
+                "one, or load its state_dict()."
+            )
+
+    def _require_chargeable(self, method: str) -> None:
+        """Raise where the ledger could not be charged for a method's steps."""
+        unknown_rows = method in (*NOISE_FREE_METHODS, "noisy_finetuning")
+        if unknown_rows and self._engine is not None and self._engine.per_instance.budgeted:
+            raise UnsupportedError(
+                f"Expected a method of the training's own steps with budgets, got {method!r}. It "
+                "would charge everybody beyond their budget."
+            )
+
+    def _basis(self) -> str:
+        """Return a digest of what a plan depends on."""
+        digest = hashlib.sha256(model_hash(self._module).encode())
+        groups = self._optimizer.state_dict()["param_groups"]
+        kernel = None if self._engine is None else self._engine.kernel
+        digest.update(
+            f"{type(self._optimizer).__name__} {groups} {kernel} {self._ledger_steps} "
+            f"{self._requests_served} {sorted(self._forgotten)} {self._batch_size}".encode()
+        )
+        return digest.hexdigest()
 
     def _check_current(self, plan: UnlearningPlan) -> None:
         if plan.requests_served != self._requests_served:
@@ -572,7 +640,33 @@ class UnlearningEngine:
                 f"Expected a plan made after {self._requests_served} served requests, got one made "
                 f"after {plan.requests_served}. Plan again: the model has changed since."
             )
+        self._require_own_ledger()
+        if plan.basis != self._basis():
+            raise ValueError(
+                "Expected a plan for this engine's model, optimizer and ledger as they are, got "
+                "one for others. Plan again: something was changed since, or it is another's plan."
+            )
+        if isinstance(plan, CertifiedPlan):
+            now = plan.certificate.epsilon(delta=plan.delta, steps=plan.steps)
+            if now > plan.epsilon * (1.0 + 1e-12):
+                raise CertificateError(
+                    f"Expected a plan whose certificate gives epsilon={plan.epsilon:g}, got "
+                    f"{now:g} after {plan.steps} steps. Plan again instead of editing a plan."
+                )
         self._checked_forget(plan.forget_set)
+
+
+def _require_no_momentum(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a caller's certificate cannot describe steps of this optimizer."""
+    if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
+        return  # of any optimizer; and of one of its own
+    for group in optimizer.param_groups:
+        if group.get("momentum") or "betas" in group:
+            raise CertificateError(
+                f"Expected plain steps without momentum for a {type(certificate).__name__}, got "
+                f"{type(optimizer).__name__} with momentum. Its state couples steps; train and "
+                "unlearn with plain SGD."
+            )
 
 
 def _require_no_running_statistics(module: nn.Module) -> None:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .engine import UnlearningEngine
 
 _KEYS = (
-    "num_instances", "batch_size", "kernel", "training_steps", "requests_served", "phases",
-    "forgotten", "module", "optimizer", "param_groups", "ledgers",
+    "num_instances", "batch_size", "kernel", "training_steps", "ledger_steps", "requests_served",
+    "phases", "forgotten", "module", "optimizer", "param_groups", "ledgers",
 )  # fmt: skip
 
 
@@ -32,8 +32,11 @@ def engine_state(engine: UnlearningEngine) -> dict[str, Any]:
     return {
         **_frame(engine),
         "training_steps": engine._training_steps,
+        "ledger_steps": engine._ledger_steps,
         "requests_served": engine._requests_served,
-        "phases": [[p.steps, sorted(p.forgotten), p.method] for p in engine._phases],
+        "phases": [
+            [p.steps, sorted(p.forgotten), p.method, p.private_length] for p in engine._phases
+        ],
         "forgotten": sorted(engine._forgotten),
         "module": {
             name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()
@@ -65,7 +68,8 @@ def load_engine_state(engine: UnlearningEngine, state: Mapping[str, Any]) -> Non
                 f"Expected the state of an engine with {name}={here!r}, got {state[name]!r}. "
                 "Build the engine as the one that saved it."
             )
-    if engine._training_steps not in (0, state["training_steps"]):
+    # An engine that was built on the ledger as it is after those runs has counted them as training.
+    if engine._training_steps not in (0, state["training_steps"], state["ledger_steps"]):
         raise LedgerError(
             f"Expected the state of a model trained for {engine._training_steps} steps, got one "
             f"for {state['training_steps']}: it belongs to another training. Use its own engine."
@@ -84,8 +88,10 @@ def load_engine_state(engine: UnlearningEngine, state: Mapping[str, Any]) -> Non
     engine._module, engine._optimizer = twin, optimizer
     engine._training_steps = state["training_steps"]
     engine._requests_served = state["requests_served"]
+    engine._note_ledger()
     engine._phases = [
-        Phase(steps, frozenset(forgotten), method) for steps, forgotten, method in state["phases"]
+        Phase(steps, frozenset(forgotten), method, private_length)
+        for steps, forgotten, method, private_length in state["phases"]
     ]
     engine._forgotten = frozenset(state["forgotten"])
 

@@ -60,10 +60,18 @@ class OneOutputRun:
     ) -> None:
         kernel, ledger = privacy_engine.kernel, privacy_engine.per_instance
         _require(
-            isinstance(module, nn.Linear) and module.out_features == 1,
+            type(module) is nn.Linear and module.out_features == 1,
             "a torch.nn.Linear model with one output",
             type(module).__name__,
             "Clipping breaks contraction for any other model; use method='dp_sgd'.",
+        )
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        foreign = [hook for hook in hooks if not _of_opacus(hook)]
+        _require(
+            not foreign,
+            "a model without forward hooks of yours",
+            f"{len(foreign)}",
+            "They may change what the layer computes. Remove them.",
         )
         weighted = any(
             getattr(criterion, name, None) is not None for name in ("weight", "pos_weight")
@@ -93,6 +101,7 @@ class OneOutputRun:
             "Train without a budget; a cap that moves with the model breaks the coupling.",
         )
         self.step_size, self.weight_decay = _plain_sgd(optimizer)
+        privacy_engine.require_constant_steps(optimizer)
         assert isinstance(module, nn.Linear)
         self.feature_norm = _checked_feature_norm(
             feature_norm, dataset, bias=module.bias is not None
@@ -157,6 +166,12 @@ def _require(holds: bool, domain: str, found: str, cure: str) -> None:
         )
 
 
+def _of_opacus(hook: Any) -> bool:
+    """Whether a forward hook is one that Opacus hangs on layers to see their inputs."""
+    owner = getattr(hook, "__self__", None)
+    return type(owner).__module__.startswith("opacus.")
+
+
 def _plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """Return step size and weight decay of plain gradient descent, or refuse."""
     _require(
@@ -181,7 +196,14 @@ def _checked_feature_norm(feature_norm: float | None, dataset: Dataset, *, bias:
     )
     bound = check.real("feature_norm", feature_norm, low=0.0, open_low=True)
     for row in range(len(dataset)):  # type: ignore[arg-type]
-        found = float(torch.as_tensor(dataset[row][0]).double().norm())
+        features = torch.as_tensor(dataset[row][0])
+        _require(
+            features.ndim == 1,
+            "one vector of features per instance",
+            f"shape {tuple(features.shape)} (row {row})",
+            "Each further dimension gives an instance several outputs. Flatten the features.",
+        )
+        found = float(features.double().norm())
         # float32 features that were scaled to the bound may exceed it by a rounding
         _require(
             found <= bound * (1.0 + 1e-6),

@@ -12,8 +12,11 @@ class Phase(NamedTuple):
         steps: Its number of steps.
         forgotten: Rows that had been forgotten before it began.
         method: "training", or the method of unlearning.
+        private_length: Whether its number of steps was taken from private data: an adaptive run, or
+            a predicted number.
     """
 
     steps: int
     forgotten: frozenset[int]
     method: str
+    private_length: bool = False

@@ -8,7 +8,7 @@ two are out of reach. Knows numbers only, no model.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import _validate as check
 from .._validate import IntArray
@@ -32,6 +32,7 @@ class UnlearningPlan(abc.ABC):
         reason: Why these steps.
         strength: Weight of what the method adds to the loss, where it adds something.
         requests_served: Requests the engine had served when it made the plan.
+        basis: Digest of the model, ledger and settings that the plan was made for.
     """
 
     forget_set: IntArray
@@ -42,11 +43,17 @@ class UnlearningPlan(abc.ABC):
     reason: str
     strength: float | None = None
     requests_served: int = 0
+    basis: str = field(default="", repr=False)
 
     @property
     @abc.abstractmethod
     def status(self) -> str:
         """ "certified", "predicted" or "retrain instead"."""
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the number of steps was chosen without measurements of the deployed run."""
+        return True
 
     @property
     def cost(self) -> float:
@@ -94,6 +101,19 @@ class CertifiedPlan(UnlearningPlan):
     certificate: Certificate
     steps_worst_case: int | None
 
+    def __post_init__(self) -> None:
+        """Refuse what no certificate speaks of."""
+        if self.method in (*NOISE_FREE_METHODS, "retraining"):
+            raise CertificateError(
+                f"Expected a method with noise for a certified plan, got {self.method!r}. Nothing "
+                "is proved about its steps."
+            )
+        if not self.epsilon < float("inf"):
+            raise CertificateError(
+                f"Expected a finite epsilon to certify, got {self.epsilon} after {self.steps} "
+                "steps. It says nothing: run more steps."
+            )
+
     @property
     def status(self) -> str:
         """Always "certified"."""
@@ -119,9 +139,16 @@ class PredictedPlan(UnlearningPlan):
     Attributes:
         interval: Where the measured time to unlearn is expected, for a plan from `calibrate`; the
             upper end may be inf.
+        measured: Whether the steps come from measurements of the deployed run.
     """
 
     interval: tuple[float, float] | None = None
+    measured: bool = False
+
+    @property
+    def fixed_length(self) -> bool:
+        """Whether the number of steps was chosen without measurements of the deployed run."""
+        return not self.measured
 
     @property
     def status(self) -> str:

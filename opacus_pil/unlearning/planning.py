@@ -32,24 +32,32 @@ from .plan import (
 
 _STRENGTH = {"l1_sparse": 1e-4, "gradient_difference": 1.0}
 _WORST_CASE_SEARCH = 1_000_000
+_SUPPLIED = "; the certificate is the caller's, and that it describes this run was not checked"
 
 Applicable = Callable[[], tuple[Certificate, Certificate | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What every plan of one request has in common; attributes as in UnlearningPlan."""
+    """What every plan of one request has in common; attributes as in UnlearningPlan.
+
+    Also `module`, and `noisy`: whether steps of the training's kernel add noise.
+    """
 
     forget_set: IntArray
     method: str
     steps_retrain: int
     batch_size: float
     requests_served: int
+    basis: str
     module: nn.Module
+    noisy: bool
 
     def common(self, **changes: Any) -> dict[str, Any]:
         """Return the fields of a plan."""
-        fields = {name: value for name, value in vars(self).items() if name != "module"}
+        fields = {
+            name: value for name, value in vars(self).items() if name not in ("module", "noisy")
+        }
         return {**fields, **changes}
 
 
@@ -101,7 +109,7 @@ def make_plan(
         )
     if facts.method == "noisy_finetuning":
         _check_noisy_finetuning(certificate, probability, facts.module)
-    elif isinstance(certificate, NoisyFineTuningCertificate):
+    elif _speaks_of_noisy_finetuning(certificate):
         raise CertificateError(
             f"Expected method='noisy_finetuning' with a NoisyFineTuningCertificate, got method="
             f"{facts.method!r}, whose steps are other ones. Change the method."
@@ -125,6 +133,12 @@ def make_plan(
             f"Expected no certificate but data processing for a request chosen after a look at a "
             f"released model, got {type(certificate).__name__}. It speaks of the last model only."
         )
+    own = certificate is not None
+    if own and not facts.noisy and facts.method != "noisy_finetuning":
+        raise CertificateError(
+            "Expected privacy_engine for a certified plan, got a certificate and None: without it "
+            "the steps add no noise. Train with PerInstancePrivacyEngine."
+        )
     worst: Certificate | None = None
     if certificate is None:
         certificate, worst = applicable()
@@ -136,7 +150,8 @@ def make_plan(
         reached = certificate.epsilon(delta=probability, steps=budget)
         return CertifiedPlan(
             steps=budget,
-            reason="as many steps as the caller asked for",
+            reason="as many steps as the caller asked for"
+            + (_SUPPLIED if own and facts.method != "noisy_finetuning" else ""),
             epsilon=reached,
             target_epsilon=reached,
             delta=probability,
@@ -154,6 +169,7 @@ def make_plan(
         limit=max(facts.steps_retrain - 1, 0) if max_steps is None else max_steps,
         grid=grid,
         predict=predict,
+        own=own and facts.method != "noisy_finetuning",
     )
 
 
@@ -183,6 +199,7 @@ def predicted_plan(
         reason=f"upper end of the {found.level:.0%} prediction interval from {pilots}; estimate "
         f"{found.estimate:.0f}",
         interval=(found.low, found.high),
+        measured=True,
         **facts.common(method=calibration.method),
     )
 
@@ -197,6 +214,7 @@ def _for_target(
     limit: int,
     grid: int,
     predict: bool,
+    own: bool,
 ) -> UnlearningPlan:
     goal = {"epsilon": epsilon, "delta": delta}
     try:
@@ -221,6 +239,7 @@ def _for_target(
             steps=needed,
             reason=f"the formula of {name} with what the deployed run itself measured, for "
             f"epsilon={epsilon:g} at delta={delta:g}; a prediction, no claim",
+            measured=True,
             **facts.common(),
         )
     if isinstance(certificate, BestCertificate):
@@ -231,7 +250,7 @@ def _for_target(
     return CertifiedPlan(
         steps=needed,
         reason=f"fewest steps at which {name} reaches the target, rounded up to a multiple of "
-        f"{grid}",
+        f"{grid}" + (_SUPPLIED if own else ""),
         epsilon=certificate.epsilon(delta=delta, steps=needed),
         target_epsilon=epsilon,
         delta=delta,
@@ -245,6 +264,11 @@ def _searched(certificate: Certificate) -> int:
     """Return how far to look for the worst case, which is only there to be compared with."""
     slow = type(certificate).__name__ == "PoissonContractionCertificate"  # seconds per ε
     return 0 if slow else _WORST_CASE_SEARCH
+
+
+def _speaks_of_noisy_finetuning(certificate: Certificate | None) -> bool:
+    members = certificate.members if isinstance(certificate, BestCertificate) else (certificate,)
+    return any(isinstance(member, NoisyFineTuningCertificate) for member in members)
 
 
 def _checked_strength(strength: float | None, method: str) -> float | None:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from .._validate import IntArray
 from ..certificates import NoisyFineTuningCertificate
+from ..errors import CertificateError
 from .averaged import noisy_finetuning_steps
 from .extra_terms import gradient_difference, l1_sparse
 from .methods import AfterStep, noisy_steps, plain_steps
@@ -64,6 +65,10 @@ def run_plan(
     elif remaining == 0:
         pass  # already finished, or what is left of the forget set needs no step
     elif plan.method in NOISE_FREE_METHODS or run.privacy_engine is None:
+        if isinstance(plan, CertifiedPlan):
+            raise CertificateError(
+                "Expected steps with noise for a certified plan, got a run without privacy_engine."
+            )
         size = max(int(batch_size), 1)
         extra = None
         if plan.method == "l1_sparse":

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -41,10 +42,11 @@ class SavedRun:
         device = next(module.parameters()).device
         secure = privacy_engine is not None and privacy_engine.secure_mode
         self.sampler_state: torch.Tensor | None = None  # where a resumed run draws on
-        self.sampler_generator = torch.Generator().manual_seed(seed)
+        sampler_seed, noise_seed = seeds(seed)[1:]
+        self.sampler_generator = torch.Generator().manual_seed(sampler_seed)
         # In secure mode Opacus brings its own generator, which nobody can rewind.
         self.noise_generator = (
-            None if secure else torch.Generator(device=device).manual_seed(seed + 1)
+            None if secure else torch.Generator(device=device).manual_seed(noise_seed)
         )
         self._fingerprint = _fingerprint(plan, origin)
 
@@ -106,10 +108,22 @@ class SavedRun:
         self.done, self.history = int(state["done"]), list(state["history"])
 
 
+def seeds(seed: int) -> list[int]:
+    """Return three independent seeds: of the weights of a new model, the batches, the noise.
+
+    From one seed the first weights would tell who is in the first batches, and amplification by
+    sampling takes for granted that nobody knows.
+    """
+    return [int(n >> 2) for n in np.random.SeedSequence(seed).generate_state(3, np.uint64)]
+
+
 def _fingerprint(plan: UnlearningPlan, module: nn.Module) -> str:
     """Hash what the run starts from: the request, the method and its constants, the weights."""
     digest = hashlib.sha256()
-    digest.update(f"{plan.method} {plan.steps} {plan.strength} {plan.forget_set.tolist()}".encode())
+    digest.update(
+        f"{plan.method} {plan.steps} {plan.strength} {plan.forget_set.tolist()} "
+        f"{plan.basis}".encode()
+    )
     if plan.method == "noisy_finetuning" and isinstance(plan, CertifiedPlan):
         digest.update(repr(plan.certificate).encode())  # the run follows its constants
     for name, value in module.state_dict().items():

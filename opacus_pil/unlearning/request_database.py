@@ -7,6 +7,7 @@ it can neither be carried into a forked process nor hold a lock longer than it w
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import tempfile
@@ -96,7 +97,8 @@ class RequestDatabase:
             try:
                 yield connection
             except BaseException:
-                connection.execute("ROLLBACK")
+                if connection.in_transaction:  # a full disk ends it by itself
+                    connection.execute("ROLLBACK")
                 raise
             connection.execute("COMMIT")
 
@@ -145,11 +147,8 @@ class RequestDatabase:
                 f"Expected {self.path} to be a queue that can be read and written, got {found} "
                 f"({error}). Nothing was changed. {cure}"
             ) from error
-        except PermissionError as error:
-            raise LedgerError(
-                f"Expected {self.path} to be a queue that can be read and written, got no "
-                f"permission ({error}). Nothing was changed. Make the folder writable."
-            ) from error
+        except OSError as error:
+            raise readable(error, self.path) from error
 
 
 _MEANING = {
@@ -169,6 +168,16 @@ _MEANING = {
     sqlite3.SQLITE_CORRUPT: ("a damaged one", "Use an earlier copy."),
     sqlite3.SQLITE_FULL: ("a full disk", "Make room."),
 }
+
+
+def readable(error: OSError, path: Path) -> Exception:
+    """Return what to raise for a file or folder that cannot be made or opened."""
+    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return error
+    return LedgerError(
+        f"Expected {path} to be a queue that can be read and written, got no permission "
+        f"({error}). Nothing was changed. Make the folder writable for this user."
+    )
 
 
 def _make(path: Path) -> None:

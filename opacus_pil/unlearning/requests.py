@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from ..errors import LedgerError
-from .request_database import STATES, RequestDatabase, log
+from .request_database import STATES, RequestDatabase, log, readable
 from .request_server import Server
 from .serving_lock import serving_lock
 
@@ -87,6 +87,8 @@ class RequestQueue:
             self.folder.mkdir(mode=0o700, exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(f"Expected requests to be a folder, got {folder}.") from error
+        except OSError as error:
+            raise readable(error, self.folder) from error
         self._database = RequestDatabase(self.folder / "requests.db", busy_timeout=seconds)
 
     # --- for everybody ------------------------------------------------------------------------

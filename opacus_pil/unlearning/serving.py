@@ -73,6 +73,12 @@ def serve(
     wait: bool,
 ) -> list[Request]:
     """Serve until nothing is queued; arguments and errors as in `UnlearningEngine.serve`."""
+    if goal["method"] == "retraining" and engine._make_model is None:
+        raise ValueError(
+            "Expected make_model for method='retraining', got None. Build the engine with it."
+        )
+    # As they are kept in the database: numpy's numbers are no plain values.
+    goal = {k: v.item() if isinstance(v, np.generic) else v for k, v in goal.items()}
     finished: list[str] = []
     with queue.serving(wait=wait) as server:
         go_on(engine, queue)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import LedgerError
+from .request_database import readable
 
 _HELD: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
 
@@ -35,11 +36,8 @@ def serving_lock(path: Path, *, wait: bool) -> Iterator[None]:
     """
     try:
         file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR, 0o600), "r+b")
-    except PermissionError as error:
-        raise LedgerError(
-            f"Expected {path} to be writable, got no permission ({error}). Make the folder "
-            "writable for this user."
-        ) from error
+    except OSError as error:
+        raise readable(error, path) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -257,6 +257,9 @@ def test_a_folder_that_cannot_be_written_to_says_so():
             with pytest.raises(LedgerError, match="writable"), queue.serving(wait=False):
                 pass
             folder.chmod(0o700)
+            (Path(parent) / "closed").mkdir(mode=0o500)
+            with pytest.raises(LedgerError, match="writable"):
+                RequestQueue(Path(parent) / "closed" / "requests")
 
 
 @pytest.mark.parametrize("content", [b"", b"text that is no database at all" * 40])

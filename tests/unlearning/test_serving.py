@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from torch.utils.data import TensorDataset
 
 from opacus_pil.certificates import read_certificate, verify_certificate
@@ -178,6 +179,31 @@ def test_arguments_that_make_no_plan_cost_nobody_anything(engine):
     with pytest.raises(ValueError, match="max_batch"):
         engine.serve(steps=1, max_batch=0)
     assert engine.serve(steps=1)[0].state == "done"
+
+
+def test_numpy_numbers_make_the_same_goal(engine):
+    engine.submit([3], request_id="ada")
+    assert engine.serve(steps=np.int64(3), step_grid=np.int32(1))[0].result["steps"] == 3
+
+
+def test_retraining_is_served_where_the_engine_can_retrain(dataset, tmp_path):
+    def make_model():
+        module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+        return module, torch.optim.SGD(module.parameters(), lr=0.5)
+
+    engine = trained_engine(dataset, requests=tmp_path / "a")
+    engine.submit([3], request_id="ada")
+    before = snapshot(engine)
+    with pytest.raises(ValueError, match="make_model"):
+        engine.serve(method="retraining")
+    assert_unchanged(engine, before)
+    engine = trained_engine(dataset, requests=tmp_path / "b", make_model=make_model)
+    engine.submit([3], request_id="ada")
+    (ada,) = engine.serve(method="retraining", seed=1)
+    assert ada.state == "done"
+    assert ada.result["epsilon"] is None
+    assert ada.result["method"] == "retraining"
+    assert engine.forgotten == {3}
 
 
 def test_an_engine_with_a_queue_is_served_and_not_run_past_it(engine):

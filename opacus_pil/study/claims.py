@@ -49,7 +49,8 @@ def time_claim(
     Two lines: through the quantile and random sets that get there, and through all of them with
     those that do not put at the end of the run, which makes the slope too small. Ranks count these
     as later than all others. Reproduced: the second slope and the rank correlation are both
-    positive beyond their intervals; R² says how straight the line is.
+    positive beyond their intervals, and three sets at least get there neither at once nor never,
+    for between two groups any curve fits. R² says how straight the line is.
     """
     sets = [entry for entry in entries if entry["kind"] != "top"]
     x = np.array([entry["log_privacy_loss"] for entry in sets])
@@ -64,12 +65,14 @@ def time_claim(
         whole = line_through(x, at_least, **how)
         ranks = rank_correlation(x, target=y, **how)
         low, high = whole["interval"] or (None, None)
-        rises = low is not None and low > 0 and ranks.sign > 0
-        falls = high is not None and high < 0 and ranks.sign < 0
+        between = int((got & (y > 0)).sum())
+        rises = low is not None and low > 0 and ranks.sign > 0 and between >= 3
+        falls = high is not None and high < 0 and ranks.sign < 0 and between >= 3
         found[name] = {
             "reached": int(got.sum()),
             "sets": len(sets),
             "at_once": int((y == 0).sum()),
+            "later": between,
             "line": line,
             "line_with_unreached_at_the_end": whole,
             "spearman": _estimate(ranks),

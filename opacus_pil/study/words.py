@@ -46,8 +46,9 @@ def _condition(entry: Mapping[str, Any], definition: str) -> list[dict[str, str]
             "claim": "a",
             "condition": name,
             "reproduced": time["reproduced"],
-            "numbers": f"{time['reached']} of {time['sets']} sets get there, {time['at_once']} at "
-            f"once; R² {_number(time['line']['r2'])} (all: {_number(whole['r2'])}), "
+            "numbers": f"of {time['sets']} sets {time['at_once']} are there at once, "
+            f"{time['later']} later, {time['sets'] - time['reached']} never; "
+            f"R² {_number(time['line']['r2'])} (all: {_number(whole['r2'])}), "
             f"{_number(whole['slope'], '.1f')} steps per nat {_interval(whole['interval'], '.1f')},"
             f" rank correlation {_estimate(time['spearman'])}",
         }

@@ -75,6 +75,7 @@ GROWING = [0, 7, 11, 22, 29, 40, 52, 60, 71, 79]
         ([*GROWING[:7], None, None, None], "yes"),  # not reached is later than all others
         ([0] * 10, "undecided"),
         ([None] * 10, "undecided"),
+        ([0, 0, 0, 0, 7, 9, None, None, None, None], "undecided"),  # two groups, not a line
     ],
 )
 def test_time_claim(times, verdict):

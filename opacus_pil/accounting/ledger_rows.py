@@ -71,6 +71,7 @@ def ledger_chunks(
             chunk["spent_epsilon"], _ = rdp_to_epsilon(
                 losses.spent_rdp(rows), orders=losses.orders, delta=target
             )
+            chunk["spent_guarantee"] = np.full(len(rows), losses.realised_guarantee)
         taken = sorted(chunk.keys() & own.keys())
         if taken:
             raise ValueError(

@@ -103,6 +103,16 @@ class PrivacyLosses:
         return self._guarantee
 
     @property
+    def realised_guarantee(self) -> str:
+        """What a sum along the run that happened may claim: `spent_rdp`, `tight_epsilon`, a set's.
+
+        That is `guarantee`, and under a budget "output_specific" at most: a filter holds everyone
+        to the budget, not to what happens to be spent of it.
+        """
+        filtered = [] if self._filter is None else ["output_specific"]
+        return weakest([self._guarantee, *filtered])
+
+    @property
     def budgeted(self) -> bool:
         """Whether a filter holds every instance to a budget."""
         return self._filter is not None
@@ -178,8 +188,7 @@ class PrivacyLosses:
     def spent_rdp(self, indices: npt.ArrayLike | None = None) -> FloatArray:
         """Return the realised sum of all charges, shape (n, orders), in nats.
 
-        Guarantee: "output_specific" at most, where a budget was set; else that of `rdp`, to which
-            it is then equal.
+        Guarantee: `realised_guarantee`. Without a budget equal to `rdp`.
 
         Args:
             indices: Shape (n,), instances to read. None: all.
@@ -259,14 +268,15 @@ class PrivacyLosses:
         target = check.delta(delta)
         epsilon = run_epsilon(self._runs(indices), delta=target)
         return PerInstanceEpsilon(
-            np.array([epsilon]), np.array([np.nan]), target, self._realised_guarantee()
+            np.array([epsilon]), np.array([np.nan]), target, self.realised_guarantee
         )
 
     def to_dataframe(self, *, delta: float | None = None) -> pd.DataFrame:
         """Return one row per instance: id, epsilon, order, sensitivity, active, forgotten, delta, …
 
-        … guarantee, and under a budget spent_epsilon, the realised sum's ε. Tombstones are marked
-        `forgotten`, with what they had lost when they left and no sensitivity (NaN).
+        … guarantee, and under a budget spent_epsilon, the realised sum's ε, with its own label
+        spent_guarantee. Tombstones are marked `forgotten`, with what they had lost when they left
+        and no sensitivity (NaN).
 
         Args:
             delta: δ of the epsilons. Default 1 / num_instances.
@@ -379,11 +389,6 @@ class PrivacyLosses:
                 "Construct it with history=True: single balances do not tell what a set lost."
             )
         return self._history.runs(rows, sensitivities=self._grid.sensitivities)
-
-    def _realised_guarantee(self) -> str:
-        """What a sum along the run that happened may claim."""
-        filtered = [] if self._filter is None else ["output_specific"]
-        return weakest([self._guarantee, *filtered])
 
     def _ledger(self) -> Ledger:
         held, pending = self._balances, self._balances.pending

@@ -407,8 +407,13 @@ class TestSavedForm:
 def test_the_dataframe_shows_budget_and_spending():
     accountant = PerInstanceAccountant(2, caps=[0.1, 1.0], budget=(2.0, 1e-5))
     for _ in range(50):
-        empty_step(accountant, sample_rate=0.01)
+        accountant.step(
+            indices=[], sensitivities=[], noise_multiplier=1.0, sample_rate=0.01, guarantee="bound"
+        )
     frame = accountant.to_dataframe(delta=1e-5)
+    assert set(frame["guarantee"]) == {"bound"}  # the budget holds before the run, ...
+    assert set(frame["spent_guarantee"]) == {"output_specific"}  # ... what was spent does not
+    assert accountant.realised_guarantee == "output_specific"
     np.testing.assert_allclose(frame["epsilon"], 2.0, rtol=1e-12)
     assert (frame["spent_epsilon"] < frame["epsilon"]).all()
     assert frame["spent_epsilon"][0] < frame["spent_epsilon"][1]

@@ -21,7 +21,10 @@ from typing import Any
 
 from .. import __version__, _validate
 from ..errors import CertificateError
+from .best import BestCertificate
+from .data_processing import DataProcessingCertificate
 from .fields import constants_of, rebuilt
+from .noisy_finetuning import NoisyFineTuningCertificate
 from .record import Certificate
 
 FORMAT = "opacus_pil certificate"
@@ -30,6 +33,7 @@ DIRECTIONS = ("both", "unlearned_from_reference")
 # Relative. The number was rounded up when written; the same formula on another machine or release
 # of numpy and scipy differs by some ulps and a root-finder's last digits, far below this.
 TOLERANCE = 1e-9
+WITHOUT_NOISE = ("finetuning", "l1_sparse", "gradient_difference", "retraining")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +201,9 @@ def certificate_record(
             f"Expected epsilon between the certificate's own, {own!r}, and target_epsilon="
             f"{target!r}, got epsilon={claimed!r}. Run the steps of the plan."
         )
+    wrong = method_mismatch(certificate, method)
+    if wrong is not None:
+        raise CertificateError(f"Expected the certificate's own method, got {wrong}.")
     key = None if plain_ids else secrets.token_bytes(32)
     name, constants = constants_of(certificate)
     record = CertificateRecord(
@@ -226,6 +233,20 @@ def certificate_record(
         hashes = sorted(hashed_id(item, key=key) for item in ids)
         record = dataclasses.replace(record, forgotten=tuple(hashes))
     return dataclasses.replace(record, checksum=record.computed_checksum())
+
+
+def method_mismatch(certificate: Certificate, method: str) -> str | None:
+    """Return why this certificate cannot speak of runs by `method`; None: nothing against it."""
+    if method in WITHOUT_NOISE:
+        return f"method {method!r}, which adds no noise"
+    members = certificate.members if isinstance(certificate, BestCertificate) else (certificate,)
+    for member in members:
+        own = isinstance(member, NoisyFineTuningCertificate)
+        if own != (method == "noisy_finetuning") and not isinstance(
+            member, DataProcessingCertificate
+        ):
+            return f"method {method!r} with a {type(member).__name__}"
+    return None
 
 
 def hashed_id(identifier: str | int, *, key: bytes) -> str:

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from .. import __version__, _validate
 from ..errors import CertificateError
 from .best import BestCertificate
-from .certificate_record import DIRECTIONS, TOLERANCE, CertificateRecord, hashed_id, is_sha256
+from .certificate_record import (
+    DIRECTIONS,
+    TOLERANCE,
+    CertificateRecord,
+    hashed_id,
+    is_sha256,
+    method_mismatch,
+)
 from .chien2024 import Chien2024Certificate
 from .contraction import ContractionCertificate
 from .fields import REFUSALS
@@ -176,6 +183,9 @@ def _run(record: CertificateRecord, certificate: Certificate) -> Check:
                 return Check("run", False, wrong)
     if not record.method:
         return Check("run", False, "the file names no method")
+    unfit = method_mismatch(certificate, record.method)
+    if unfit is not None:
+        return Check("run", False, unfit)
     where = f"{record.training_steps} steps of training, then {record.steps} by {record.method}"
     return Check("run", True, where)
 

@@ -106,7 +106,7 @@ def requests(rng):
 
 
 def best(rng):
-    return best_of([noisy_finetuning(rng), contraction(rng), noisy_finetuning(rng)])
+    return best_of([data_processing(rng), contraction(rng), data_processing(rng)])
 
 
 MAKERS = (
@@ -125,9 +125,10 @@ def training_steps(certificate):
 
 def record_of(certificate, *, steps=7, **changes):
     epsilon = certificate.epsilon(delta=DELTA, steps=steps)
+    own = isinstance(certificate, NoisyFineTuningCertificate)
     arguments = {
         "forgotten": [3, 5, 17],
-        "method": "langevin",
+        "method": "noisy_finetuning" if own else "langevin",
         "steps": steps,
         "training_steps": training_steps(certificate),
         "epsilon": epsilon,

@@ -246,6 +246,8 @@ def test_no_constant_of_any_class_can_be_edited_and_the_claim_be_another(make, t
         ({"training_steps": 199}, "run"),
         ({"training_steps": 201}, "run"),
         ({"method": ""}, "run"),
+        ({"method": "finetuning"}, "run"),  # adds no noise
+        ({"method": "noisy_finetuning"}, "run"),  # other steps
         ({"number_forgotten": 0, "forgotten": ()}, "forgotten"),
         ({"forgotten": ("00" * 32,) * 3}, "forgotten"),
         ({"ids_hashed": False}, "forgotten"),

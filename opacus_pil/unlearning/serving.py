@@ -296,8 +296,9 @@ def _summary(done: UnlearningResult, *, adaptive: bool) -> dict[str, Any]:
 
 
 def _drawn(seed: int, number: int) -> int:
-    """Return 62 bits that depend on both."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 2)
+    """Return 62 bits that depend on both, and are no bits that the run draws from its own seed."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(number,))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 2)
 
 
 # --- files ----------------------------------------------------------------------------------------

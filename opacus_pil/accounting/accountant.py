@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
+from .balances import Kernel
 from .filter import PrivacyFilter
 from .guarantee import weakest
 from .ledger import STRONGEST_LABEL
@@ -163,17 +164,9 @@ class PerInstanceAccountant(PrivacyLosses):
             self._move(rows, levels)
             everyone = len(rows) >= self._num_present
             self._source = "measured" if everyone else "stale"
-        if rows is None:
-            self._balances.charge_everyone(table[-1])
-            self._unattributed += 1
-        else:
-            self._balances.charge(table, (noise, rate))
-        if self._history is not None:
-            self._history.charge(noise, rate, attributed=rows is not None)
+        self._charge(table, (noise, rate), attributed=rows is not None, label=label)
         if self._source == "measured":
             self._source = "stale"  # exact for this step only
-        self._guarantee = weakest([self._guarantee, label])
-        self._steps += 1
 
     def participate(
         self,
@@ -218,18 +211,11 @@ class PerInstanceAccountant(PrivacyLosses):
         if self._source != "absent":
             self._move_everyone(0)
             self._source = "absent"
-        if rows is None:
-            self._balances.charge_everyone(table[-1])
-            self._unattributed += 1
-        else:
+        if rows is not None:
             self._move(rows, levels)
-            self._balances.charge(table, (noise, 1.0))
-        if self._history is not None:
-            self._history.charge(noise, 1.0, attributed=rows is not None)
+        self._charge(table, (noise, 1.0), attributed=rows is not None, label=label)
         if rows is not None:
             self._move(rows, np.zeros(len(rows), dtype=np.int64))
-        self._guarantee = weakest([self._guarantee, label])
-        self._steps += 1
 
     def caps_for(self, *, noise_multiplier: float, sample_rate: float) -> FloatArray:
         """Return the bounds to clip the coming step to, in units of max_grad_norm.
@@ -315,6 +301,18 @@ class PerInstanceAccountant(PrivacyLosses):
         self._guarantee = weakest([self._guarantee, label])
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _charge(self, table: FloatArray, kernel: Kernel, *, attributed: bool, label: str) -> None:
+        """Charge one step: each level its row of `table`, or everyone the highest level's."""
+        if attributed:
+            self._balances.charge(table, kernel)
+        else:
+            self._balances.charge_everyone(table[-1])
+            self._unattributed += 1
+        if self._history is not None:
+            self._history.charge(*kernel, attributed=attributed)
+        self._guarantee = weakest([self._guarantee, label])
+        self._steps += 1
 
     def _move(self, rows: IntArray, levels: IntArray) -> None:
         """Put `rows` on other levels from the next step on."""

@@ -274,9 +274,9 @@ class PrivacyLosses:
     def to_dataframe(self, *, delta: float | None = None) -> pd.DataFrame:
         """Return one row per instance, tombstones of forgotten ones included and marked.
 
-        Columns: instance_id, epsilon, order, sensitivity, active, forgotten, delta, guarantee; under
-        a budget also spent_epsilon, the realised sum's ε, with its own label spent_guarantee. The ε
-        of a tombstone is what it had lost when it left; it has no sensitivity (NaN).
+        Columns: instance_id, epsilon, order, sensitivity, active, forgotten, delta, guarantee;
+        under a budget also spent_epsilon, the realised sum's ε, with its own label spent_guarantee.
+        The ε of a tombstone is what it had lost when it left; it has no sensitivity (NaN).
 
         Args:
             delta: δ of the epsilons. Default 1 / num_instances.

@@ -129,7 +129,7 @@ class Training:
         self.loss(self.wrapped(inputs), targets).backward()
         self.optimizer.step()
 
-    def run(self, *, epochs=2, saved=None, physical=None):
+    def run(self, *, epochs=2, saved=None, physical=None, manager=BatchMemoryManager):
         """Train; `saved` is a step after which to save, and where, and then to stop."""
         # A draw in parts is recorded when its last part has made the step.
         drawn: list[int] = []
@@ -137,7 +137,7 @@ class Training:
             self.loader.batch_sampler.set_epoch(epoch)  # as loops written for Opacus may do
             loading = contextlib.nullcontext(self.loader)
             if physical:
-                loading = BatchMemoryManager(
+                loading = manager(
                     data_loader=self.loader, max_physical_batch_size=physical,
                     optimizer=self.optimizer,
                 )  # fmt: skip
@@ -170,8 +170,8 @@ class Training:
         return found
 
 
-def training(*, epochs=2, physical=None, **options):
-    return Training(**options).run(epochs=epochs, physical=physical).outcome()
+def training(*, epochs=2, physical=None, manager=BatchMemoryManager, **options):
+    return Training(**options).run(epochs=epochs, physical=physical, manager=manager).outcome()
 
 
 def warned(**options):

@@ -9,10 +9,11 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from opacus.utils.batch_memory_manager import BatchMemoryManager as OpacusBatchMemoryManager
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pil import LedgerError, PerInstancePrivacyEngine
+from opacus_pil import BatchMemoryManager, LedgerError, PerInstancePrivacyEngine
 from opacus_pil.accounting import PerInstanceAccountant
 from tests import distributed_runs as runs
 from tests.capture.models import convolutional, images
@@ -158,9 +159,10 @@ def test_batch_sizes_per_rank_of_a_distributed_sampler_give_the_global_rate(rank
         assert np.array_equal(accountant(one["all"]).rdp(), np.tile(truth.rdp(), (SIZE, 1)))
 
 
-def test_physical_batches_are_charged_as_the_draws_they_are_parts_of(ranks):
+@pytest.mark.parametrize("manager", [BatchMemoryManager, OpacusBatchMemoryManager])
+def test_physical_batches_are_charged_as_the_draws_they_are_parts_of(manager, ranks):
     whole = ranks.run(runs.training)
-    parts = ranks.run(runs.training, physical=3)
+    parts = ranks.run(runs.training, physical=3, manager=manager)
     for one, two in zip(whole, parts, strict=True):
         assert [sorted(rows) for rows in one["steps"]] == [sorted(rows) for rows in two["steps"]]
         assert np.array_equal(accountant(one["all"]).rdp(), accountant(two["all"]).rdp())

@@ -15,6 +15,7 @@ from ..evaluation import compare_groups, compare_scores, rank_correlation
 from ..evaluation.bootstrap import Estimate, bootstrap
 
 REFERENCE = "privacy loss"
+BARRIER = 0.01  # nats; a smaller one is called none
 
 
 def line_through(x: FloatArray, y: FloatArray, *, resamples: int, seed: int) -> dict[str, Any]:
@@ -146,7 +147,10 @@ def score_claim(
 def barrier_claim(
     entries: Sequence[Mapping[str, Any]], *, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """(c) Loss barriers to the oracles against the mean log privacy loss."""
+    """(c) Loss barriers to the oracles against the mean log privacy loss.
+
+    Undecided where fewer than three sets have a barrier above `BARRIER` nats: ranks of nothing.
+    """
     sets = [entry for entry in entries if entry["kind"] != "top"]
     x = np.array([entry["log_privacy_loss"] for entry in sets])
     found = {}
@@ -158,7 +162,8 @@ def barrier_claim(
                 "spearman": _estimate(ranks),
                 "least": float(y.min()),
                 "largest": float(y.max()),
-                "reproduced": _sign(ranks),
+                "barriers": int((y > BARRIER).sum()),
+                "reproduced": _sign(ranks) if (y > BARRIER).sum() >= 3 else "undecided",
             }
     return found
 

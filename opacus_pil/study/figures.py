@@ -65,25 +65,27 @@ def gaps_figure(entries: Sequence[Mapping[str, Any]], *, budget: str) -> Figure:
 
 
 def scores_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw every score's rank correlation with difficulty, with its interval."""
+    """Draw every score's rank correlation with the gaps of instances, with its interval."""
     entries = [entry for entry in entries if entry["scores"]]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.6 * len(entries) + 1.8, 3.4), layout="constrained")
+        figure = Figure(figsize=(2.6 * len(entries) + 1.8, 4.2), layout="constrained")
         panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
         for entry, axes in zip(entries, panels, strict=True):
-            found = entry["scores"]["scores"]
-            for height, one in enumerate(found.values()):
-                value = one["spearman"]
-                if value["value"] is None:
-                    continue
-                colour = COLOURS[1] if height == 0 else COLOURS[0]
-                axes.plot(value["value"], height, "o", color=colour, ms=5)
-                if value["low"] is not None and value["high"] is not None:
-                    axes.plot([value["low"], value["high"]], [height] * 2, color=colour, lw=1.5)
-            axes.set_yticks(range(len(found)), list(found))
+            for number, (statistic, found) in enumerate(entry["scores"].items()):
+                for place, one in enumerate(found["scores"].values()):
+                    value, height = one["spearman"], place + 0.3 * number
+                    if None in value.values():
+                        continue
+                    style: dict[str, Any] = {"color": COLOURS[number]}
+                    axes.plot([value["low"], value["high"]], [height] * 2, lw=1.5, **style)
+                    label = f"gap in {statistic}" if place == 0 else None
+                    marker = MARKERS[number]
+                    axes.plot(value["value"], height, marker, ms=5, label=label, **style)
+                axes.set_yticks(range(len(found["scores"])), list(found["scores"]))
             axes.set_title(f"{entry['model']}, {entry['name']}")
             axes.set_xlabel("Spearman with the gap")
         panels[0].invert_yaxis()
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return figure
 
 

@@ -24,13 +24,14 @@ class SetMeasure:
         entry: What study.json says about it.
         steps: Steps of the records, shape (records,).
         curves: Statistic -> mean over the runs, shape (records,).
-        gaps: Shape (records, members): distance of each member's confidence from the oracles'.
+        gaps: "confidence" and "loss" -> distance of each member's mean over the runs from its mean
+            over the oracles, shape (records, members).
     """
 
     entry: dict[str, Any]
     steps: FloatArray
     curves: Mapping[str, FloatArray]
-    gaps: FloatArray
+    gaps: Mapping[str, FloatArray]
 
 
 def measure_set(
@@ -62,6 +63,9 @@ def measure_set(
     means = {name: curve.mean(axis=(0, 2)) for name, curve in curves.items()}
     targets = {name: values.mean(axis=1) for name, values in retrained.items()}
     gaps = np.abs(curves["confidence"].mean(axis=0) - retrained["confidence"].mean(axis=0))
+    in_loss = _stack(runs, "curve_loss").mean(axis=0) - _stack(oracles, "loss")[:, rows].mean(
+        axis=0
+    )
     times = {}
     for name in STATISTICS:
         for tolerance in settings.tolerances:
@@ -102,16 +106,19 @@ def measure_set(
             for pair in ("original", "unlearned")
         },
     }
-    return SetMeasure(entry, steps, means, gaps)
+    return SetMeasure(entry, steps, means, {"confidence": gaps, "loss": np.abs(in_loss)})
 
 
 def gaps_of_random_sets(
     measures: Sequence[SetMeasure], sets: Sequence[ForgetSet], *, step: int
-) -> tuple[np.ndarray, FloatArray]:
-    """Return rows of all random sets and their distance from the oracles after so many steps."""
+) -> tuple[np.ndarray, dict[str, FloatArray]]:
+    """Return rows of all random sets and their distances from the oracles after so many steps."""
     chosen = [(s, m) for s, m in zip(sets, measures, strict=True) if s.kind == "random"]
     rows = np.concatenate([s.rows for s, _ in chosen])
-    return rows, np.concatenate([m.gaps[_record(m.steps, step)] for _, m in chosen])
+    return rows, {
+        name: np.concatenate([m.gaps[name][_record(m.steps, step)] for _, m in chosen])
+        for name in ("confidence", "loss")
+    }
 
 
 def _stack(trials: Sequence[Mapping[str, Any]], name: str) -> FloatArray:

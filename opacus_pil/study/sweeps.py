@@ -199,13 +199,18 @@ def _judged(
         rows, hard = gaps_of_random_sets(
             measures, sets, step=budget * settings.sizes.steps_per_epoch
         )
-        found["scores"] = claims.score_claim(
-            {name: values[rows] for name, values in scores.items()},
-            variants={name: values[rows] for name, values in variants.items()},
-            hardness=hard,
-            **how,
-        )
-        found["scores"]["after_epochs"] = budget
+        found["scores"] = {
+            statistic: {
+                "after_epochs": budget,
+                **claims.score_claim(
+                    {name: values[rows] for name, values in scores.items()},
+                    variants={name: values[rows] for name, values in variants.items()},
+                    hardness=gaps,
+                    **how,
+                ),
+            }
+            for statistic, gaps in hard.items()
+        }
     return found
 
 

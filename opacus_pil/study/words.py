@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .claims import REFERENCE
+from .claims import BARRIER, REFERENCE
 
 CLAIMS = {
     "a": "time to unlearn grows with the logarithm of the privacy loss",
@@ -72,13 +72,12 @@ def _condition(entry: Mapping[str, Any], definition: str) -> list[dict[str, str]
                 "claim": "c",
                 "condition": f"{name}: {pair} to oracle",
                 "reproduced": one["reproduced"],
-                "numbers": f"{one['least']:.3f} to {one['largest']:.3f} nats, rank correlation "
-                f"{_estimate(one['spearman'])}; test images: "
-                f"{_estimate(barriers[f'{pair} to oracle, test']['spearman'])}",
+                "numbers": f"{one['barriers']} of {time['sets']} sets above {BARRIER:g} nats, the "
+                f"highest {one['largest']:.3f}; rank correlation {_estimate(one['spearman'])}",
             }
         )
-    if entry["scores"]:
-        rows += _scores(entry["scores"], name)
+    for statistic, found in (entry["scores"] or {}).items():
+        rows += _scores(found, f"{name}: gap in {statistic}")
     return rows
 
 

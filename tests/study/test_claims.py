@@ -102,12 +102,19 @@ def test_top_deciles_take_no_part_in_the_fits():
 def test_gap_and_barrier_claims_follow_the_ranks():
     rising = np.linspace(0.0, 1.0, 10) ** 3
     up = entries(GROWING, gaps=rising, barriers=rising)
-    down = entries(GROWING, gaps=-rising, barriers=-rising)
+    down = entries(GROWING, gaps=rising[::-1], barriers=rising[::-1])
     assert claims.gap_claim(up, **HOW)["5 epochs"]["reproduced"] == "yes"
     assert claims.gap_claim(down, **HOW)["5 epochs"]["reproduced"] == "no"
     for found, verdict in ((up, "yes"), (down, "no")):
         for one in claims.barrier_claim(found, **HOW).values():
             assert one["reproduced"] == verdict
+
+
+def test_ranks_of_barriers_that_are_none_decide_nothing():
+    tiny = entries(GROWING, barriers=np.linspace(0.0, 0.009, 10))
+    assert {one["reproduced"] for one in claims.barrier_claim(tiny, **HOW).values()} == {
+        "undecided"
+    }
 
 
 def test_score_claim_says_no_where_a_proxy_is_better():
@@ -196,4 +203,6 @@ def test_a_set_is_measured_against_its_oracles():
     sets = [forget, *random_sets(6, sets=1, size=2, seed=0)]
     rows, gaps = gaps_of_random_sets([measured, measured], sets, step=5)
     assert np.array_equal(rows, sets[1].rows)
-    assert gaps == pytest.approx([0.06, 0.06])  # the record at step 4, not the one at 6
+    # The record at step 4, where the confidence is 0.56, not the one at 6.
+    assert gaps["confidence"] == pytest.approx([0.06, 0.06])
+    assert gaps["loss"] == pytest.approx([math.log(0.56 / 0.5)] * 2)

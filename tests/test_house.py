@@ -119,6 +119,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "unlearning.phase",
         "unlearning.plan",
         "unlearning.planning",
+        "unlearning.queued_model",
         "unlearning.request_database",
         "unlearning.request_server",
         "unlearning.requests",
@@ -127,6 +128,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "unlearning.saved_run",
         "unlearning.serving",
         "unlearning.serving_lock",
+        "unlearning.trained_model",
         "worst_case_accountant",
     ),
     # evidence

@@ -5,43 +5,36 @@ Works on copies: the caller's module, optimizer and ledgers change only when a r
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn as nn
-from opacus.optimizers import DPOptimizer
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .. import _validate as check
-from .._validate import IntArray
 from ..certificates import Certificate, DataProcessingCertificate, NoisyFineTuningCertificate
-from ..errors import CertificateError, LedgerError, UnsupportedError
+from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
 from .applicable import certificates_for
-from .calibration import Calibration, mean_log_loss
-from .engine_state import engine_state, load_engine_state
-from .methods import optimizer_like, plain_copy, plain_module
+from .calibration import Calibration
+from .methods import optimizer_like, plain_copy
 from .model_hash import model_hash
 from .phase import Phase
 from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
 from .planning import Facts, make_plan, predicted_plan
-from .requests import Request, RequestQueue
+from .queued_model import QueuedModel
 from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
 from .running import run_plan
 from .saved_run import SavedRun, seeds
-from .serving import go_on, serve
-
-MakeModel = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
+from .trained_model import MakeModel
 
 
-class UnlearningEngine:
+class UnlearningEngine(QueuedModel):
     """Forget instances of a trained model by fine-tuning on the others, or by training again.
 
     Guarantee: none by itself. A `CertifiedPlan` names the certificate and the assumptions its ε
@@ -89,89 +82,19 @@ class UnlearningEngine:
         requests: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> None:
-        self._module = plain_module(module)
-        _require_no_running_statistics(self._module)
-        inner = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
-        self._optimizer = inner
-        self._dataset = dataset
-        self._criterion = getattr(criterion, "criterion", criterion)  # ghost mode wraps the loss
-        self._engine = privacy_engine
-        self._feature_norm = feature_norm
-        self._make_model = make_model
-        self._progress = progress
-        self._size = len(dataset)  # type: ignore[arg-type]
-        if privacy_engine is not None:
-            kernel = privacy_engine.kernel
-            if kernel.num_instances != self._size:
-                raise ValueError(
-                    check.expected(
-                        "dataset",
-                        f"to be the training set of {kernel.num_instances} instances",
-                        self._size,
-                        "Pass it in the row order of training.",
-                    )
-                )
-            steps = privacy_engine.per_instance.steps
-            if training_steps not in (None, steps):
-                raise ValueError(
-                    f"Expected training_steps to be the {steps} steps of the ledger, got "
-                    f"{training_steps}. Leave it out with privacy_engine."
-                )
-            self._batch_size = float(kernel.expected_batch_size)
-        else:
-            cure = "It cannot be read off a ledger without privacy_engine."
-            steps = check.integer("training_steps", training_steps, low=1, cure=cure)
-            self._batch_size = float(check.integer("batch_size", batch_size, low=1, cure=cure))
-        self._training_steps = check.integer("training_steps", steps, low=0)
-        self._phases = [Phase(self._training_steps, frozenset(), "training")]
-        self._forgotten: frozenset[int] = frozenset()
-        self._requests_served = 0
-        self._ledger_steps = 0
-        self._note_ledger()
-        self._serving = False
-        self._state_name: str | None = None  # of the file with this state, once it was served
-        self._queue = None if requests is None else RequestQueue(requests)
-        if self._queue is not None:
-            go_on(self, self._queue)
-
-    @property
-    def module(self) -> nn.Module:
-        """The plain model as it is now: trained, or unlearned by the last run."""
-        return self._module
-
-    @property
-    def forgotten(self) -> frozenset[int]:
-        """Rows forgotten so far."""
-        return self._forgotten
-
-    @property
-    def retain_set(self) -> IntArray:
-        """Rows that are still in the training set, ascending."""
-        return np.setdiff1d(np.arange(self._size), list(self.forgotten))
-
-    def branch(self) -> Self:
-        """Return an engine in the same state, whose runs leave this one and its ledgers alone.
-
-        It has no queue of requests. For trying out plans, as `evaluation.calibrate` does.
-        """
-        branch = copy.copy(self)
-        branch._engine = None if self._engine is None else self._engine.fork()
-        branch._phases = list(self._phases)
-        branch._queue, branch._state_name = None, None
-        return branch
-
-    def mean_log_loss(self, rows: npt.ArrayLike, *, order: float = 2.0) -> float:
-        """Return the mean over `rows` of the log of their privacy loss (RDP at `order`, in nats).
-
-        What `calibrate` fits times to unlearn against. The labels of the losses are the ledger's.
-
-        Raises:
-            ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
-        """
-        if self._engine is None:
-            raise ValueError("Expected privacy_engine for privacy losses, got None. Pass it.")
-        ledger = self._engine.per_instance
-        return mean_log_loss(ledger.rdp(rows), orders=ledger.orders, order=order)
+        super().__init__(
+            module,
+            optimizer=optimizer,
+            dataset=dataset,
+            criterion=criterion,
+            privacy_engine=privacy_engine,
+            training_steps=training_steps,
+            feature_norm=feature_norm,
+            batch_size=batch_size,
+            make_model=make_model,
+            requests=requests,
+            progress=progress,
+        )
 
     def plan(
         self,
@@ -432,155 +355,7 @@ class UnlearningEngine:
         )
         return result
 
-    # --- a durable queue of requests -----------------------------------------------------------
-
-    @property
-    def requests(self) -> RequestQueue:
-        """The queue, to be read.
-
-        Raises:
-            ValueError: The engine was built without requests.
-        """
-        if self._queue is None:
-            raise ValueError(
-                "Expected an engine with requests, got one without. Build it with requests=folder."
-            )
-        return self._queue
-
-    def submit(self, forget: npt.ArrayLike, *, request_id: str) -> Request:
-        """Put a deletion request into the queue; nothing runs before `serve`, in any process.
-
-        Args:
-            forget: Rows of the data set, each once, not all of them. Rows that are forgotten
-                already, or that another request names as well, are fine.
-            request_id: The requester's name for it. Submitting the same again changes nothing.
-
-        Returns:
-            The request as it stands.
-
-        Raises:
-            ValueError: Rows that are not in the data set, repeated, none or all; or a known
-                request_id for other rows. The queue is left as it was.
-            LedgerError: The database is locked, read-only or no queue. Likewise.
-        """
-        queue = self.requests
-        rows = check.index_array("forget", forget, size=self._size)
-        if len(rows) == self._size:
-            raise ValueError(
-                f"Expected a forget set that leaves something to train on, got all {self._size} "
-                "rows. Delete the model instead."
-            )
-        return queue.submit(request_id, rows)
-
-    def serve(
-        self,
-        *,
-        epsilon: float | None = None,
-        delta: float | None = None,
-        method: str = "dp_sgd",
-        steps: int | None = None,
-        max_steps: int | None = None,
-        step_grid: int = 10,
-        strength: float | None = None,
-        predict: bool = False,
-        adaptive: bool = False,
-        max_batch: int | None = None,
-        checkpoint_every: int = 50,
-        seed: int | None = None,
-        wait: bool = True,
-    ) -> list[Request]:
-        """Serve the queue until it is empty, and become the engine of the model served last.
-
-        Requests that have a plan together are served by one run; an instance that several name is
-        forgotten once. A run that another process left behind is finished first, as that planned
-        it. A request that no plan exists for fails, with the reason; the others go on.
-
-        Guarantee: killed at any moment and served again, by this or another process that built the
-            same engine, no request is lost, none is run again once done, and the last model and
-            ledgers equal bit for bit those of a serving that was not killed (on one machine with
-            the same number of threads, if items and forward pass draw from torch's generator; not
-            in secure mode). What is claimed about a request is what its plan claims. Everything
-            forgotten so far is counted together, and requests are taken as chosen without a look
-            at a model released in between unless `adaptive`; the result says which.
-        Nothing computed with a forgotten instance is used again: optimizer state is dropped, its
-        ledger row is marked and not charged any more, and the states and checkpoints of before are
-        deleted once the new state is on disk. Checkpoints and copies elsewhere are the caller's.
-
-        Args:
-            epsilon, delta, method, steps, max_steps, step_grid, strength, predict, adaptive: As in
-                `plan`.
-            max_batch: Most requests in one run; 1: one after the other. Default: all that wait.
-            checkpoint_every: As in `unlearn`.
-            seed: The seeds of all runs are drawn from this. Default: from the system; a run's seed
-                is kept, privately, until the run is done. Fix it in experiments only.
-            wait: Wait while another process serves; else raise.
-
-        Returns:
-            The requests that were done or failed, in that order.
-
-        Raises:
-            ValueError: Arguments that make no plan, or an engine without requests.
-            LedgerError: The database is locked, read-only or no queue; another process serves and
-                `wait` is False; or the folder belongs to another engine. The model is the one that
-                was served last.
-        """
-        return serve(
-            self,
-            self.requests,
-            goal={
-                "epsilon": epsilon,
-                "delta": delta,
-                "method": method,
-                "steps": steps,
-                "max_steps": max_steps,
-                "step_grid": step_grid,
-                "strength": strength,
-                "predict": predict,
-                "adaptive": adaptive,
-            },
-            max_batch=None if max_batch is None else check.integer("max_batch", max_batch, low=1),
-            seed=None if seed is None else check.integer("seed", seed, low=0),
-            checkpoint_every=check.integer("checkpoint_every", checkpoint_every, low=1),
-            wait=wait,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return weights, phases, optimizer settings and both ledgers, to be saved.
-
-        Tensors, arrays and plain values only; no optimizer state, which was computed with instances
-        that are forgotten since.
-
-        Privacy: the ledgers are not private to release.
-        """
-        return engine_state(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, in an engine that was built like the one that saved it.
-
-        Raises:
-            LedgerError: Another data set size, kernel, model, optimizer, training or ledger.
-                Nothing is changed.
-        """
-        load_engine_state(self, state)
-
     # --- inside -------------------------------------------------------------------------------
-
-    def _checked_forget(self, forget: npt.ArrayLike) -> IntArray:
-        rows = np.sort(check.index_array("forget", forget, size=self._size))
-        if not len(rows):
-            raise ValueError("Expected forget to name at least one row, got none.")
-        before = sorted(self.forgotten.intersection(rows.tolist()))
-        if before:
-            raise ValueError(
-                f"Expected rows that are still in the training set, got {len(before)} of "
-                f"{len(rows)} forgotten before (first: {before[0]}). Leave them out."
-            )
-        if len(rows) + len(self.forgotten) == self._size:
-            raise ValueError(
-                f"Expected a forget set that leaves something to train on, got all "
-                f"{len(rows)} remaining rows. Delete the model instead."
-            )
-        return rows
 
     def _start(self, plan: UnlearningPlan, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return the model that the run starts from, the caller's own left alone."""
@@ -591,69 +366,6 @@ class UnlearningEngine:
                 return self._make_model()
         twin = plain_copy(self._module)
         return twin, optimizer_like(self._optimizer, self._module, twin)
-
-    def _note_ledger(self) -> None:
-        """Remember how far the ledger is: whoever trains on without this engine is noticed."""
-        self._ledger_steps = 0 if self._engine is None else self._engine.per_instance.steps
-
-    def _require_own_ledger(self) -> None:
-        """Raise if the ledger has steps or tombstones that this engine knows nothing about."""
-        if self._engine is None:
-            return
-        ledger = self._engine.per_instance
-        if ledger.steps != self._ledger_steps:
-            raise LedgerError(
-                f"Expected a ledger of {self._ledger_steps} steps, got {ledger.steps}: training "
-                "went on since this engine was built. Build it after training."
-            )
-        gone = frozenset(np.flatnonzero(ledger.forgotten).tolist())
-        if gone != self._forgotten:
-            raise LedgerError(
-                f"Expected the ledger to have the {len(self._forgotten)} forgotten rows of this "
-                f"engine, got {len(gone)}: another engine has unlearned with it. Go on with that "
-                "one, or load its state_dict()."
-            )
-
-    def _require_chargeable(self, method: str) -> None:
-        """Raise where the ledger could not be charged for a method's steps."""
-        unknown_rows = method in (*NOISE_FREE_METHODS, "noisy_finetuning")
-        if unknown_rows and self._engine is not None and self._engine.per_instance.budgeted:
-            raise UnsupportedError(
-                f"Expected a method of the training's own steps with budgets, got {method!r}. It "
-                "would charge everybody beyond their budget."
-            )
-
-    def _basis(self) -> str:
-        """Return a digest of what a plan depends on."""
-        digest = hashlib.sha256(model_hash(self._module).encode())
-        groups = self._optimizer.state_dict()["param_groups"]
-        kernel = None if self._engine is None else self._engine.kernel
-        digest.update(
-            f"{type(self._optimizer).__name__} {groups} {kernel} {self._ledger_steps} "
-            f"{self._requests_served} {sorted(self._forgotten)} {self._batch_size}".encode()
-        )
-        return digest.hexdigest()
-
-    def _check_current(self, plan: UnlearningPlan) -> None:
-        if plan.requests_served != self._requests_served:
-            raise ValueError(
-                f"Expected a plan made after {self._requests_served} served requests, got one made "
-                f"after {plan.requests_served}. Plan again: the model has changed since."
-            )
-        self._require_own_ledger()
-        if plan.basis != self._basis():
-            raise ValueError(
-                "Expected a plan for this engine's model, optimizer and ledger as they are, got "
-                "one for others. Plan again: something was changed since, or it is another's plan."
-            )
-        if isinstance(plan, CertifiedPlan):
-            now = plan.certificate.epsilon(delta=plan.delta, steps=plan.steps)
-            if now > plan.epsilon * (1.0 + 1e-12):
-                raise CertificateError(
-                    f"Expected a plan whose certificate gives epsilon={plan.epsilon:g}, got "
-                    f"{now:g} after {plan.steps} steps. Plan again instead of editing a plan."
-                )
-        self._checked_forget(plan.forget_set)
 
 
 def _require_no_momentum(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
@@ -666,17 +378,6 @@ def _require_no_momentum(certificate: Certificate, optimizer: torch.optim.Optimi
                 f"Expected plain steps without momentum for a {type(certificate).__name__}, got "
                 f"{type(optimizer).__name__} with momentum. Its state couples steps; train and "
                 "unlearn with plain SGD."
-            )
-
-
-def _require_no_running_statistics(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        batch = isinstance(part, nn.modules.batchnorm._BatchNorm)
-        if batch or getattr(part, "track_running_stats", False):
-            raise UnsupportedError(
-                f"Expected a model without BatchNorm or other running statistics, got "
-                f"{type(part).__name__} at {name or 'the top'!r}. They keep traces of forgotten "
-                "instances. Use GroupNorm."
             )
 
 

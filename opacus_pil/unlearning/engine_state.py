@@ -15,7 +15,7 @@ from .methods import optimizer_like, plain_copy
 from .phase import Phase
 
 if TYPE_CHECKING:
-    from .engine import UnlearningEngine
+    from .trained_model import TrainedModel
 
 _KEYS = (
     "num_instances", "batch_size", "kernel", "training_steps", "ledger_steps", "requests_served",
@@ -23,7 +23,7 @@ _KEYS = (
 )  # fmt: skip
 
 
-def engine_state(engine: UnlearningEngine) -> dict[str, Any]:
+def engine_state(engine: TrainedModel) -> dict[str, Any]:
     """Return copies of weights, phases, optimizer settings and both ledgers, ready for torch.save.
 
     No optimizer state: it was computed with instances that are forgotten since. No generators:
@@ -46,7 +46,7 @@ def engine_state(engine: UnlearningEngine) -> dict[str, Any]:
     }
 
 
-def load_engine_state(engine: UnlearningEngine, state: Mapping[str, Any]) -> None:
+def load_engine_state(engine: TrainedModel, state: Mapping[str, Any]) -> None:
     """Take over a state of an engine that was built alike.
 
     Its module and optimizer become copies with the state's weights and settings; the caller's are
@@ -96,7 +96,7 @@ def load_engine_state(engine: UnlearningEngine, state: Mapping[str, Any]) -> Non
     engine._forgotten = frozenset(state["forgotten"])
 
 
-def _frame(engine: UnlearningEngine) -> dict[str, Any]:
+def _frame(engine: TrainedModel) -> dict[str, Any]:
     """Return what must be equal on both sides."""
     private = engine._engine
     return {

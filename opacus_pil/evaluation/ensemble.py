@@ -91,8 +91,8 @@ def run_trials(
             or absent. Two sweeps may share a folder: they repeat work at worst.
         fingerprint: As in `trial_key`. The function's code is not part of the key: put a number in
             here that changes with it.
-        n_jobs: Processes, >= 1; -1 for one per core. Above 1 takes joblib. Workers of a killed sweep
-            finish the trials they hold and leave when idle for some minutes.
+        n_jobs: Processes, >= 1; -1 for one per core. Above 1 takes joblib. Workers of a killed
+            sweep finish the trials they hold and leave when idle for some minutes.
         progress: Show a progress bar when the output is a terminal.
         description: In front of the bar.
 

@@ -18,7 +18,7 @@ forget set and ε, in one run:
 Accuracies are of one unlearned model per split (D2D: mean of 50 draws of its noise), mean over the
 splits. The noise levels, the decay and the caps' rule are constants of this script.
 
-    python benchmarks/certified_steps.py            # one split: 6 minutes of one busy core
+    python benchmarks/certified_steps.py            # one split: about 6 minutes
     python benchmarks/certified_steps.py --quick    # below a minute
 """
 

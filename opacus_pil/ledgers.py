@@ -173,21 +173,13 @@ class LedgerEngine(PrivacyEngine):
             CertificateError: A schedule, other settings now, or steps that nothing is known about.
         """
         kernel, charges = self.kernel, self._charges()
-        odd = [
-            (z, q)
-            for z, q, _ in self.accountant.history
-            if (z, q) != (kernel.noise_multiplier, kernel.sample_rate)
-        ]
-        if odd:
-            raise CertificateError(
-                f"Expected noise multiplier {kernel.noise_multiplier:g} at rate "
-                f"{kernel.sample_rate:g} at every step, got {odd[0][0]:g} at {odd[0][1]:g}. The "
-                "certificate counts constant steps; train without schedules and accumulation."
-            )
         now = described_update(
             optimizer,
             clip_bound=kernel.max_grad_norm,
+            noise_std=kernel.noise_multiplier * float(kernel.max_grad_norm),
             divisor=kernel.expected_batch_size,
+            loss_reduction=kernel.loss_reduction,
+            batches=1,
             collate_fn=None,
         )
         if charges.accountant.steps and charges.update != now:
@@ -263,6 +255,7 @@ class LedgerEngine(PrivacyEngine):
             guarantee="bound" if self._norm_policy == "worst_case" else "output_specific",
         )
         self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
+        self._charges().note_update("of another kind")
 
     def forget(self, indices: npt.ArrayLike) -> None:
         """Charge instances no more that left the training set; their rows become tombstones.
@@ -305,10 +298,21 @@ class LedgerEngine(PrivacyEngine):
                 f"Expected a ledger of accountant {self.accountant.mechanism()!r}, got "
                 f"{opacus['mechanism']!r}. Build the engine with that accountant."
             )
+        self._require_enforced(state["per_instance"]["ledger"])
         self._charges().load_state_dict(state["per_instance"])
         self.accountant.load_state_dict(opacus)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _require_enforced(self, ledger: Mapping[str, Any]) -> None:
+        """Raise if a ledger charges by caps or budgets that this engine does not clip to."""
+        capped = ledger.get("caps") is not None or ledger.get("privacy_filter") is not None
+        if capped and self._norm_policy != "capped":
+            raise LedgerError(
+                "Expected a ledger without caps or budgets, got one with: it charges what only "
+                f"norm_policy='capped' enforces, and this engine's is {self._norm_policy!r}. Build "
+                "the engine with the policy that the ledger was kept under."
+            )
 
     def _policy_for(self, *, poisson_sampling: bool) -> str:
         """Return the policy of a training with such batches: the one in force, or the default."""

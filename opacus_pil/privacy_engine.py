@@ -173,6 +173,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
             clipping=options.get("clipping", "flat"),
             poisson_sampling=poisson,
             world_size=1 if shard is None else shard.world_size,
+            rand_on_empty=bool(options.get("rand_on_empty", False)),
         )
         if shard is not None and not self.secure_mode:
             separate_coins(loader.batch_sampler)

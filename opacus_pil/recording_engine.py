@@ -112,6 +112,13 @@ class RecordingEngine(LedgerEngine):
             rate = check.probability(
                 "sample_rate", sample_rate, "Pass the rate your loader draws every row at."
             )
+        moved = any(p.grad is not None for p in optimizer.params)
+        if moved or optimizer.original_optimizer.state:
+            raise ValueError(
+                "Expected an optimizer that has made no step, got one with gradients or state. "
+                "Steps before attach are not charged: attach right after make_private, and call "
+                "optimizer.zero_grad(set_to_none=True) if there was a backward pass only."
+            )
         ghost = isinstance(optimizer, DPOptimizerFastGradientClipping)
         clipping = "flat"
         if isinstance(optimizer, DPPerLayerOptimizer):
@@ -143,6 +150,7 @@ class RecordingEngine(LedgerEngine):
             num_instances=len(dataset),
             clipping=clipping,
             world_size=1 if shard is None else shard.world_size,
+            rand_on_empty=bool(getattr(collate_of(data_loader), "rand_on_empty", False)),
         )
         tracker = BatchTracker() if data_loader is None else record_indices(data_loader)
         collate = None if data_loader is None else data_loader.collate_fn.wrapped_collator_fn
@@ -372,6 +380,11 @@ class RecordingEngine(LedgerEngine):
         charged = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
         # The ledger has the last word: a loaded one may have smaller caps, or budgets of its own.
         return np.minimum(self._caps[rows], charged)
+
+
+def collate_of(data_loader: Any) -> Any:
+    """Return a loader's collate_fn; None without a loader."""
+    return None if data_loader is None else data_loader.collate_fn
 
 
 def shard_of_budget(budget: Any, shard: Shard) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from opacus.optimizers import DPOptimizer
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
@@ -89,25 +90,33 @@ class StepAccounting:
                 "own epsilon is not.",
             )
         noise, count = self._noise(optimizer)
+        # An instance is in at least one of k summed draws with probability at most k·q, and then
+        # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
+        batches = max(optimizer.accumulated_iterations, record.draws)
+        std = noise * float(optimizer.max_grad_norm)
         self._charger.note_update(
             described_update(
                 optimizer.original_optimizer,
                 clip_bound=self.clip_bound,
+                noise_std=std,
                 divisor=optimizer.expected_batch_size,
+                loss_reduction=optimizer.loss_reduction,
+                batches=batches,
                 collate_fn=self._collate_fn,
             )
         )
-        # An instance is in at least one of k summed draws with probability at most k·q, and then
-        # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
-        batches = max(optimizer.accumulated_iterations, record.draws)
         self._charger.charge(
             record,
-            noise_std=noise * float(optimizer.max_grad_norm) / record.draws,
+            noise_std=std / record.draws,
             sample_rate=min(self.sample_rate * batches, 1.0),
             measure=self.measure,
             random_forward=self.random_forward,
             released_count=count,
         )
+        if self.kernel.rand_on_empty:
+            # Alone in a batch, an instance takes the place of Opacus's random one: it moves the sum
+            # by both gradients.
+            self._charger.accountant.weaken("estimate")
 
     @property
     def clip_bound(self) -> float:
@@ -164,22 +173,50 @@ class StepAccounting:
 
 
 def described_update(
-    optimizer: Optimizer, *, clip_bound: float, divisor: int | None, collate_fn: Any
+    optimizer: Optimizer,
+    *,
+    clip_bound: float,
+    noise_std: float,
+    divisor: int | None,
+    loss_reduction: str,
+    batches: int,
+    collate_fn: Any,
 ) -> str:
-    """Return in words what makes a step of a batch, beside noise; equal words mean equal steps."""
-    groups = [
-        {
-            name: float(value) if type(value) is int else value
-            for name, value in group.items()
-            if name not in ("params", "initial_lr")
-        }
-        for group in optimizer.param_groups
-    ]
+    """Return in words what makes a step of a batch; equal words mean equal steps.
+
+    Args:
+        optimizer: The plain one.
+        clip_bound: That gradients are clipped to.
+        noise_std: On their sum.
+        divisor: What a mean is divided by.
+        loss_reduction: "mean" or "sum".
+        batches: How many drawn batches the step may have summed.
+        collate_fn: Joins rows to a batch.
+    """
     joined = collate_fn is None or collate_fn is default_collate
     return (
-        f"{type(optimizer).__name__} {groups} clipped to {clip_bound!r} over {divisor}, batches "
-        f"joined by {'default_collate' if joined else 'another collate_fn'}"
+        f"{type(optimizer).__name__} {described_groups(optimizer)}, {batches} drawn, clipped to "
+        f"{float(clip_bound)!r}, noise {float(noise_std)!r} on the {loss_reduction}, over "
+        f"{divisor}, joined by {'default_collate' if joined else 'another collate_fn'}"
     )
+
+
+def described_groups(optimizer: Optimizer) -> str:
+    """Return the settings of all groups, numbers with every digit, whatever their type."""
+    groups = [
+        {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
+    return repr(groups)
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as Python numbers: a tensor prints four digits only."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return float(value) if type(value) is int else value
 
 
 def adaptive_noise(noise_multiplier: float, unclipped_num_std: float) -> tuple[float, float]:

@@ -43,6 +43,7 @@ class TrainingKernel:
         clipping: "flat", "per_layer" or "adaptive".
         poisson_sampling: False for fixed batches.
         world_size: Number of processes that draw from a shard each; `sample_rate` is that of each.
+        rand_on_empty: Opacus puts a random instance into an empty draw.
     """
 
     sample_rate: float
@@ -56,6 +57,7 @@ class TrainingKernel:
     clipping: str = "flat"
     poisson_sampling: bool = True
     world_size: int = 1
+    rand_on_empty: bool = False
 
 
 def require_map_style(data_loader: Any) -> None:

@@ -295,7 +295,7 @@ class PerInstanceAccountant(PrivacyLosses):
 
         Args:
             guarantee: "output_specific" or "estimate"; a stronger label than the present one
-                changes nothing. Budgets keep theirs: a filter holds whatever ends the run.
+                changes nothing.
         """
         label = check.choice("guarantee", guarantee, ("output_specific", "estimate"))
         self._guarantee = weakest([self._guarantee, label])

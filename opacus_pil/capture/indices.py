@@ -43,6 +43,7 @@ class BatchTracker:
         self._owner: weakref.ref[Any] | None = None  # iterator whose batch is unclaimed
         self._explicit = False
         self.handed_out = 0  # batches of this pass since the last claim
+        self.unclaimed = 0  # the same of all passes: a caller may have kept earlier ones
         self.drawn: Draw | None = None  # what the batch claimed last was drawn in; None: unknown
         self.split = SplitPasses()  # knows the draws when Opacus's BatchMemoryManager loads
         self._draw: Draw | None = None
@@ -67,11 +68,12 @@ class BatchTracker:
         self._draw = draw
         self._owner = weakref.ref(owner)
         self.handed_out += 1
+        self.unclaimed += 1
 
     def claim(self) -> IntArray | None:
         """Return the current batch's rows once; None when they are not known for certain."""
         rows, published = self._rows, self.handed_out > 0 or self._explicit
-        self._rows, self._owner, self.handed_out = None, None, 0
+        self._rows, self._owner, self.handed_out, self.unclaimed = None, None, 0, 0
         if rows is not None and not self._explicit and self.split.interfering:
             rows = None
         if rows is not None:

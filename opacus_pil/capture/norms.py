@@ -93,6 +93,11 @@ def _norms_over(layers: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([norm.to(device) for norm in layers], dim=1).norm(2, dim=1)
 
 
+def _coarsest(samples: list[torch.Tensor]) -> float:
+    """Return the relative rounding of the least precise ones, which joining them would hide."""
+    return max(torch.finfo(g.dtype).eps for g in samples)
+
+
 class RecordingDPOptimizer(_Recording, DPOptimizer):
     """Opacus's DPOptimizer, keeping the norms it clips by and enforcing per-instance caps."""
 
@@ -105,7 +110,9 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
             norms = _norms_over(_norms_of(samples))
         for p in self.params:  # before anything is claimed: a refused step leaves no trace
             _check_processed_flag(p.grad_sample)
-        caps = self.recorder.capture(norms, max_grad_norm=self.max_grad_norm)
+        caps = self.recorder.capture(
+            norms, max_grad_norm=self.max_grad_norm, rounding=_coarsest(samples)
+        )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
         kept = None if caps is None or bool((caps > 0).all()) else caps > 0
@@ -131,7 +138,11 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
         bounds = [float(bound) for bound in self.max_grad_norms]
         layers = _norms_of(self.grad_samples)
         clipped = [norm.clamp(max=bound) for norm, bound in zip(layers, bounds, strict=True)]
-        self.recorder.capture(_norms_over(clipped), max_grad_norm=self.max_grad_norm)
+        self.recorder.capture(
+            _norms_over(clipped),
+            max_grad_norm=self.max_grad_norm,
+            rounding=_coarsest(self.grad_samples),
+        )
         super().clip_and_accumulate()
 
 
@@ -141,7 +152,11 @@ class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
     def clip_and_accumulate(self) -> None:
         """Record the norms, then clip, count and sum as Opacus does."""
         norms = _norms_over(_norms_of(self.grad_samples))
-        self.recorder.capture(norms, max_grad_norm=float(self.max_grad_norm))
+        self.recorder.capture(
+            norms,
+            max_grad_norm=float(self.max_grad_norm),
+            rounding=_coarsest(self.grad_samples),
+        )
         super().clip_and_accumulate()
 
 
@@ -189,7 +204,10 @@ def _capped_coefficients(module: Any, recorder: Recorder) -> torch.Tensor:
             f"{int((~torch.isfinite(norms)).sum())} of {len(norms)} not finite. A non-finite "
             "gradient cannot be clipped; check its loss."
         )
-    caps = recorder.capture(norms, max_grad_norm=float(module.max_grad_norm))
+    layers = [p._norm_sample for p in module.parameters() if hasattr(p, "_norm_sample")]
+    caps = recorder.capture(
+        norms, max_grad_norm=float(module.max_grad_norm), rounding=_coarsest([norms, *layers])
+    )
     return clip_factors(norms, max_grad_norm=module.max_grad_norm, caps=caps)
 
 

@@ -31,7 +31,7 @@ class StepRecord:
         indices: Shape (batch,), rows of the data set; None: not known for certain.
         norms: Shape (batch,), float64, unclipped per-sample gradient norms.
         max_grad_norm: Bound that the gradients were clipped to.
-        rounding: Machine epsilon of the dtype the norms were computed in.
+        rounding: Machine epsilon of the coarsest dtype behind the norms.
         mismatch: Why `indices` is None, for a warning; empty when they are known.
         draws: Number of draws that may have been summed, so that an instance may be in each: 1
             when `indices` are known.
@@ -53,6 +53,8 @@ class _Capture:
     max_grad_norm: float
     dropped: torch.Tensor | None  # rows with cap 0, which took no part
     mismatch: str
+    rounding: float  # relative, of the coarsest number behind the norms
+    unclaimed: int  # batches that loaders had given since the one before
 
 
 class Recorder:
@@ -99,17 +101,25 @@ class Recorder:
         """Forget captured batches whose gradients were dropped without a step."""
         self._captures = []
 
-    def capture(self, norms: torch.Tensor, *, max_grad_norm: float) -> torch.Tensor | None:
+    def capture(
+        self, norms: torch.Tensor, *, max_grad_norm: float, rounding: float | None = None
+    ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
+
+        Args:
+            norms: Shape (batch,), unclipped.
+            max_grad_norm: Clip bound in force.
+            rounding: Relative rounding of the coarsest number the norms come from; None: theirs.
 
         Raises:
             UnsupportedError: Caps must be enforced and the batch's rows are not known, or norms are
                 too coarse.
         """
-        handed_out = self.tracker.handed_out
+        handed_out, unclaimed = self.tracker.handed_out, self.tracker.unclaimed
         rows = self.tracker.claim()
         draw = self.tracker.drawn
         norms = norms.detach()
+        coarsest = max(torch.finfo(norms.dtype).eps, rounding or 0.0)
         if self.publish is not None:
             self.publish.per_sample_gradient_norms = norms
         empty = draw is not None and len(draw.rows) == 0
@@ -130,11 +140,11 @@ class Recorder:
         if self.caps is not None:
             if handed_out > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{handed_out} batches were handed out since the last step"
-            if torch.finfo(norms.dtype).eps > self._caps_rounding:
+            if coarsest > self._caps_rounding:
                 raise UnsupportedError(
-                    f"Expected gradients as precise as the parameters under caps, got {norms.dtype}"
-                    ". Clipping by such norms exceeds a cap by more than what is charged for "
-                    "rounding. Leave torch.autocast out of the forward pass."
+                    "Expected gradients as precise as the parameters under caps, got some rounded "
+                    f"to {coarsest:.1g}. Clipping by such norms exceeds a cap by more than what is "
+                    "charged for rounding. Leave torch.autocast out of the forward pass."
                 )
             if rows is None:
                 raise UnsupportedError(
@@ -147,7 +157,9 @@ class Recorder:
             else:
                 caps = torch.as_tensor(self.caps(rows), device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
-        self._captures.append(_Capture(rows, draw, norms, max_grad_norm, dropped, mismatch))
+        self._captures.append(
+            _Capture(rows, draw, norms, max_grad_norm, dropped, mismatch, coarsest, unclaimed)
+        )
         return caps
 
     def take(self, *, max_grad_norm: float) -> StepRecord:
@@ -186,9 +198,11 @@ class Recorder:
             indices=rows,
             norms=norms,
             max_grad_norm=max((c.max_grad_norm for c in captures), default=max_grad_norm),
-            rounding=max((torch.finfo(c.norms.dtype).eps for c in captures), default=0.0),
+            rounding=max((c.rounding for c in captures), default=0.0),
             mismatch=mismatch,
-            draws=1 if rows is not None else max(len(draws) + unknown, 1),
+            draws=1
+            if rows is not None
+            else max(len(draws) + unknown, sum(c.unclaimed for c in captures), 1),
         )
 
 

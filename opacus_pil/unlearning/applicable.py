@@ -57,7 +57,7 @@ def certificates_for(
         raise CertificateError(
             "Expected every run so far to have a length fixed before it, got one that stopped on "
             "what the model showed, or that took predicted steps. Its length depends on private "
-            "data; use method='noisy_finetuning', or retrain."
+            "data; use method='noisy_finetuning'."
         )
     if privacy_engine is None:
         raise CertificateError(

@@ -170,9 +170,8 @@ class UnlearningEngine(QueuedModel):
             steps_retrain=self._training_steps,
             batch_size=self._batch_size,
             requests_served=self._requests_served,
-            basis=self._basis(),
             module=self._module,
-            noisy=self._engine is not None,
+            noisy=self._engine is not None and self._engine.kernel.noise_multiplier > 0.0,
         )
         if calibration is not None:
             if any(value is not None for value in (epsilon, delta, certificate, steps, strength)):
@@ -180,12 +179,14 @@ class UnlearningEngine(QueuedModel):
                     "Expected calibration alone, got a target, a certificate, steps or strength "
                     "beside it. A calibrated plan makes no claim and takes its steps from pilots."
                 )
-            return predicted_plan(
-                facts,
-                calibration,
-                log_loss=self.mean_log_loss(rows, order=calibration.order),
-                max_steps=max_steps,
-                step_grid=step_grid,
+            return self._bound(
+                predicted_plan(
+                    facts,
+                    calibration,
+                    log_loss=self.mean_log_loss(rows, order=calibration.order),
+                    max_steps=max_steps,
+                    step_grid=step_grid,
+                )
             )
 
         def applicable() -> tuple[Certificate, Certificate | None]:
@@ -204,18 +205,20 @@ class UnlearningEngine(QueuedModel):
                 forgotten=self._forgotten,
             )
 
-        return make_plan(
-            facts,
-            epsilon=epsilon,
-            delta=delta,
-            certificate=certificate,
-            applicable=applicable,
-            steps=steps,
-            max_steps=max_steps,
-            step_grid=step_grid,
-            strength=strength,
-            predict=predict,
-            adaptive=adaptive,
+        return self._bound(
+            make_plan(
+                facts,
+                epsilon=epsilon,
+                delta=delta,
+                certificate=certificate,
+                applicable=applicable,
+                steps=steps,
+                max_steps=max_steps,
+                step_grid=step_grid,
+                strength=strength,
+                predict=predict,
+                adaptive=adaptive,
+            )
         )
 
     def unlearn(
@@ -372,13 +375,13 @@ def _require_no_momentum(certificate: Certificate, optimizer: torch.optim.Optimi
     """Raise where a caller's certificate cannot describe steps of this optimizer."""
     if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
         return  # of any optimizer; and of one of its own
-    for group in optimizer.param_groups:
-        if group.get("momentum") or "betas" in group:
-            raise CertificateError(
-                f"Expected plain steps without momentum for a {type(certificate).__name__}, got "
-                f"{type(optimizer).__name__} with momentum. Its state couples steps; train and "
-                "unlearn with plain SGD."
-            )
+    moving = any(group.get("momentum") for group in optimizer.param_groups)
+    if moving or type(optimizer) is not torch.optim.SGD:
+        raise CertificateError(
+            f"Expected torch.optim.SGD without momentum for a {type(certificate).__name__}, got "
+            f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
+            "couples steps; train and unlearn with plain SGD."
+        )
 
 
 def _observed(on_step: Callable[[int, nn.Module], Any], step: int, module: nn.Module) -> Any:

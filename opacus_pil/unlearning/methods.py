@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from opacus.grad_sample import AbstractGradSampleModule
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
@@ -25,7 +26,10 @@ ExtraTerm = Callable[[nn.Module], torch.Tensor]
 
 def plain_module(module: nn.Module) -> nn.Module:
     """Return the user's own module from inside Opacus's wrapper."""
-    return module._module if isinstance(module, AbstractGradSampleModule) else module
+    if isinstance(module, AbstractGradSampleModule | AbstractGradSampleHooks):
+        inner: nn.Module = module._module
+        return inner
+    return module
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

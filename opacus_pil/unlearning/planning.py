@@ -49,7 +49,6 @@ class Facts:
     steps_retrain: int
     batch_size: float
     requests_served: int
-    basis: str
     module: nn.Module
     noisy: bool
 
@@ -136,8 +135,8 @@ def make_plan(
     own = certificate is not None
     if own and not facts.noisy and facts.method != "noisy_finetuning":
         raise CertificateError(
-            "Expected privacy_engine for a certified plan, got a certificate and None: without it "
-            "the steps add no noise. Train with PerInstancePrivacyEngine."
+            "Expected a privacy_engine with noise for a certified plan, got a certificate and "
+            "none: the steps add no noise. Train with PerInstancePrivacyEngine."
         )
     worst: Certificate | None = None
     if certificate is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +22,7 @@ from .. import _validate as check
 from .._validate import IntArray
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..step_accounting import described_groups
 from .calibration import mean_log_loss
 from .engine_state import engine_state, load_engine_state
 from .methods import plain_module
@@ -170,9 +172,16 @@ class TrainedModel:
     def _note_ledger(self) -> None:
         """Remember how far the ledger is: whoever trains on without this engine is noticed."""
         self._ledger_steps = 0 if self._engine is None else self._engine.per_instance.steps
+        self._model_hash = model_hash(self._module)
 
     def _require_own_ledger(self) -> None:
         """Raise if the ledger has steps or tombstones that this engine knows nothing about."""
+        if model_hash(self._module) != self._model_hash:
+            raise LedgerError(
+                "Expected the model as it was when this engine was built or last ran, got other "
+                "weights. Whoever moves them outside of it charges no ledger; build the engine "
+                "after training, and work on copies of its module."
+            )
         if self._engine is None:
             return
         ledger = self._engine.per_instance
@@ -200,14 +209,18 @@ class TrainedModel:
 
     def _basis(self) -> str:
         """Return a digest of what a plan depends on."""
-        digest = hashlib.sha256(model_hash(self._module).encode())
-        groups = self._optimizer.state_dict()["param_groups"]
+        digest = hashlib.sha256(self._model_hash.encode())
+        groups = described_groups(self._optimizer)
         kernel = None if self._engine is None else self._engine.kernel
         digest.update(
             f"{type(self._optimizer).__name__} {groups} {kernel} {self._ledger_steps} "
             f"{self._requests_served} {sorted(self._forgotten)} {self._batch_size}".encode()
         )
         return digest.hexdigest()
+
+    def _bound(self, plan: UnlearningPlan) -> UnlearningPlan:
+        """Return the plan, bound to what it says and to the state it was made for."""
+        return replace(plan, basis=bound_to(plan, self._basis()))
 
     def _check_current(self, plan: UnlearningPlan) -> None:
         if plan.requests_served != self._requests_served:
@@ -216,10 +229,11 @@ class TrainedModel:
                 f"after {plan.requests_served}. Plan again: the model has changed since."
             )
         self._require_own_ledger()
-        if plan.basis != self._basis():
+        if plan.basis != bound_to(plan, self._basis()):
             raise ValueError(
                 "Expected a plan for this engine's model, optimizer and ledger as they are, got "
-                "one for others. Plan again: something was changed since, or it is another's plan."
+                "one for others. Plan again: something was changed since, in the plan too, or it "
+                "is another's plan."
             )
         if isinstance(plan, CertifiedPlan):
             now = plan.certificate.epsilon(delta=plan.delta, steps=plan.steps)
@@ -229,6 +243,18 @@ class TrainedModel:
                     f"{now:g} after {plan.steps} steps. Plan again instead of editing a plan."
                 )
         self._checked_forget(plan.forget_set)
+
+
+def bound_to(plan: UnlearningPlan, state: str) -> str:
+    """Return a digest of what a plan says and of the state it was made for."""
+    claim = ""
+    if isinstance(plan, CertifiedPlan):
+        claim = f"{plan.epsilon!r} {plan.delta!r} {type(plan.certificate).__name__}"
+    text = (
+        f"{state} {type(plan).__name__} {plan.method} {plan.steps} {plan.strength} "
+        f"{plan.fixed_length} {plan.forget_set.tolist()} {claim}"
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_no_running_statistics(module: nn.Module) -> None:

@@ -48,6 +48,19 @@ class TestNoNoise:
                 [0], steps=20, delta=DELTA, certificate=best_of([NOISY])
             )
 
+    def test_training_without_noise_carries_no_certificate_of_the_caller(self):
+        run = logistic_run(norm_policy="worst_case", noise_multiplier=0.0, steps=5)
+        mine = ContractionCertificate(0.9, 1.0, shifts=(0.5,) * 5)
+        with pytest.raises(CertificateError, match="add no noise"):
+            run.unlearning().plan([0], epsilon=1.0, delta=DELTA, certificate=mine)
+
+    def test_optimizers_that_remember_void_a_certificate_of_the_caller(self):
+        run = network_run()
+        run.optimizer = torch.optim.Adagrad(run.module.parameters(), lr=0.1)
+        mine = ContractionCertificate(0.9, 1.0, shifts=(0.5,) * 10)
+        with pytest.raises(CertificateError, match="got Adagrad"):
+            run.unlearning().plan([0], epsilon=1.0, delta=DELTA, certificate=mine)
+
     def test_momentum_voids_a_certificate_of_the_caller(self):
         mine = ContractionCertificate(0.9, 1.0, shifts=(0.5,) * 10)
         with pytest.raises(CertificateError, match="with momentum"):
@@ -82,6 +95,24 @@ class TestLedgerAndEngineGoTogether:
         assert other.forgotten == {0}
         other.plan([1], **LANGEVIN)
 
+    def test_caps_are_not_taken_over_by_an_engine_that_does_not_enforce_them(self):
+        capped = logistic_run(steps=20)
+        state = capped.unlearning().state_dict()
+        other = logistic_run(norm_policy="worst_case", steps=20)
+        before = other.engine.per_instance.rdp()
+        with pytest.raises(LedgerError, match="norm_policy='capped' enforces"):
+            other.unlearning().load_state_dict(state)
+        np.testing.assert_array_equal(other.engine.per_instance.rdp(), before)
+
+    def test_steps_behind_the_engines_back_are_noticed(self):
+        run = logistic_run()
+        unlearning = run.unlearning()
+        unlearning.unlearn(unlearning.plan([0], **LANGEVIN), seed=1)
+        with torch.no_grad():
+            unlearning.module.weight.mul_(0.5)
+        with pytest.raises(LedgerError, match="got other weights"):
+            unlearning.plan([1], **LANGEVIN)
+
     def test_budgets_refuse_methods_that_they_could_not_bear_before_anything_runs(self):
         run = logistic_run(budget=(1e4, DELTA))
         for method in ("finetuning", "gradient_difference"):
@@ -113,13 +144,18 @@ class TestAPlanIsForOneState:
         _, unlearning, plan = self.planned()
         with torch.no_grad():
             unlearning.module.weight.fill_(1e3)
-        with pytest.raises(ValueError, match="Plan again"):
-            unlearning.unlearn(plan)
+        for call in (lambda: unlearning.plan([1], **LANGEVIN), lambda: unlearning.unlearn(plan)):
+            with pytest.raises(LedgerError, match="got other weights"):
+                call()
 
-    def test_fewer_steps_than_its_certificate_asks_for(self):
+    @pytest.mark.parametrize(
+        "edit",
+        [{"steps": 0}, {"forget_set": np.arange(30)}, {"epsilon": 0.01}, {"method": "dp_sgd"}],
+    )
+    def test_edited_plans_are_refused(self, edit):
         _, unlearning, plan = self.planned()
-        with pytest.raises(CertificateError, match="instead of editing a plan"):
-            unlearning.unlearn(replace(plan, steps=0))
+        with pytest.raises(ValueError, match="in the plan too"):
+            unlearning.unlearn(replace(plan, **edit))
         assert unlearning.forgotten == frozenset()
 
     def test_a_run_is_not_resumed_under_other_settings(self, tmp_path):
@@ -143,22 +179,25 @@ class TestConstantSteps:
     """Contraction counts every step at the settings of the last one."""
 
     @staticmethod
-    def trained(change):
+    def trained(change, grad_sample_mode="hooks"):
         torch.manual_seed(0)
         run = logistic_run(steps=2)
         module = nn.Linear(5, 1, bias=False)
         optimizer = torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3)
         engine = PerInstancePrivacyEngine(norm_policy="worst_case")
-        private, private_optimizer, loader = engine.make_private(
+        made = engine.make_private(
             module=module, optimizer=optimizer,
             data_loader=DataLoader(run.dataset, batch_size=SIZE),
-            noise_multiplier=1.0, max_grad_norm=1.0,
+            noise_multiplier=1.0, max_grad_norm=1.0, criterion=run.criterion,
+            grad_sample_mode=grad_sample_mode,
         )  # fmt: skip
+        private, private_optimizer, loader = made[0], made[1], made[-1]
+        criterion = made[2] if len(made) == 4 else run.criterion
         for number in range(20):
             change(number, private_optimizer)
             for x, y in loader:
                 private_optimizer.zero_grad()
-                run.criterion(private(x), y).backward()
+                criterion(private(x), y).backward()
                 private_optimizer.step()
         run.module, run.optimizer, run.engine = private, private_optimizer, engine
         return run
@@ -195,6 +234,49 @@ class TestConstantSteps:
     )
     def test_schedules_are_refused(self, kind, arguments):
         run = self.trained(getattr(self, kind)(*arguments))
+        with pytest.raises(CertificateError, match="constant steps"):
+            run.unlearning().plan([0], steps=30, delta=DELTA, method="langevin")
+
+    def test_noise_scaled_to_another_bound_than_the_clip_is_refused_in_ghost_mode(self):
+        def shrink(number, optimizer):
+            optimizer.max_grad_norm = 0.1  # as Opacus's clip scheduler: the module clips to 1 still
+
+        with pytest.warns(UserWarning, match="noise is scaled"):
+            run = self.trained(shrink, grad_sample_mode="ghost")
+        with pytest.raises(CertificateError, match="constant steps"):
+            run.unlearning().plan([0], steps=30, delta=DELTA, method="langevin")
+
+    def test_step_sizes_are_compared_with_every_digit(self):
+        run = self.trained(self.set_group("lr", torch.tensor(1.49e-4), torch.tensor(1.01e-4)))
+        with pytest.raises(CertificateError, match="constant steps"):
+            run.unlearning().plan([0], steps=30, delta=DELTA, method="langevin")
+
+    @pytest.mark.parametrize("kind", [np.float64, torch.tensor])
+    def test_but_not_with_their_types(self, kind, tmp_path):
+        run = self.trained(self.set_group("lr", 7.0, 7.0))
+        run.optimizer.param_groups[0]["lr"] = kind(7.0)
+        run.unlearning().plan([0], steps=30, delta=DELTA, method="langevin")
+
+    def test_two_draws_in_one_step_are_charged_and_seen(self):
+        torch.manual_seed(0)
+        run = logistic_run(steps=2)
+        module = nn.Linear(5, 1, bias=False)
+        optimizer = torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3)
+        engine = PerInstancePrivacyEngine(norm_policy="worst_case")
+        private, private_optimizer, loader = engine.make_private(
+            module=module, optimizer=optimizer,
+            data_loader=DataLoader(run.dataset, batch_size=SIZE),
+            noise_multiplier=4.0, max_grad_norm=1.0,
+        )  # fmt: skip
+        (x, y), (x2, y2) = next(iter(loader)), next(iter(loader))
+        run.criterion(private(torch.cat([x, x2])), torch.cat([y, y2])).backward()
+        private_optimizer.step()
+        ledger = engine.per_instance
+        # everybody is in twice: a shift of 2C against noise 4C is one of C against 2C
+        np.testing.assert_allclose(
+            ledger.rdp([0])[0], np.asarray(ledger.orders) / (2 * 2.0**2), rtol=1e-9
+        )
+        run.module, run.optimizer, run.engine = private, private_optimizer, engine
         with pytest.raises(CertificateError, match="constant steps"):
             run.unlearning().plan([0], steps=30, delta=DELTA, method="langevin")
 
@@ -316,3 +398,53 @@ def test_a_plan_can_be_copied():
     plan = copy.deepcopy(unlearning.plan([0], **LANGEVIN))
     assert unlearning.unlearn(plan, seed=0).epsilon == plan.epsilon
     assert isinstance(unlearning, UnlearningEngine)
+
+
+def test_a_module_with_hooks_instead_of_a_wrapper_is_found():
+    run = logistic_run(steps=2)
+    module = nn.Linear(5, 1, bias=False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3)
+    engine = PerInstancePrivacyEngine(norm_policy="worst_case")
+    hooks, private_optimizer, _ = engine.make_private(
+        module=module, optimizer=optimizer, data_loader=DataLoader(run.dataset, batch_size=SIZE),
+        noise_multiplier=1.0, max_grad_norm=1.0, wrap_model=False,
+    )  # fmt: skip
+    unlearning = UnlearningEngine(
+        hooks, optimizer=private_optimizer, dataset=run.dataset, criterion=run.criterion,
+        privacy_engine=engine, progress=False,
+    )  # fmt: skip
+    assert unlearning.module is module
+
+
+def test_a_random_row_in_an_empty_draw_is_no_bound():
+    """Alone in its batch an instance takes the random row's place: it moves the sum by both."""
+    run = logistic_run(steps=2)
+    module = nn.Linear(5, 1, bias=False)
+    engine = PerInstancePrivacyEngine(norm_policy="worst_case")
+    private, optimizer, loader = engine.make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(run.dataset, batch_size=12), noise_multiplier=1.0,
+        max_grad_norm=1.0, rand_on_empty=True,
+    )  # fmt: skip
+    x, y = next(iter(loader))
+    run.criterion(private(x), y).backward()
+    optimizer.step()
+    assert engine.per_instance.guarantee == "estimate"
+
+
+def test_attaching_after_a_step_is_refused():
+    from opacus import PrivacyEngine
+
+    run = logistic_run(steps=2)
+    module = nn.Linear(5, 1, bias=False)
+    private, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(run.dataset, batch_size=12), noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    x, y = next(iter(loader))
+    run.criterion(private(x), y).backward()
+    optimizer.step()
+    engine = PerInstancePrivacyEngine(accountant="rdp")
+    with pytest.raises(ValueError, match="has made no step"):
+        engine.attach(module=private, optimizer=optimizer, data_loader=loader)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch.nn as nn
 
 from .. import _validate as check
+from ..certificates import NoisyFineTuningCertificate
+from ..certificates.fields import constants_of
 from .requests import Request, RequestQueue
 from .serving import go_on, serve
 from .trained_model import TrainedModel
@@ -101,6 +103,7 @@ class QueuedModel(TrainedModel):
         strength: float | None = None,
         predict: bool = False,
         adaptive: bool = False,
+        certificate: NoisyFineTuningCertificate | None = None,
         max_batch: int | None = None,
         checkpoint_every: int = 50,
         seed: int | None = None,
@@ -126,6 +129,8 @@ class QueuedModel(TrainedModel):
         Args:
             epsilon, delta, method, steps, max_steps, step_grid, strength, predict, adaptive: As in
                 `plan`.
+            certificate: For method "noisy_finetuning", as in `plan`: of all certificates of a
+                caller's only this one is about any forget set.
             max_batch: Most requests in one run; 1: one after the other. Default: all that wait.
             checkpoint_every: As in `unlearn`.
             seed: The seeds of all runs are drawn from this. Default: from the system; a run's seed
@@ -137,10 +142,16 @@ class QueuedModel(TrainedModel):
 
         Raises:
             ValueError: Arguments that make no plan, or an engine without requests.
+            TypeError: Another kind of certificate.
             LedgerError: The database is locked, read-only or no queue; another process serves and
                 `wait` is False; or the folder belongs to another engine. The model is the one that
                 was served last.
         """
+        if certificate is not None and type(certificate) is not NoisyFineTuningCertificate:
+            raise TypeError(
+                f"Expected a NoisyFineTuningCertificate to serve by, got "
+                f"{type(certificate).__name__}: it speaks of one forget set. Leave it out."
+            )
         return serve(
             cast("UnlearningEngine", self),
             self.requests,
@@ -154,6 +165,7 @@ class QueuedModel(TrainedModel):
                 "strength": strength,
                 "predict": predict,
                 "adaptive": adaptive,
+                "certificate": None if certificate is None else constants_of(certificate),
             },
             max_batch=None if max_batch is None else check.integer("max_batch", max_batch, low=1),
             seed=None if seed is None else check.integer("seed", seed, low=0),

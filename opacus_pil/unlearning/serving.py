@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ..certificates import write_certificate
+from ..certificates.fields import rebuilt
 from ..checkpoint import load_state, state_bytes, write_atomic
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from .certified_record import certified_record
@@ -173,12 +174,18 @@ def _planned(
     if not rows:
         return None, None
     try:
-        plan = engine.plan(sorted(rows), **goal)
+        plan = engine.plan(sorted(rows), **_arguments(goal))
     except (CertificateError, UnsupportedError) as error:
         return None, str(error)
     if isinstance(plan, RetrainPlan) and goal["method"] != "retraining":
         return None, f"retrain instead: {plan.reason}"
     return plan, None
+
+
+def _arguments(goal: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `plan`, with the certificate that the database keeps as constants."""
+    kept = goal.get("certificate")
+    return {**goal, "certificate": None if kept is None else rebuilt(kept[0], kept[1])}
 
 
 def _wrong_rows(engine: UnlearningEngine, request: Request, others: set[int]) -> str | None:
@@ -213,7 +220,7 @@ def _serve_batch(
         result |= {"status": "forgotten before", "steps": 0, "state_file": engine._state_name}
         server.finish(batch, state_file=engine._state_name, result=result)
         return
-    plan = engine.plan(batch.rows, **batch.goal)
+    plan = engine.plan(batch.rows, **_arguments(batch.goal))
     if plan.steps != batch.steps:
         raise LedgerError(
             f"Expected the plan of batch {batch.number} to take {batch.steps} steps as when it was "

@@ -11,7 +11,12 @@ import torch
 import torch.nn as nn
 from torch.utils.data import TensorDataset
 
-from opacus_pil.certificates import read_certificate, verify_certificate
+from opacus_pil.certificates import (
+    ContractionCertificate,
+    NoisyFineTuningCertificate,
+    read_certificate,
+    verify_certificate,
+)
 from opacus_pil.checkpoint import load_state
 from opacus_pil.errors import LedgerError
 from opacus_pil.unlearning import serving
@@ -263,6 +268,22 @@ def test_a_database_that_is_locked_at_the_commit_leaves_the_engine_as_served(eng
 
 
 # --- certified ------------------------------------------------------------------------------------
+
+
+def test_noisy_fine_tuning_is_served_by_its_certificate(tmp_path):
+    certificate = NoisyFineTuningCertificate(1.5, 0.5, 0.1, 0.2, [3.0, 2.0, 4.0])
+    engine = network_run().unlearning(requests=tmp_path / "requests")
+    engine.submit([3, 7], request_id="ada")
+    (ada,) = engine.serve(
+        steps=3, delta=DELTA, method="noisy_finetuning", certificate=certificate, seed=1
+    )
+    assert ada.result["status"] == "certified"
+    assert ada.result["epsilon"] == certificate.epsilon(delta=DELTA, steps=3)
+    record = read_certificate(engine.requests.folder / ada.result["certificate_file"])
+    assert record.certificate == certificate
+    assert verify_certificate(record, model_sha256=model_hash(engine.module)).holds
+    with pytest.raises(TypeError, match="one forget set"):
+        engine.serve(steps=3, delta=DELTA, certificate=ContractionCertificate(0.9, 1.0))
 
 
 def test_certified_requests_carry_a_certificate_that_counts_all_before_them(tmp_path):

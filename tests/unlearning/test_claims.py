@@ -230,6 +230,7 @@ class TestConstantSteps:
             ("set_optimizer", ("noise_multiplier", 1.0, 1e-3)),
             ("set_optimizer", ("noise_multiplier", 0.5, 1.0)),
             ("set_optimizer", ("max_grad_norm", 2.0, 1.0)),
+            ("set_optimizer", ("loss_reduction", "sum", "mean")),
         ],
     )
     def test_schedules_are_refused(self, kind, arguments):
@@ -448,3 +449,50 @@ def test_attaching_after_a_step_is_refused():
     engine = PerInstancePrivacyEngine(accountant="rdp")
     with pytest.raises(ValueError, match="has made no step"):
         engine.attach(module=private, optimizer=optimizer, data_loader=loader)
+
+
+def test_a_rate_that_opacus_rounds_is_no_schedule():
+    """Of 93 batches Opacus's sampler draws 92: the charge is at 1/92, the coins at 1/93."""
+    torch.manual_seed(0)
+    dataset = TensorDataset(torch.randn(93, 5), torch.ones(93, 1))
+    module = nn.Linear(5, 1, bias=False)
+    engine = PerInstancePrivacyEngine(norm_policy="worst_case")
+    private, optimizer, loader = engine.make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(dataset, batch_size=1), noise_multiplier=1.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    batches = iter(loader)
+    for _ in range(3):
+        x, y = next(batches)
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(private(x), y).backward()
+        optimizer.step()
+    engine.require_constant_steps(optimizer.original_optimizer)
+    optimizer.original_optimizer.param_groups[0]["lr"] = 0.2
+    with pytest.raises(CertificateError, match="constant steps"):
+        engine.require_constant_steps(optimizer.original_optimizer)
+
+
+def test_caps_are_refused_where_part_of_the_gradients_is_coarse():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 8), nn.Linear(8, 1)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                inner = self.body(x).relu()
+            return self.head(inner.float())
+
+    run = logistic_run(steps=2)
+    module = Partly()
+    engine = PerInstancePrivacyEngine(norm_policy="capped", caps=np.full(SIZE, 0.05))
+    private, optimizer, loader = engine.make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(run.dataset, batch_size=SIZE), noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    x, y = next(iter(loader))
+    run.criterion(private(x), y).backward()
+    with pytest.raises(UnsupportedError, match="as precise as the parameters"):
+        optimizer.step()

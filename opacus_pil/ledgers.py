@@ -180,7 +180,7 @@ class LedgerEngine(PrivacyEngine):
             divisor=kernel.expected_batch_size,
             loss_reduction=kernel.loss_reduction,
             batches=1,
-            collate_fn=None,
+            default_batches=True,
         )
         if charges.accountant.steps and charges.update != now:
             raise CertificateError(

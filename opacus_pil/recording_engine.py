@@ -165,7 +165,7 @@ class RecordingEngine(LedgerEngine):
             self._criterion = criterion
         self._account(
             module, optimizer, tracker, kernel=kernel, dataset=dataset, collate_fn=collate,
-            criterion=self._criterion, sample_rate=rate,
+            criterion=self._criterion, sample_rate=rate, loaded=data_loader is not None,
         )  # fmt: skip
 
     # --- during training ----------------------------------------------------------------------
@@ -346,6 +346,7 @@ class RecordingEngine(LedgerEngine):
         sample_rate: float,
         rand_on_empty: bool = False,
         population: IntArray | None = None,
+        loaded: bool = True,
     ) -> None:
         """Record rows and norms of one training and charge this engine for its steps."""
         caps = None
@@ -369,6 +370,7 @@ class RecordingEngine(LedgerEngine):
                 criterion=criterion,
                 sample_rate=sample_rate,
                 shard=self._shard,
+                loaded=loaded,
             )
         )
 

@@ -41,6 +41,8 @@ class StepAccounting:
         criterion: Loss to measure with; None: not known.
         sample_rate: Largest of the accounted and the drawn rate.
         shard: Rows that the charger's instances are; None: all, in order.
+        loaded: Whether batches come from a loader that joins them by `collate_fn`; else from one
+            that nothing is known about.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class StepAccounting:
         criterion: Any,
         sample_rate: float,
         shard: Shard | None = None,
+        loaded: bool = True,
     ) -> None:
         self.criterion = criterion
         self.tracker = recorder.tracker
@@ -70,6 +73,7 @@ class StepAccounting:
         self._population = population
         self.sample_rate = sample_rate
         self._shard = shard
+        self._loaded = loaded
         self._opacus_hook = optimizer.step_hook
         self._ghost = kernel.grad_sample_mode == "ghost"
         record_norms(optimizer, recorder, module=module)
@@ -102,7 +106,7 @@ class StepAccounting:
                 divisor=optimizer.expected_batch_size,
                 loss_reduction=optimizer.loss_reduction,
                 batches=batches,
-                collate_fn=self._collate_fn,
+                default_batches=self._loaded and self._collate_fn in (None, default_collate),
             )
         )
         self._charger.charge(
@@ -180,7 +184,7 @@ def described_update(
     divisor: int | None,
     loss_reduction: str,
     batches: int,
-    collate_fn: Any,
+    default_batches: bool,
 ) -> str:
     """Return in words what makes a step of a batch; equal words mean equal steps.
 
@@ -191,13 +195,12 @@ def described_update(
         divisor: What a mean is divided by.
         loss_reduction: "mean" or "sum".
         batches: How many drawn batches the step may have summed.
-        collate_fn: Joins rows to a batch.
+        default_batches: Whether torch's default_collate joins the data set's items to a batch.
     """
-    joined = collate_fn is None or collate_fn is default_collate
     return (
         f"{type(optimizer).__name__} {described_groups(optimizer)}, {batches} drawn, clipped to "
         f"{float(clip_bound)!r}, noise {float(noise_std)!r} on the {loss_reduction}, over "
-        f"{divisor}, joined by {'default_collate' if joined else 'another collate_fn'}"
+        f"{divisor}, joined by {'default_collate' if default_batches else 'another collate_fn'}"
     )
 
 

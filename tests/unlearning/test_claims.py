@@ -433,6 +433,30 @@ def test_a_random_row_in_an_empty_draw_is_no_bound():
     assert engine.per_instance.guarantee == "estimate"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_batches_of_an_unknown_loader_are_not_taken_for_the_data_sets_items(known):
+    from opacus import PrivacyEngine
+
+    run = logistic_run(steps=2)
+    module = nn.Linear(5, 1, bias=False)
+    private, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1, weight_decay=0.1),
+        data_loader=DataLoader(run.dataset, batch_size=SIZE), noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    engine = PerInstancePrivacyEngine(accountant="rdp", norm_policy="worst_case")
+    given = {"data_loader": loader} if known else {"dataset": run.dataset, "sample_rate": 1.0}
+    engine.attach(module=private, optimizer=optimizer, **given)
+    x, y = next(iter(loader))
+    run.criterion(private(x), y).backward()
+    optimizer.step()
+    if known:
+        engine.require_constant_steps(optimizer.original_optimizer)
+    else:
+        with pytest.raises(CertificateError, match="another collate_fn"):
+            engine.require_constant_steps(optimizer.original_optimizer)
+
+
 def test_attaching_after_a_step_is_refused():
     from opacus import PrivacyEngine
 

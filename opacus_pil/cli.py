@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from . import __version__
@@ -120,15 +121,22 @@ def _study_command(commands: Any) -> None:
     study.set_defaults(run=_study)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    try:  # only this command needs torch, plots and data sets
-        from .demo import run_demo
-        from .demo.table import as_text
+@contextmanager
+def _demo_extra() -> Iterator[None]:
+    """Word a failing import of what only demo and study need: torch, plots and data sets."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         raise ImportError(
             f"Expected the demo extra, got no module {error.name!r}. "
             'Run pip install "opacus-pil[demo]".'
         ) from error
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    with _demo_extra():
+        from .demo import run_demo
+        from .demo.table import as_text
     with warnings.catch_warnings():
         # Two notices of Opacus and torch at every training; neither is about the demo's numbers.
         for notice in ("Secure RNG turned off", "Full backward hook is firing"):
@@ -148,14 +156,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    try:  # only this command needs torch, plots and data sets
+    with _demo_extra():
         from .study import run_study
         from .study.words import as_text
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"Expected the demo extra, got no module {error.name!r}. "
-            'Run pip install "opacus-pil[demo]".'
-        ) from error
     try:
         outcome = run_study(
             dataset=arguments.dataset,

@@ -150,7 +150,7 @@ class RecordingEngine(LedgerEngine):
             num_instances=len(dataset),
             clipping=clipping,
             world_size=1 if shard is None else shard.world_size,
-            rand_on_empty=bool(getattr(collate_of(data_loader), "rand_on_empty", False)),
+            rand_on_empty=data_loader is not None and data_loader.collate_fn.rand_on_empty,
         )
         tracker = BatchTracker() if data_loader is None else record_indices(data_loader)
         collate = None if data_loader is None else data_loader.collate_fn.wrapped_collator_fn
@@ -382,11 +382,6 @@ class RecordingEngine(LedgerEngine):
         charged = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
         # The ledger has the last word: a loaded one may have smaller caps, or budgets of its own.
         return np.minimum(self._caps[rows], charged)
-
-
-def collate_of(data_loader: Any) -> Any:
-    """Return a loader's collate_fn; None without a loader."""
-    return None if data_loader is None else data_loader.collate_fn
 
 
 def shard_of_budget(budget: Any, shard: Shard) -> Any:

@@ -6,7 +6,6 @@ Reads the ledger and what has run so far; every refusal names the assumption tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from ..certificates import Certificate, DataProcessingCertificate, best_of
 from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
 from .glm import OneOutputRun
+from .phase import Phase
 
 _SAME_KERNEL = ("training", "dp_sgd", "langevin", "retraining")  # steps of the training's kernel
 
@@ -34,7 +34,7 @@ def certificates_for(
     dataset: Dataset,
     privacy_engine: PerInstancePrivacyEngine | None,
     feature_norm: float | None,
-    phases: Sequence[Any],
+    phases: Sequence[Phase],
     forgotten: frozenset[int],
 ) -> tuple[Certificate, Certificate | None]:
     """Return the certificate that everything forgotten up to now is forgotten, and its worst case.
@@ -42,7 +42,7 @@ def certificates_for(
     Args:
         measured: Use the sensitivities the ledger stands at, whatever its label: a prediction.
         adaptive: The request was chosen after a look at released models.
-        phases: What has run: (steps, rows forgotten before it, method, private length) each.
+        phases: What has run.
         forgotten: Rows forgotten so far.
 
     Raises:
@@ -53,7 +53,7 @@ def certificates_for(
             "Expected a NoisyFineTuningCertificate for method 'noisy_finetuning', got none. Pass "
             "certificate=: the run follows its clips, step size, decay and noise."
         )
-    if any(phase[3] for phase in phases):
+    if any(phase.private_length for phase in phases):
         raise CertificateError(
             "Expected every run so far to have a length fixed before it, got one that stopped on "
             "what the model showed, or that took predicted steps. Its length depends on private "
@@ -68,7 +68,7 @@ def certificates_for(
         # Of all bounds only this one is on the whole transcript, released models included: given a
         # release, the others' two runs are no longer hidden by the noise of the steps before it.
         return _training_alone(rows, privacy_engine, forgotten, measured=measured)
-    others = [phase[2] for phase in phases if phase[2] not in _SAME_KERNEL]
+    others = [phase.method for phase in phases if phase.method not in _SAME_KERNEL]
     if others:
         raise CertificateError(
             f"Expected every step so far to be one of the training's kernel, got a run of method "
@@ -84,7 +84,9 @@ def certificates_for(
         measured=measured,
     )
     everyone = sorted(forgotten.union(rows.tolist()))
-    parts = [(phase[0], [row for row in everyone if row not in phase[1]]) for phase in phases]
+    parts = [
+        (phase.steps, [row for row in everyone if row not in phase.forgotten]) for phase in phases
+    ]
     ours = run.certificate(phases=parts)
     worst = run.certificate(phases=parts, worst_case=True)
     if privacy_engine.kernel.sample_rate == 1.0:

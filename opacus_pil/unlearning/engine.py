@@ -23,7 +23,6 @@ from ..privacy_engine import PerInstancePrivacyEngine
 from .applicable import certificates_for
 from .calibration import Calibration
 from .methods import optimizer_like, plain_copy
-from .model_hash import model_hash
 from .phase import Phase
 from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
 from .planning import Facts, make_plan, predicted_plan
@@ -163,7 +162,7 @@ class UnlearningEngine(QueuedModel):
         check.choice("method", method, METHODS)
         self._require_chargeable(method)
         if certificate is not None:
-            _require_no_momentum(certificate, self._optimizer)
+            _require_plain_descent(certificate, self._optimizer)
         facts = Facts(
             forget_set=rows,
             method=method,
@@ -271,9 +270,8 @@ class UnlearningEngine(QueuedModel):
             )
         self._check_current(plan)
         every = check.integer("record_every", record_every, low=1)
-        hashes = (
-            {"model_before": model_hash(self._module)} if isinstance(plan, CertifiedPlan) else {}
-        )
+        private_length = until is not None or not plan.fixed_length
+        before = self._model_hash  # it was just compared with the weights
         number = int(torch.randint(2**62, ()).item())
         number = number if seed is None else check.integer("seed", seed, low=0)
         twin, optimizer = self._start(plan, seed=number)
@@ -285,7 +283,6 @@ class UnlearningEngine(QueuedModel):
             ledger.note_new_model()
         run = SavedRun(
             plan=plan,
-            origin=self._module,
             module=twin,
             optimizer=optimizer,
             privacy_engine=ledger,
@@ -334,15 +331,12 @@ class UnlearningEngine(QueuedModel):
                 ledger.charge_without_noise(run.done)
             if reads_forget_set:  # its members paid for these steps too
                 ledger.forget(plan.forget_set)
-            private_length = until is not None or not plan.fixed_length
             if private_length and ledger.per_instance.steps > self._ledger_steps:
                 ledger.per_instance.weaken("estimate")
             self._engine.adopt(ledger)
         self._module, self._optimizer = twin, optimizer_like(optimizer, twin, twin)
         self._forgotten |= frozenset(plan.forget_set.tolist())
-        phase = Phase(
-            run.done, self._forgotten, plan.method, until is not None or not plan.fixed_length
-        )
+        phase = Phase(run.done, self._forgotten, plan.method, private_length)
         # What was there before a retraining left nothing in the model.
         self._phases = [phase] if plan.method == "retraining" else [*self._phases, phase]
         self._requests_served += 1
@@ -351,8 +345,9 @@ class UnlearningEngine(QueuedModel):
             run.remove(path)
         kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
         kind: Any = kinds.get(type(plan), UncertifiedResult)
-        if hashes:
-            hashes["model_after"] = model_hash(twin)
+        hashes: dict[str, str] = {}
+        if isinstance(plan, CertifiedPlan):
+            hashes = {"model_before": before, "model_after": self._model_hash}
         result: UnlearningResult = kind(
             module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history), **hashes
         )
@@ -371,7 +366,7 @@ class UnlearningEngine(QueuedModel):
         return twin, optimizer_like(self._optimizer, self._module, twin)
 
 
-def _require_no_momentum(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
+def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
     """Raise where a caller's certificate cannot describe steps of this optimizer."""
     if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
         return  # of any optimizer; and of one of its own

@@ -16,6 +16,7 @@ from ..certificates import (
     Certificate,
     DataProcessingCertificate,
     NoisyFineTuningCertificate,
+    PoissonContractionCertificate,
 )
 from ..errors import CertificateError
 from .averaged import require_all_trainable
@@ -132,8 +133,8 @@ def make_plan(
             f"Expected no certificate but data processing for a request chosen after a look at a "
             f"released model, got {type(certificate).__name__}. It speaks of the last model only."
         )
-    own = certificate is not None
-    if own and not facts.noisy and facts.method != "noisy_finetuning":
+    supplied = certificate is not None and facts.method != "noisy_finetuning"
+    if supplied and not facts.noisy:
         raise CertificateError(
             "Expected a privacy_engine with noise for a certified plan, got a certificate and "
             "none: the steps add no noise. Train with PerInstancePrivacyEngine."
@@ -149,8 +150,7 @@ def make_plan(
         reached = certificate.epsilon(delta=probability, steps=budget)
         return CertifiedPlan(
             steps=budget,
-            reason="as many steps as the caller asked for"
-            + (_SUPPLIED if own and facts.method != "noisy_finetuning" else ""),
+            reason="as many steps as the caller asked for" + (_SUPPLIED if supplied else ""),
             epsilon=reached,
             target_epsilon=reached,
             delta=probability,
@@ -168,7 +168,7 @@ def make_plan(
         limit=max(facts.steps_retrain - 1, 0) if max_steps is None else max_steps,
         grid=grid,
         predict=predict,
-        own=own and facts.method != "noisy_finetuning",
+        supplied=supplied,
     )
 
 
@@ -213,7 +213,7 @@ def _for_target(
     limit: int,
     grid: int,
     predict: bool,
-    own: bool,
+    supplied: bool,
 ) -> UnlearningPlan:
     goal = {"epsilon": epsilon, "delta": delta}
     try:
@@ -249,7 +249,7 @@ def _for_target(
     return CertifiedPlan(
         steps=needed,
         reason=f"fewest steps at which {name} reaches the target, rounded up to a multiple of "
-        f"{grid}" + (_SUPPLIED if own else ""),
+        f"{grid}" + (_SUPPLIED if supplied else ""),
         epsilon=certificate.epsilon(delta=delta, steps=needed),
         target_epsilon=epsilon,
         delta=delta,
@@ -261,8 +261,8 @@ def _for_target(
 
 def _searched(certificate: Certificate) -> int:
     """Return how far to look for the worst case, which is only there to be compared with."""
-    slow = type(certificate).__name__ == "PoissonContractionCertificate"  # seconds per ε
-    return 0 if slow else _WORST_CASE_SEARCH
+    slow = PoissonContractionCertificate  # seconds per ε
+    return 0 if isinstance(certificate, slow) else _WORST_CASE_SEARCH
 
 
 def _speaks_of_noisy_finetuning(certificate: Certificate | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn as nn
 from ..checkpoint import arrays, load_state, save_state
 from ..errors import LedgerError
 from ..privacy_engine import PerInstancePrivacyEngine
-from .plan import CertifiedPlan, UnlearningPlan
+from .plan import UnlearningPlan
 
 _KIND = "unlearning run"
 
@@ -30,7 +29,6 @@ class SavedRun:
         self,
         *,
         plan: UnlearningPlan,
-        origin: nn.Module,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         privacy_engine: PerInstancePrivacyEngine | None,
@@ -48,7 +46,7 @@ class SavedRun:
         self.noise_generator = (
             None if secure else torch.Generator(device=device).manual_seed(noise_seed)
         )
-        self._fingerprint = _fingerprint(plan, origin)
+        self._fingerprint = plan.basis  # the request, its method and constants, the weights
 
     def resume(self, folder: str | os.PathLike[str] | None) -> Path | None:
         """Return where to save (None: nowhere), after loading what an earlier run left there.
@@ -115,18 +113,3 @@ def seeds(seed: int) -> list[int]:
     sampling takes for granted that nobody knows.
     """
     return [int(n >> 2) for n in np.random.SeedSequence(seed).generate_state(3, np.uint64)]
-
-
-def _fingerprint(plan: UnlearningPlan, module: nn.Module) -> str:
-    """Hash what the run starts from: the request, the method and its constants, the weights."""
-    digest = hashlib.sha256()
-    digest.update(
-        f"{plan.method} {plan.steps} {plan.strength} {plan.forget_set.tolist()} "
-        f"{plan.basis}".encode()
-    )
-    if plan.method == "noisy_finetuning" and isinstance(plan, CertifiedPlan):
-        digest.update(repr(plan.certificate).encode())  # the run follows its constants
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -250,6 +250,8 @@ def bound_to(plan: UnlearningPlan, state: str) -> str:
     claim = ""
     if isinstance(plan, CertifiedPlan):
         claim = f"{plan.epsilon!r} {plan.delta!r} {type(plan.certificate).__name__}"
+        if plan.method == "noisy_finetuning":
+            claim += repr(plan.certificate)  # the run follows its constants
     text = (
         f"{state} {type(plan).__name__} {plan.method} {plan.steps} {plan.strength} "
         f"{plan.fixed_length} {plan.forget_set.tolist()} {claim}"

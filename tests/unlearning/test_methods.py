@@ -38,6 +38,23 @@ def joint_norm(module):
     return float(torch.cat([p.detach().double().ravel() for p in module.parameters()]).norm())
 
 
+def assert_a_killed_run_resumes(prepared, folder, *, seed):
+    """`prepared` gives a new engine and plan, as a new process would; `seed`: of the second run."""
+
+    def die(step, module):
+        if step == 7:
+            raise Killed
+
+    unlearning, plan = prepared()
+    whole = unlearning.unlearn(plan, seed=1)
+    files = {"checkpoint_dir": folder, "checkpoint_every": 3}
+    unlearning, plan = prepared()
+    with pytest.raises(Killed):
+        unlearning.unlearn(plan, seed=1, on_step=die, **files)
+    unlearning, plan = prepared()
+    assert_same(weights(unlearning.unlearn(plan, seed=seed, **files).module), weights(whole.module))
+
+
 class TestAveragedClip:
     @given(
         st.lists(st.floats(-(2.0**66), 2.0**66, width=32), min_size=1, max_size=20),
@@ -220,20 +237,7 @@ class TestUncertifiedMethods:
             unlearning = network_run().unlearning()
             return unlearning, unlearning.plan([3, 7], steps=11, method=method, **claim)
 
-        def die(step, module):
-            if step == 7:
-                raise Killed
-
-        unlearning, plan = prepared()
-        whole = unlearning.unlearn(plan, seed=1)
-        unlearning, plan = prepared()
-        folder = {"checkpoint_dir": tmp_path, "checkpoint_every": 3}
-        with pytest.raises(Killed):
-            unlearning.unlearn(plan, seed=1, on_step=die, **folder)
-        unlearning, plan = prepared()
-        assert_same(
-            weights(unlearning.unlearn(plan, seed=9, **folder).module), weights(whole.module)
-        )
+        assert_a_killed_run_resumes(prepared, tmp_path, seed=9)
 
     def test_no_penalty_is_plain_fine_tuning_and_a_large_one_shrinks_the_model(self):
         def run(**arguments):
@@ -298,18 +302,7 @@ class TestRetraining:
             unlearning = network_run().unlearning(make_model=self.make)
             return unlearning, unlearning.plan([3], method="retraining")
 
-        def die(step, module):
-            if step == 7:
-                raise Killed
-
-        unlearning, plan = prepared()
-        whole = unlearning.unlearn(plan, seed=1)
-        unlearning, plan = prepared()
-        folder = {"checkpoint_dir": tmp_path, "checkpoint_every": 3}
-        with pytest.raises(Killed):
-            unlearning.unlearn(plan, seed=1, on_step=die, **folder)
-        unlearning, plan = prepared()
-        assert_same(weights(unlearning.unlearn(plan, **folder).module), weights(whole.module))
+        assert_a_killed_run_resumes(prepared, tmp_path, seed=None)
 
     def test_later_certificates_count_the_new_training_only(self):
         run = logistic_run(steps=60)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -18,11 +19,14 @@ from opacus import PrivacyEngine
 from . import _validate as check
 from . import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .distributed import gathered
 from .errors import CertificateError, LedgerError, UnsupportedError
 from .norm_policy import Charger, checked_policy
 from .step_accounting import StepAccounting, described_update
+from .training.evidence import uncertifiable
+from .training.task import Task
 from .training_kernel import TrainingKernel
 
 
@@ -61,8 +65,8 @@ class LedgerEngine(PrivacyEngine):
         self._kernels: list[TrainingKernel] = []
         self._charger: Charger | None = None
         self._shard: Shard | None = None  # rows of this process among several; None: all rows
-        self._criterion: Any = None  # the loss that make_private was given by name
         self._accountings: list[StepAccounting] = []
+        self._task = Task()  # of the last training
         self._origin: tuple[LedgerEngine, int] | None = None
 
     # --- what it knows ------------------------------------------------------------------------
@@ -119,15 +123,23 @@ class LedgerEngine(PrivacyEngine):
         return self._charges().accountant
 
     def get_epsilon(self, delta: float) -> float:
-        """Return Opacus's worst-case epsilon; inf after noise-free steps.
+        """Return Opacus's worst-case epsilon.
 
-        Edge cases:
+        Edge cases (first match wins):
+            before the first step    0
+            noise-free steps         inf
+            a gradient that was not finite   inf from then on: no clip bounds it. Opacus goes on
+                                     with its own number; this is the one departure from it
             poisson_sampling=False   Opacus's value too, and it is no bound: it takes batches as
                                      drawn by independent coins and claims the amplification, which
                                      fixed or shuffled batches do not have. The per-instance values
                                      of such a training claim none.
         """
-        if any(noise == 0 for noise, _, _ in self.accountant.history):
+        if not self.accountant.history:
+            check.delta(delta)
+            return 0.0
+        unbounded = self._charger is not None and self._charger.unbounded
+        if unbounded or any(noise == 0 for noise, _, _ in self.accountant.history):
             return float("inf")
         return super().get_epsilon(delta)
 
@@ -162,6 +174,22 @@ class LedgerEngine(PrivacyEngine):
         claims = {"norm_policy": self._norm_policy, "history of noise and rates": history}
         return gathered(self.per_instance, claims=claims, dst=dst)
 
+    @property
+    def task(self) -> Task:
+        """What the last training minimises and how its batches are joined, as far as named."""
+        return self._task
+
+    def task_with(
+        self, *, criterion: Any = None, loss_of: LossOf | None = None, collate_fn: Any = None
+    ) -> Task:
+        """Return the training's task with what is given in place of its own."""
+        task = self._task
+        if loss_of is not None:
+            task = replace(task, own_loss=loss_of, criterion=None)
+        elif criterion is not None:
+            task = replace(task, own_loss=None, criterion=criterion)
+        return task if collate_fn is None else replace(task, collate_fn=collate_fn)
+
     # --- both ledgers -------------------------------------------------------------------------
 
     def require_constant_steps(self, optimizer: torch.optim.Optimizer) -> None:
@@ -188,6 +216,20 @@ class LedgerEngine(PrivacyEngine):
                 f"{now}; got {charges.update or 'steps that nothing is known about'}. The "
                 "certificate counts constant steps; train without schedules, and leave the "
                 "optimizer's settings as they are."
+            )
+
+    def require_evidence(self) -> None:
+        """Raise unless what was seen of every step lets a certificate rest on the ledger.
+
+        Raises:
+            CertificateError: Names what was found, or what nobody has looked at.
+        """
+        charges = self._charges()
+        found = uncertifiable(charges.findings, policy=charges.claims_as)
+        if found is not None:
+            raise CertificateError(
+                f"Expected steps that a certificate can rest on, got some where {found}. "
+                "get_per_instance_epsilon(delta).reasons lists everything."
             )
 
     def fork(self, *, norm_policy: str | None = None) -> Self:

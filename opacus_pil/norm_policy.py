@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import numpy as np
 from . import _validate as check
 from ._validate import FloatArray, IntArray
 from .accounting import PerInstanceAccountant
-from .capture.recorder import StepRecord
+from .capture.recorder import Fact, StepRecord
 from .capture.sweep import Sweep
-from .errors import LedgerError
+from .errors import LedgerError, UnsupportedError
+from .training.evidence import BEST, Verdict, joined
+from .training.probe import explained
 
 NORM_POLICIES = ("worst_case", "last_seen", "refresh", "full", "capped", "participation")
 
@@ -54,14 +57,39 @@ def raised(values: FloatArray, *, rounding: float) -> FloatArray:
     return np.minimum(values * (1.0 + _ROUNDING_STEPS * rounding), 1.0)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One noisy step, ready to be charged.
+
+    Attributes:
+        record: Rows, norms and clip bound of the step.
+        verdict: What may be claimed for it, and whether it is charged as usual.
+        noise_multiplier: Noise std on the gradient sum / the most that one row moves it by.
+        sample_rate: Probability that an instance was drawn.
+        measure: Runs a full pass at the current parameters.
+        random_forward: Says whether the training's forward pass is random.
+        released_count: Shift of a count that adaptive clipping releases at this step, which
+            every drawn instance moves by 1: 1 / its noise std, in units of the gradient noise.
+    """
+
+    record: StepRecord
+    verdict: Verdict
+    noise_multiplier: float
+    sample_rate: float
+    measure: Callable[[], Sweep]
+    random_forward: Callable[[], bool]
+    released_count: float = 0.0
+
+
 class Charger:
     """Charges a PerInstanceAccountant once per noisy step, by one norm policy.
 
-    Guarantee: the label of every charge is at most what was measured. worst_case and capped:
-        "bound" (caps changed during the run without a budget: "output_specific"). full, and refresh
-        at every step, with a deterministic model: "output_specific". participation with a
-        deterministic forward pass: "output_specific". Everything else, and adaptive clipping
-        always: "estimate".
+    Guarantee: the label of every charge is at most what `training/evidence.py` leaves of the
+        policy's best, given what was seen of the step.
+
+    Attributes:
+        findings: Code of a fact -> number of steps with it.
+        unbounded: Whether a gradient was not finite, so that no ε holds for the worst case.
     """
 
     def __init__(
@@ -70,6 +98,9 @@ class Charger:
         self.accountant = accountant
         self.norm_policy = norm_policy
         self.refresh_every = refresh_every
+        self.findings: dict[str, int] = {}
+        self.unbounded = False
+        self.largest_norm = 0.0  # of any gradient that was clipped
         self._norms: FloatArray | None = None  # last known per instance; inf: never seen
         self._rounding = 0.0
         self._max_grad_norm = 0.0  # clip bound that the accountant's levels are in units of
@@ -79,69 +110,67 @@ class Charger:
         self.update = ""  # how a noisy gradient becomes a step; see `note_update`
         self._warned: set[str] = set()
 
-    def charge(
-        self,
-        record: StepRecord,
-        *,
-        noise_std: float,
-        sample_rate: float,
-        measure: Callable[[], tuple[Sweep, bool]],
-        random_forward: Callable[[], bool],
-        released_count: float = 0.0,
-    ) -> None:
-        """Charge everyone for one step.
+    @property
+    def claims_as(self) -> str:
+        """The policy by whose rules labels are judged: a full pass at every step is "full"."""
+        return "full" if self.refresh_every == 1 else self.norm_policy
 
-        Args:
-            record: Rows, norms and clip bound of the step.
-            noise_std: Std of the noise that was added to the gradient sum.
-            sample_rate: Probability that an instance was drawn.
-            measure: Runs a full pass at the current parameters; also says whether the training
-                forward is random.
-            random_forward: Says the latter without a pass.
-            released_count: Shift of a count that adaptive clipping releases at this step, which
-                every drawn instance moves by 1: 1 / its noise std, in units of the gradient noise.
+    def require_enforced(self, step: Step) -> None:
+        """Raise where caps or budgets would not hold for a step.
+
+        Raises:
+            UnsupportedError: Names what breaks them. Nothing was charged.
         """
-        noise_multiplier = noise_std / record.max_grad_norm
+        if self.norm_policy == "capped" and step.verdict.broken:
+            raise UnsupportedError(
+                "Expected a step that caps and budgets hold for, got one where they do not: "
+                f"{step.verdict.broken}. The step was not made: the model is as it was."
+            )
+
+    def charge(self, step: Step) -> None:
+        """Charge everyone for one step."""
+        record, verdict = step.record, step.verdict
         self._rounding = max(self._rounding, record.rounding)
-        self._released_count = released_count
-        everyone: dict[str, Any] = {"indices": [], "sensitivities": []}
-        kernel = {"noise_multiplier": noise_multiplier, "sample_rate": sample_rate}
-        if self.norm_policy == "capped":
-            label = "output_specific" if self._caps_changed else "bound"
-            self.accountant.step(**everyone, **kernel, guarantee=label)
+        self._released_count = step.released_count
+        finite = record.norms[np.isfinite(record.norms)]
+        self.largest_norm = max(self.largest_norm, float(finite.max(initial=0.0)))
+        changes = self._policy_facts()
+        if changes:
+            verdict = joined(self.claims_as, verdict, changes)
+        if verdict.unbounded:
+            self._charge_infinitely(verdict)
             return
-        if self.norm_policy == "worst_case":
-            label = "bound"
+        if self.norm_policy == "capped":
+            self._charge_levels(step, verdict)
+        elif self.norm_policy == "worst_case":
             if self._norms is not None:  # a fork of an engine that had moved the levels
                 top = self.accountant.levels[-1]
                 self.accountant.observe_all(np.full(self.accountant.num_instances, top))
-                label = "output_specific"
-            label = "estimate" if released_count else label
-            self.accountant.step(**everyone, **kernel, guarantee=label)
-            return
-        self._follow_clip_bound(record.max_grad_norm)
-        if self.norm_policy == "participation":
-            self._participate(record, noise_multiplier, random_forward)
-            return
-        label, refreshed = "estimate", False
-        if self.refresh_every is not None:
-            refreshed = self._since_refresh % self.refresh_every == 0
-            label = self._refresh(record, measure) if refreshed else label
-            self._since_refresh += 1
-        if record.indices is None:
-            self._warn_unattributed(record)
-            self.accountant.step(indices=None, sensitivities=None, **kernel, guarantee=label)
-            return
-        if refreshed:
-            self.accountant.step(**everyone, **kernel, guarantee=label)  # just measured
-            return
-        self._known()[record.indices] = record.norms
-        self.accountant.step(
-            indices=record.indices,
-            sensitivities=self._sensitivities(record.norms),
-            **kernel,
-            guarantee=label,
-        )
+            if verdict.unamplified or record.draws * record.copies > 1:
+                self._charge_top(step, verdict)
+            else:
+                self._charge_levels(step, verdict)
+        else:
+            self._follow_clip_bound(record.max_grad_norm)
+            if self.norm_policy == "participation":
+                self._participate(step, verdict)
+            else:
+                self._charge_measured(step, verdict)
+        self._note(verdict)
+        self._lose(record)
+
+    def charge_unnoised(self, verdict: Verdict) -> None:
+        """Charge a step of the plain optimizer by gradients without noise: infinitely.
+
+        Raises:
+            UnsupportedError: Caps or budgets are enforced. The model has not moved.
+        """
+        if self.norm_policy == "capped":
+            raise UnsupportedError(
+                "Expected steps of the private optimizer under caps, got one of the plain "
+                f"optimizer: {verdict.broken}. Step with what make_private returned."
+            )
+        self._charge_infinitely(verdict)
 
     def set_caps(self, caps: FloatArray) -> None:
         """Charge at other caps from the next step on; they must be enforced from there on too."""
@@ -196,22 +225,102 @@ class Charger:
         joint = np.hypot(gradient, self._released_count)
         return np.minimum(joint, self.accountant.levels[-1])
 
-    def _participate(
-        self, record: StepRecord, noise_multiplier: float, random_forward: Callable[[], bool]
-    ) -> None:
+    def _policy_facts(self) -> list[Fact]:
+        """Return what this policy's own history takes away from the label."""
+        facts = []
+        if self.norm_policy == "capped" and self._caps_changed:
+            facts.append(Fact("caps_changed"))
+        if self.norm_policy == "worst_case" and self._norms is not None:
+            facts.append(Fact("levels_changed"))
+        return facts
+
+    def _charge_levels(self, step: Step, verdict: Verdict) -> None:
+        """Charge everyone at the level they stand on: caps, or the worst case."""
+        self.accountant.step(
+            indices=[], sensitivities=[], noise_multiplier=step.noise_multiplier,
+            sample_rate=step.sample_rate, guarantee=verdict.label, reasons=verdict.reasons,
+        )  # fmt: skip
+
+    def _charge_top(self, step: Step, verdict: Verdict) -> None:
+        """Charge everyone as for the largest gradient: whose rows these are is not known."""
+        self.accountant.step(
+            indices=None, sensitivities=None, noise_multiplier=step.noise_multiplier,
+            sample_rate=step.sample_rate, guarantee=verdict.label, reasons=verdict.reasons,
+        )  # fmt: skip
+
+    def _charge_infinitely(self, verdict: Verdict) -> None:
+        self.accountant.step(
+            indices=None, sensitivities=None, noise_multiplier=0.0, sample_rate=1.0,
+            guarantee=verdict.label, reasons=verdict.reasons,
+        )  # fmt: skip
+        self._note(verdict)
+
+    def _charge_measured(self, step: Step, verdict: Verdict) -> None:
+        """Charge everyone at the norm that was measured or seen last."""
+        record = step.record
+        refreshed = False
+        if self.refresh_every is not None:
+            refreshed = self._since_refresh % self.refresh_every == 0
+            if refreshed:
+                facts = self._refresh(record, step)
+                verdict = joined(self.claims_as, verdict, facts) if facts else verdict
+            self._since_refresh += 1
+        if record.indices is None:
+            self._warn_unattributed(record)
+            self._charge_top(step, verdict)
+        elif refreshed:
+            self._charge_levels(step, verdict)  # just measured
+        else:
+            finite = np.where(np.isfinite(record.norms), record.norms, np.inf)
+            self._known()[record.indices] = finite
+            self.accountant.step(
+                indices=record.indices, sensitivities=self._sensitivities(finite),
+                noise_multiplier=step.noise_multiplier, sample_rate=step.sample_rate,
+                guarantee=verdict.label, reasons=verdict.reasons,
+            )  # fmt: skip
+
+    def _participate(self, step: Step, verdict: Verdict) -> None:
         """Charge the batch's rows only: fixed batches are not amplified by sampling."""
-        rows = record.indices
-        label = "estimate" if random_forward() or self._released_count else "output_specific"
+        record, rows = step.record, step.record.indices
         if rows is None:
             self._warn_unattributed(record)
             sensitivities = None
         else:
-            self._known()[rows] = record.norms
-            sensitivities = self._sensitivities(record.norms)
+            finite = np.where(np.isfinite(record.norms), record.norms, np.inf)
+            self._known()[rows] = finite
+            sensitivities = self._sensitivities(finite)
         self.accountant.participate(
-            indices=rows, sensitivities=sensitivities, noise_multiplier=noise_multiplier,
-            guarantee=label,
+            indices=rows, sensitivities=sensitivities, noise_multiplier=step.noise_multiplier,
+            guarantee=verdict.label, reasons=verdict.reasons,
         )  # fmt: skip
+
+    def _lose(self, record: StepRecord) -> None:
+        """Charge whoever had a gradient that is not finite everything; from here on ε is too."""
+        if record.unfinite is None or not record.unfinite.any():
+            return
+        count = int(record.unfinite.sum())
+        rows = None if record.indices is None else record.indices[record.unfinite]
+        self.accountant.lose_everything(rows)
+        self.unbounded = True
+        who = "every instance" if rows is None else f"{len(rows)} (first: instance {int(rows[0])})"
+        self.warn(
+            "not finite",
+            f"{count} of {len(record.norms)} per-sample gradients were not finite, which no clip "
+            f"bounds: from now on get_epsilon is infinite, and so is the loss of {who}. Training "
+            "goes on; check its loss.",
+        )
+
+    def _note(self, verdict: Verdict) -> None:
+        """Count what was found, and warn once where it takes a label away."""
+        for code in verdict.codes:
+            self.findings[code] = self.findings.get(code, 0) + 1
+        best, _ = BEST[self.claims_as]
+        if best != verdict.label and not verdict.chosen:
+            self.warn(
+                f"label {verdict.label}",
+                f"Per-instance losses of this training are '{verdict.label}' from now on, not "
+                f"'{best}': {'; '.join(verdict.reasons)}.",
+            )
 
     def _warn_unattributed(self, record: StepRecord) -> None:
         self.warn(
@@ -231,27 +340,39 @@ class Charger:
         if changed and self._norms is not None and self.norm_policy != "participation":
             self._set_levels()
 
-    def _refresh(self, record: StepRecord, measure: Callable[[], tuple[Sweep, bool]]) -> str:
-        """Measure everyone at the current parameters; return what may be claimed for this step."""
-        found, random_forward = measure()
+    def _refresh(self, record: StepRecord, step: Step) -> list[Fact]:
+        """Measure everyone at the current parameters; return what takes away from the claim."""
+        found, facts = step.measure(), []
         known = self._known()
         known[found.indices] = found.norms
-        exact = found.deterministic and not random_forward
-        if record.indices is not None:
-            swept = known[record.indices]
-            if exact and not np.allclose(
-                swept, record.norms, rtol=_SAME_NORM, atol=_SAME_NORM * record.max_grad_norm
-            ):
-                exact = False
+        random = step.random_forward() or not found.deterministic
+        if random:
+            facts.append(Fact("random_gradient"))
+        elif record.drawn is not None and len(record.norms) == len(record.drawn):
+            # Each row's norm in the step by itself; whose is whose matters where it is known.
+            ordered = record.indices is not None
+            swept = known[record.indices if ordered else record.drawn]
+            ran = record.norms if ordered else np.sort(record.norms)
+            swept = swept if ordered else np.sort(swept)
+            with np.errstate(invalid="ignore"):
+                same = (swept == ran) | (
+                    np.abs(swept - ran) <= _SAME_NORM * (np.abs(ran) + record.max_grad_norm)
+                )
+            if not same[np.isfinite(ran)].all():
+                differ = np.isfinite(ran) & ~same
+                code, detail = explained(ran[differ], swept[differ], tolerance=_SAME_NORM)
+                facts.append(Fact(code, detail))
                 self.warn(
                     "criterion",
                     "The full pass finds other gradient norms than training did for the same "
-                    "instances: refreshed norms are estimates. Pass make_private the criterion "
-                    "that you train with.",
+                    f"instances ({detail or code.replace('_', ' ')}): refreshed norms are "
+                    "estimates. Name the loss that the loop trains with (criterion= or loss_of=).",
                 )
-            known[record.indices] = np.maximum(swept, record.norms)
+        if record.indices is not None:
+            finite = np.where(np.isfinite(record.norms), record.norms, np.inf)
+            known[record.indices] = np.maximum(known[record.indices], finite)
         self._set_levels()
-        return "output_specific" if exact and self.refresh_every == 1 else "estimate"
+        return facts
 
     def warn(self, kind: str, message: str) -> None:
         """Warn once per kind."""
@@ -272,6 +393,9 @@ class Charger:
             "caps_changed": self._caps_changed,
             "released_count": self._released_count,
             "update": self.update,
+            "findings": dict(self.findings),
+            "unbounded": self.unbounded,
+            "largest_norm": self.largest_norm,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -294,3 +418,10 @@ class Charger:
         self._caps_changed = bool(state["caps_changed"])
         self._released_count = float(state["released_count"])
         self.update = str(state.get("update", ""))  # "": not known, where there are steps
+        if "findings" in state:
+            self.findings = {str(code): int(n) for code, n in state["findings"].items()}
+        else:  # a release that did not look at what ran
+            steps = self.accountant.steps
+            self.findings = {"earlier_release": steps} if steps else {}
+        self.unbounded = bool(state.get("unbounded", False))
+        self.largest_norm = float(state.get("largest_norm", np.inf))

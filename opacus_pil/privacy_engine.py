@@ -22,12 +22,15 @@ from torch.utils.data import DataLoader
 from . import _validate as check
 from .capture.fixed_batches import recording_copy
 from .capture.indices import record_indices
+from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .distributed import require_same_arguments, separate_coins
 from .resuming_engine import ResumingEngine
+from .training.task import Task
 from .training_kernel import (
     TrainingKernel,
     is_distributed,
+    require_known_options,
     require_map_style,
     require_plain,
     require_supported,
@@ -85,6 +88,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
     Privacy: per-instance values depend on private data and are not private to release.
     """
 
+    _loss_of: LossOf | None = None  # on its way through Opacus's make_private_with_epsilon
+
     # --- training -----------------------------------------------------------------------------
 
     def make_private(
@@ -96,13 +101,17 @@ class PerInstancePrivacyEngine(ResumingEngine):
         noise_multiplier: float,
         max_grad_norm: float,
         criterion: Any = _DEFAULT_CRITERIA[0],
+        loss_of: LossOf | None = None,
         **options: Any,
     ) -> Any:
         """Make training private as Opacus does, and account for every instance.
 
         Args:
-            criterion: As in Opacus. norm_policy="refresh" and refresh_norms() measure with it, so
-                name it in hooks mode too.
+            criterion: As in Opacus. Name it in hooks mode too: full passes measure with it,
+                unlearning trains with it, and only a named loss can be checked for what strong
+                labels and certificates need, that each row's loss is its own.
+            loss_of: In its place, where batches are no pairs (inputs, targets) or the loop does
+                more: loss_of(module, batch) -> one loss per row, shape (rows,), unreduced.
             options: Opacus's other arguments.
 
         Returns:
@@ -110,9 +119,11 @@ class PerInstancePrivacyEngine(ResumingEngine):
             (module, optimizer, criterion, data_loader).
 
         Raises:
-            UnsupportedError, TypeError, ValueError: A use without a sound per-instance number;
-                nothing was changed.
+            UnsupportedError, TypeError, ValueError: A use without a sound per-instance number, or a
+                keyword that nobody knows; nothing was changed.
         """
+        require_known_options(options)
+        loss_of = self._loss_of if loss_of is None else loss_of
         noise = check.real(
             "noise_multiplier", noise_multiplier, low=0.0,
             cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
@@ -136,7 +147,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
             shard=shard,
             policy=policy,
             noise_multiplier=noise,
-            criterion_known=named or mode == "ghost",
+            loss_known=named or mode == "ghost" or loss_of is not None,
         )
         if distributed:
             require_same_arguments(
@@ -187,32 +198,53 @@ class PerInstancePrivacyEngine(ResumingEngine):
             )
         self._settle(charger, shard)
         self._kernels.append(kernel)
-        if named or mode == "ghost":
-            self._criterion = criterion
         self._account(
             private_module,
             private_optimizer,
             tracker,
             kernel=kernel,
             dataset=loader.dataset,
-            collate_fn=collate,
-            criterion=self._criterion,
-            rand_on_empty=options.get("rand_on_empty", False),
+            task=Task(
+                criterion=criterion if named or mode == "ghost" else None,
+                own_loss=loss_of,
+                collate_fn=collate,
+                reduction=kernel.loss_reduction,
+                per_row=mode == "ghost",
+            ),
             # Opacus may account at 1 / (n - 1) while drawing at 1 / n: the larger counts.
             sample_rate=max(1 / len(loader), drawn_rate),
         )
         return made
 
     def make_private_with_epsilon(
-        self, *, module: nn.Module, data_loader: DataLoader[Any], **options: Any
+        self,
+        *,
+        module: nn.Module,
+        data_loader: DataLoader[Any],
+        loss_of: LossOf | None = None,
+        **options: Any,
     ) -> Any:
-        """Choose the noise for a target epsilon as Opacus does, then make_private."""
+        """Choose the noise for a target epsilon as Opacus does, then make_private.
+
+        Args:
+            loss_of: As in make_private.
+            options: Those of make_private, Opacus's target_epsilon, target_delta and epochs, and
+                what Opacus's accountants take (`alphas`, `eps_error`, …).
+        """
+        require_known_options(options)
         require_map_style(data_loader)
         poisson = options.get("poisson_sampling", True)
         require_supported(module, options, norm_policy=self._policy_for(poisson_sampling=poisson))
         if poisson:
             require_uniform_batches(data_loader, distributed=is_distributed(module))
-        return super().make_private_with_epsilon(module=module, data_loader=data_loader, **options)
+        # Opacus hands its options to the accountant's conversion too, which knows no loss.
+        self._loss_of = loss_of
+        try:
+            return super().make_private_with_epsilon(
+                module=module, data_loader=data_loader, **options
+            )
+        finally:
+            self._loss_of = None
 
     def make_private_on(
         self,
@@ -222,6 +254,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         optimizer: torch.optim.Optimizer,
         dataset: Any,
         criterion: Any = None,
+        loss_of: LossOf | None = None,
         steps: int,
         noise_generator: torch.Generator | None = None,
         sampler_generator: torch.Generator | None = None,
@@ -238,14 +271,15 @@ class PerInstancePrivacyEngine(ResumingEngine):
             module: Plain module, not one that Opacus wrapped.
             optimizer: Plain optimizer of its parameters.
             dataset: The training set, forgotten rows included.
-            criterion: Loss; needed in ghost mode and for refreshing unless training named it.
+            criterion: Loss. Default: what training named.
+            loss_of: As in make_private. Default: likewise.
             steps: Number of batches of one pass over the loader.
             noise_generator: Source of the noise; None: torch's global generator.
             sampler_generator: Source of the batches; None: torch's global generator.
-            collate_fn: Joins items to a batch. Default: torch's default_collate.
+            collate_fn: Joins items to a batch. Default: the training's.
 
         Returns:
-            The tuple of make_private.
+            The tuple of make_private. In ghost mode its criterion is None with `loss_of`.
 
         Raises:
             TypeError, ValueError, UnsupportedError: An argument that does not fit the kernel.
@@ -261,8 +295,9 @@ class PerInstancePrivacyEngine(ResumingEngine):
         check.integer("len(population)", len(rows), low=1)
         require_supported(module, {})
         require_plain(module, optimizer)
-        loss = self._criterion if criterion is None else criterion
-        if loss is None and (kernel.grad_sample_mode == "ghost" or self._refresh_every):
+        task = self.task_with(criterion=criterion, loss_of=loss_of, collate_fn=collate_fn)
+        ghost = kernel.grad_sample_mode == "ghost"
+        if not task.named and (ghost or self._refresh_every):
             raise ValueError(
                 "Expected criterion to be the loss to train with, got criterion=None. Pass it."
             )
@@ -270,7 +305,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         loader = DPDataLoader(
             dataset,
             sample_rate=kernel.sample_rate,
-            collate_fn=collate_fn,
+            collate_fn=task.collate_fn,
             generator=generator,
             batch_first=kernel.batch_first,
         )
@@ -300,19 +335,20 @@ class PerInstancePrivacyEngine(ResumingEngine):
             record_indices(loader, population=rows, steps=count),
             kernel=kernel,
             dataset=dataset,
-            collate_fn=collate_fn,
-            criterion=loss,
+            task=task,
             sample_rate=kernel.sample_rate,
             population=rows,
         )
-        if kernel.grad_sample_mode != "ghost":
+        if not ghost:
             return private_module, private_optimizer, loader
-        private_loss = self._prepare_criterion(
-            module=private_module,
-            optimizer=private_optimizer,
-            criterion=loss,
-            loss_reduction=kernel.loss_reduction,
-        )
+        private_loss = None
+        if task.own_loss is None:
+            private_loss = self._prepare_criterion(
+                module=private_module,
+                optimizer=private_optimizer,
+                criterion=task.criterion,
+                loss_reduction=kernel.loss_reduction,
+            )
         return private_module, private_optimizer, private_loss, loader
 
 

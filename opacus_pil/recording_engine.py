@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,9 +30,11 @@ from . import _validate as check
 from ._validate import FloatArray, IntArray
 from .accounting import PerInstanceAccountant
 from .capture.clipping import checked_caps
+from .capture.ghost import SEQUENCE_ROUNDING
 from .capture.indices import BatchTracker, record_indices
 from .capture.norms import chained, require_known
 from .capture.recorder import Recorder
+from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
 from .distributed import separate_coins
@@ -40,6 +42,7 @@ from .errors import UnsupportedError
 from .ledgers import LedgerEngine
 from .norm_policy import Charger, raised
 from .step_accounting import StepAccounting, adaptive_noise
+from .training.task import Task
 from .training_kernel import (
     TrainingKernel,
     is_distributed,
@@ -65,6 +68,7 @@ class RecordingEngine(LedgerEngine):
         dataset: Any = None,
         sample_rate: float | None = None,
         criterion: Any = None,
+        loss_of: LossOf | None = None,
     ) -> None:
         """Account for a training that was made private elsewhere, before its first step.
 
@@ -78,7 +82,8 @@ class RecordingEngine(LedgerEngine):
                 `batch(indices=...)`; then `dataset` and `sample_rate` are needed.
             dataset: The training set, without a `data_loader`.
             sample_rate: Probability that an instance is drawn, without a `data_loader`.
-            criterion: The loss trained with, for full passes.
+            criterion: The loss trained with; as in make_private, name it.
+            loss_of: In its place, as in make_private.
 
         Raises:
             UnsupportedError, TypeError, ValueError: A training without a sound per-instance number;
@@ -137,7 +142,7 @@ class RecordingEngine(LedgerEngine):
         charger = self._ready_charger(
             module, dataset, options, shard=shard, policy=policy,
             noise_multiplier=float(optimizer.noise_multiplier),
-            criterion_known=criterion is not None,
+            loss_known=criterion is not None or loss_of is not None,
         )  # fmt: skip
         kernel = TrainingKernel(
             sample_rate=rate,
@@ -161,11 +166,13 @@ class RecordingEngine(LedgerEngine):
         optimizer.step_hook = counts if previous is None else chained(previous, counts)
         self._settle(charger, shard)
         self._kernels.append(kernel)
-        if criterion is not None:
-            self._criterion = criterion
+        task = Task(
+            criterion=criterion, own_loss=loss_of, collate_fn=collate,
+            reduction=kernel.loss_reduction, per_row=ghost,
+        )  # fmt: skip
         self._account(
-            module, optimizer, tracker, kernel=kernel, dataset=dataset, collate_fn=collate,
-            criterion=self._criterion, sample_rate=rate, loaded=data_loader is not None,
+            module, optimizer, tracker, kernel=kernel, dataset=dataset, task=task,
+            sample_rate=rate, loaded=data_loader is not None,
         )  # fmt: skip
 
     # --- during training ----------------------------------------------------------------------
@@ -194,14 +201,15 @@ class RecordingEngine(LedgerEngine):
             for tracker in trackers:
                 tracker.set_explicit(None)
 
-    def refresh_norms(self, *, criterion: Any = None) -> Sweep:
+    def refresh_norms(self, *, criterion: Any = None, loss_of: LossOf | None = None) -> Sweep:
         """Measure every instance at the current parameters; later steps charge these norms.
 
         Args:
             criterion: The loss trained with. Default: the one make_private was given.
+            loss_of: In its place, as in make_private.
 
         Raises:
-            ValueError: No criterion is known, or a norm is not finite.
+            ValueError: No loss is known.
             UnsupportedError: norm_policy is "worst_case" or "capped", which charge no norms.
         """
         if self._norm_policy in ("worst_case", "capped"):
@@ -213,14 +221,14 @@ class RecordingEngine(LedgerEngine):
         if not self._accountings:
             raise ValueError("Expected make_private to be called first, got nothing to measure.")
         training = self._accountings[-1]
-        if criterion is not None:
-            training.criterion = criterion
-        if training.criterion is None:
+        task = self.task_with(criterion=criterion, loss_of=loss_of)
+        if not task.named:
             raise ValueError(
-                "Expected criterion to be the loss trained with, got none. Pass it here or to "
-                "make_private."
+                "Expected criterion or loss_of to be the loss trained with, got none. Pass it here "
+                "or to make_private."
             )
-        found, _ = training.measure()
+        training.task = self._task = task
+        found = training.measure()
         self._charges().observe(found, max_grad_norm=training.clip_bound)
         if self._shard is None:
             return found
@@ -239,11 +247,18 @@ class RecordingEngine(LedgerEngine):
         Raises:
             ValueError: Not one finite cap per instance; norm_policy is not "capped"; or steps
                 labelled "bound" were charged already and there is no budget.
+            UnsupportedError: A batch is in hand: caps are fixed before a step's rows are drawn.
         """
         if self._norm_policy != "capped":
             raise ValueError(
                 f"Expected norm_policy='capped', got norm_policy={self._norm_policy!r}. "
                 "Caps are enforced under that policy only."
+            )
+        if any(training.in_hand for training in self._accountings):
+            raise UnsupportedError(
+                "Expected caps to be set between steps, got a drawn batch in hand that no step has "
+                "used. Caps that could depend on who was drawn bound nothing: call set_caps after "
+                "optimizer.step() and before the next batch is taken from the loader."
             )
         charges, shard = self._charges(), self._shard
         size = charges.accountant.num_instances if shard is None else shard.num_instances
@@ -266,7 +281,7 @@ class RecordingEngine(LedgerEngine):
         shard: Shard | None,
         policy: str,
         noise_multiplier: float,
-        criterion_known: bool,
+        loss_known: bool,
     ) -> Charger:
         """Return what will charge this training, after every check that needs no mutation."""
         total = len(dataset)
@@ -279,11 +294,11 @@ class RecordingEngine(LedgerEngine):
                 f"Expected clipping='flat' with norm_policy='capped', got {clipping=}. A cap "
                 "bounds the whole gradient of an instance."
             )
-        if self._refresh_every is not None and not criterion_known:
+        if self._refresh_every is not None and not loss_known:
             raise ValueError(
                 f"Expected criterion to be named with norm_policy={policy!r}, got "
                 "Opacus's default. A full pass needs the loss you train with: "
-                "make_private(criterion=...)."
+                "make_private(criterion=...), or loss_of=... for batches that are no pairs."
             )
         if self._charger is not None:
             if self.per_instance.num_instances != size:
@@ -298,6 +313,8 @@ class RecordingEngine(LedgerEngine):
             # Clipping to a cap is exact up to rounding; the charge is raised by as much.
             dtypes = {torch.float32, *(p.dtype for p in _parameters(module))}
             self._cap_rounding = max(float(torch.finfo(dtype).eps) for dtype in dtypes)
+            if options.get("grad_sample_mode") == "ghost":
+                self._cap_rounding = max(self._cap_rounding, SEQUENCE_ROUNDING)
             if self._caps is None:
                 self._caps = np.ones(total)
             caps = checked_caps(self._caps, num_instances=total)
@@ -341,10 +358,8 @@ class RecordingEngine(LedgerEngine):
         *,
         kernel: TrainingKernel,
         dataset: Any,
-        collate_fn: Callable[[list[Any]], Any] | None,
-        criterion: Any,
+        task: Task,
         sample_rate: float,
-        rand_on_empty: bool = False,
         population: IntArray | None = None,
         loaded: bool = True,
     ) -> None:
@@ -352,6 +367,10 @@ class RecordingEngine(LedgerEngine):
         caps = None
         if self._norm_policy == "capped":
             caps = functools.partial(self._caps_in_force, len(self._accountings))
+        if not task.named:  # of several trainings the same loss is taken to be meant
+            named = {"criterion": self._task.criterion, "own_loss": self._task.own_loss}
+            task = replace(task, **named)
+        self._task = task
         self._accountings.append(
             StepAccounting(
                 module=module,
@@ -360,14 +379,13 @@ class RecordingEngine(LedgerEngine):
                     tracker,
                     caps=caps,
                     caps_rounding=self._cap_rounding,
-                    rand_on_empty=rand_on_empty,
+                    rand_on_empty=kernel.rand_on_empty,
                 ),
                 charger=self._charges(),
                 kernel=kernel,
                 dataset=dataset,
-                collate_fn=collate_fn,
+                task=task,
                 population=population,
-                criterion=criterion,
                 sample_rate=sample_rate,
                 shard=self._shard,
                 loaded=loaded,
@@ -378,7 +396,7 @@ class RecordingEngine(LedgerEngine):
         """Return the caps that `rows` are clipped to in the step under way."""
         assert self._caps is not None
         rows = rows if self._shard is None else self._shard.positions(rows)
-        noise, rate = self._accountings[training].coming_kernel()
+        noise, rate = self._accountings[training].clipping_at()
         charged = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
         # The ledger has the last word: a loaded one may have smaller caps, or budgets of its own.
         return np.minimum(self._caps[rows], charged)

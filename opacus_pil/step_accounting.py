@@ -6,7 +6,8 @@ parameters the step was computed at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +20,19 @@ from torch.utils.data import default_collate
 
 from ._validate import IntArray
 from .capture.norms import record_norms
-from .capture.recorder import Recorder
+from .capture.randomness import watch_forward
+from .capture.recorder import Fact, Recorder, StepRecord
 from .capture.shards import Shard
 from .capture.sweep import Sweep, sweep
-from .norm_policy import Charger
+from .errors import UnsupportedError
+from .norm_policy import Charger, Step
+from .training.evidence import judged
+from .training.probe import Probe
+from .training.task import Task, evaluated_parts
 from .training_kernel import TrainingKernel
+
+# Policies whose label a probe can take away; the others are estimates whatever it finds.
+PROBED = ("worst_case", "capped", "full", "participation")
 
 
 class StepAccounting:
@@ -32,17 +41,15 @@ class StepAccounting:
     Args:
         module: What Opacus made of the module: wrapper or hooks object.
         optimizer: Opacus's optimizer, its accounting hook already attached.
-        recorder: Collects the step's rows and norms.
-        charger: Turns them into charges.
+        recorder: Collects what happens at the step.
+        charger: Turns it into charges.
         kernel: Constants of the training.
         dataset: Rows to measure in a full pass.
-        collate_fn: Joins them to a batch.
+        task: What is minimised, and how items are joined to a batch.
         population: Rows that may be drawn; None: all.
-        criterion: Loss to measure with; None: not known.
         sample_rate: Largest of the accounted and the drawn rate.
         shard: Rows that the charger's instances are; None: all, in order.
-        loaded: Whether batches come from a loader that joins them by `collate_fn`; else from one
-            that nothing is known about.
+        loaded: Whether batches come from a loader that is known here.
     """
 
     def __init__(
@@ -54,14 +61,13 @@ class StepAccounting:
         charger: Charger,
         kernel: TrainingKernel,
         dataset: Any,
-        collate_fn: Callable[[list[Any]], Any] | None,
+        task: Task,
         population: IntArray | None,
-        criterion: Any,
         sample_rate: float,
         shard: Shard | None = None,
         loaded: bool = True,
     ) -> None:
-        self.criterion = criterion
+        self.task = task
         self.tracker = recorder.tracker
         self.module = module
         self.optimizer = optimizer
@@ -69,58 +75,88 @@ class StepAccounting:
         self._charger = charger
         self.kernel = kernel
         self.dataset = dataset
-        self._collate_fn = collate_fn
         self._population = population
         self.sample_rate = sample_rate
         self._shard = shard
         self._loaded = loaded
         self._opacus_hook = optimizer.step_hook
         self._ghost = kernel.grad_sample_mode == "ghost"
+        self.probe: Probe | None = None
+        if charger.claims_as in PROBED:
+            measured = charger.claims_as in ("full", "participation")
+            self.probe = Probe(
+                task, dataset, random_rows=measured, dimension=0 if kernel.batch_first else 1
+            )
+        if charger.claims_as == "participation":
+            watch_forward(module._module, recorder)
+        self._clipped_at: tuple[float, float] | None = None
+        self._buffers = Buffers(module._module)
+        self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
+        recorder.guards.append(self._require_unchanged_settings)
+        recorder.unnoised_step = self._charge_without_noise
         recorder.guarded = True
 
     def __call__(self, optimizer: DPOptimizer) -> None:
-        """Charge Opacus's ledger, then the per-instance one."""
+        """Charge Opacus's ledger, then the per-instance one.
+
+        Raises:
+            UnsupportedError: Caps or budgets would not hold. The model has not moved, and neither
+                ledger was charged.
+        """
         record = self.recorder.take(max_grad_norm=self.clip_bound)
-        if self._shard is not None and record.indices is not None:
-            record = replace(record, indices=self._shard.positions(record.indices))
-        self._opacus_hook(optimizer)
-        if self.clip_bound != optimizer.max_grad_norm:
-            self._charger.warn(
-                "clip bound",
-                f"The module clips to {self.clip_bound:g}, the noise is scaled to "
-                f"{optimizer.max_grad_norm:g}. Instances are charged for what happened; Opacus's "
-                "own epsilon is not.",
+        if self.probe is not None:
+            self.probe.look(
+                record, module=self.module, parameters=self._clipped(), clipped_norm=self._norm
             )
-        noise, count = self._noise(optimizer)
+        std = record.noise_std
         # An instance is in at least one of k summed draws with probability at most k·q, and then
         # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
         batches = max(optimizer.accumulated_iterations, record.draws)
-        std = noise * float(optimizer.max_grad_norm)
-        self._charger.note_update(
-            described_update(
-                optimizer.original_optimizer,
-                clip_bound=self.clip_bound,
-                noise_std=std,
-                divisor=optimizer.expected_batch_size,
-                loss_reduction=optimizer.loss_reduction,
-                batches=batches,
-                default_batches=self._loaded and self._collate_fn in (None, default_collate),
-            )
-        )
-        self._charger.charge(
+        count = self._released_count(std)
+        verdict = judged(self._charger.claims_as, self._facts(record, count))
+        if self._shard is not None and record.indices is not None:
+            record = replace(record, indices=self._shard.positions(record.indices))
+        multiplicity = record.draws * record.copies
+        step = Step(
             record,
-            noise_std=std / record.draws,
-            sample_rate=min(self.sample_rate * batches, 1.0),
+            verdict,
+            noise_multiplier=(std or 0.0) / multiplicity / record.max_grad_norm,
+            sample_rate=1.0 if verdict.unamplified else min(self.sample_rate * batches, 1.0),
             measure=self.measure,
             random_forward=self.random_forward,
             released_count=count,
         )
-        if self.kernel.rand_on_empty:
-            # Alone in a batch, an instance takes the place of Opacus's random one: it moves the sum
-            # by both gradients.
-            self._charger.accountant.weaken("estimate")
+        self._charger.require_enforced(step)
+        if self._clipped_at is not None and self._clipped_at != (
+            step.noise_multiplier, self.sample_rate,
+        ):  # fmt: skip
+            raise UnsupportedError(_OTHER_SETTINGS)
+        self._clipped_at = None
+        self._opacus_hook(optimizer)
+        noised_to = float(optimizer.max_grad_norm)
+        if not math.isclose(record.max_grad_norm, noised_to, rel_tol=1e-6) and len(record.norms):
+            self._charger.warn(
+                "clip bound",
+                f"Gradients are clipped to {record.max_grad_norm:g}, the noise is scaled to "
+                f"{noised_to:g}. Instances are charged for what happened; Opacus's own epsilon is "
+                "not.",
+            )
+        if self.evaluated is None:
+            self.evaluated = evaluated_parts(self.module._module)
+        self._charger.note_update(
+            described_update(
+                optimizer.original_optimizer,
+                clip_bound=record.max_grad_norm,
+                noise_std=std or 0.0,
+                divisor=optimizer.expected_batch_size,
+                loss_reduction=optimizer.loss_reduction,
+                batches=batches,
+                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
+            )
+        )
+        self._charger.charge(step)
 
     @property
     def clip_bound(self) -> float:
@@ -129,17 +165,22 @@ class StepAccounting:
         return float(holder.max_grad_norm)
 
     def coming_kernel(self) -> tuple[float, float]:
-        """Return noise multiplier and sample rate that the step under way will be charged at."""
-        noise, _ = self._noise(self.optimizer)
-        std = noise * float(self.optimizer.max_grad_norm)  # in the order of the charge, to the bit
+        """Return noise multiplier and sample rate that the step under way will be charged at.
+
+        Whoever clips by it is held to it: a step at other settings is refused.
+        """
+        std = self.optimizer.noise_std()  # in the order of the charge, to the bit
         return std / self.clip_bound, self.sample_rate  # one batch per step: caps refuse several
 
-    def _noise(self, optimizer: DPOptimizer) -> tuple[float, float]:
-        """Return the gradient's noise multiplier, and the released count's shift in its units."""
-        noise = float(optimizer.noise_multiplier)
-        if self.kernel.clipping != "adaptive":
-            return noise, 0.0
-        return adaptive_noise(noise, float(optimizer.unclipped_num_std))
+    def clipping_at(self) -> tuple[float, float]:
+        """Return `coming_kernel` for gradients that are being clipped now."""
+        self._clipped_at = self.coming_kernel()
+        return self._clipped_at
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether a batch is drawn, or clipped in part, that no step has used yet."""
+        return self.recorder.midway or self.tracker.in_hand
 
     def random_forward(self) -> bool:
         """Whether the training's forward pass draws dropout masks."""
@@ -148,8 +189,8 @@ class StepAccounting:
             for part in self.module._module.modules()
         )
 
-    def measure(self) -> tuple[Sweep, bool]:
-        """Run a full pass over the instances in training; say whether dropout is active there.
+    def measure(self) -> Sweep:
+        """Run a full pass over the instances in training.
 
         The pass's indices are the charger's, in a shard not the data set's.
         """
@@ -166,14 +207,97 @@ class StepAccounting:
         found = sweep(
             self.module,
             self.dataset,
-            criterion=self.criterion,
+            loss_of=self.task.loss_of,
             indices=rows,
             loss_reduction=self.kernel.loss_reduction,
             batch_first=self.kernel.batch_first,
-            collate_fn=self._collate_fn,
+            collate_fn=self.task.collate_fn,
             parameters=names,
+            infinite=True,
         )
-        return replace(found, indices=members), self.random_forward()
+        return replace(found, indices=members)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _facts(self, record: StepRecord, released_count: float) -> list[Fact]:
+        """Return everything that takes away from what may be claimed for this step."""
+        facts = list(record.facts)
+        if record.noise_std is None:
+            facts.append(Fact("noise_not_seen"))
+        if not record.order.apart:
+            facts.append(Fact("rows_not_apart", record.order.why))
+        if record.indices is None:
+            facts.append(Fact("order_unknown", record.mismatch))
+        if record.unfinite is not None and record.unfinite.any():
+            facts.append(Fact("gradient_not_finite"))
+        if self.probe is not None:
+            facts += self.probe.facts
+        if self.random_forward():
+            facts.append(Fact("random_gradient"))
+        if self.kernel.rand_on_empty:
+            facts.append(Fact("random_instance_on_empty"))
+        if released_count:
+            facts.append(Fact("count_released"))
+        changed = self._buffers.changed()
+        if changed:
+            facts.append(Fact("buffer_changed", changed))
+        return facts
+
+    def _released_count(self, noise_std: float | None) -> float:
+        """Return the released count's shift in units of the gradient's noise; 0: none is."""
+        if self.kernel.clipping != "adaptive":
+            return 0.0
+        deviation = float(self.optimizer.unclipped_num_std)
+        return adaptive_noise(float(self.optimizer.noise_multiplier), deviation)[1]
+
+    def _clipped(self) -> list[torch.nn.Parameter]:
+        """Return the parameters whose gradients are in the clipped norm."""
+        holder = self.module.trainable_parameters if self._ghost else self.optimizer.params
+        return list(holder)
+
+    def _norm(self, gradients: Sequence[torch.Tensor]) -> float:
+        """Return what the recorder keeps of one row's gradients: per layer, what is left."""
+        bounds = getattr(self.optimizer, "max_grad_norms", None)
+        layers = [float(g.double().norm()) for g in gradients]
+        if bounds is not None:
+            limits = [*map(float, bounds), *[math.inf] * len(layers)]
+            layers = [min(a, b) for a, b in zip(layers, limits, strict=False)]
+        return math.hypot(*layers)
+
+    def _require_unchanged_settings(self) -> None:
+        """Refuse a step whose gradients were clipped by caps for other noise than it would have."""
+        if self._clipped_at is None or not self.recorder.midway:
+            return
+        if self._clipped_at != self.coming_kernel():
+            raise UnsupportedError(_OTHER_SETTINGS)
+
+    def _charge_without_noise(self) -> None:
+        """The plain optimizer is about to step by gradients that nobody noised."""
+        facts = [Fact("not_noised", "the plain optimizer stepped by itself")]
+        self._charger.charge_unnoised(judged(self._charger.claims_as, facts))
+
+
+_OTHER_SETTINGS = (
+    "Expected noise, clip bound and caps as they were when the gradients were clipped, got others "
+    "at the step. Budgets were tested for those. Change settings between steps: after "
+    "optimizer.step() and before the next batch's backward pass."
+)
+
+
+class Buffers:
+    """Notices whether buffers of a module change, by their versions."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._seen = self._versions()
+
+    def changed(self) -> str:
+        """Return the name of a buffer that has changed since it was asked last; "": none."""
+        before, self._seen = self._seen, self._versions()
+        return next((name for name, v in self._seen.items() if before.get(name) != v), "")
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        return {n: (b.data_ptr(), b._version) for n, b in self._module.named_buffers()}
 
 
 def described_update(

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from opacus import PrivacyEngine
+from opacus.accountants import GaussianAccountant, PRVAccountant, RDPAccountant
+from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
+from opacus.utils.uniform_sampler import (
+    DistributedUniformWithReplacementSampler,
+    UniformWithReplacementSampler,
+)
 from torch import nn
 from torch.distributed._composable.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    WeightedRandomSampler,
+    RandomSampler,
+    SequentialSampler,
 )
 
 from . import _validate as check
@@ -80,16 +91,28 @@ def require_map_style(data_loader: Any) -> None:
 def require_uniform_batches(data_loader: DataLoader[Any], *, distributed: bool = False) -> None:
     """Raise if Opacus would replace the loader's sampler by one that draws something else."""
     size, batch_size = len(data_loader.dataset), data_loader.batch_size  # type: ignore[arg-type]
-    if distributed and isinstance(data_loader.sampler, DistributedSampler):
-        size = len(data_loader.sampler)  # batch_size is then meant per process
+    sampler, batches = data_loader.sampler, data_loader.batch_sampler
+    if distributed and isinstance(sampler, DistributedSampler):
+        size = len(sampler)  # batch_size is then meant per process
     cure = (
         "Opacus draws every row of the data set uniformly at rate 1 / len(data_loader) and drops "
         "the sampler. Train on a Subset, or on a DataLoader with shuffle=True."
     )
-    if isinstance(data_loader.sampler, WeightedRandomSampler):
-        raise UnsupportedError(
-            f"Expected a uniform sampler, got sampler=WeightedRandomSampler. {cure}"
+    drawn_already = isinstance(data_loader, DPDataLoader) and type(batches) in _POISSON
+    if not drawn_already:
+        whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
+            type(sampler) is RandomSampler and not sampler.replacement
         )
+        for name, found, fine in (
+            ("sampler", sampler, whole),
+            ("batch_sampler", batches, batches is None or type(batches) is BatchSampler),
+        ):
+            if not fine:
+                kind = type(found).__name__
+                replaced = " with replacement" if type(found) is RandomSampler else ""
+                raise UnsupportedError(
+                    f"Expected a uniform sampler, got {name}={kind}{replaced}. {cure}"
+                )
     if batch_size is not None:
         allowed = {max(size // batch_size, 1), -(-size // batch_size)}
         if len(data_loader) not in allowed:
@@ -97,6 +120,42 @@ def require_uniform_batches(data_loader: DataLoader[Any], *, distributed: bool =
                 f"Expected len(data_loader) to be rows / batch_size ({size} / "
                 f"{batch_size}), got {len(data_loader)}. {cure}"
             )
+
+
+def require_known_options(options: Mapping[str, Any]) -> None:
+    """Raise for a keyword that Opacus would swallow without a word.
+
+    Raises:
+        TypeError: Names it, and the keyword that is closest.
+    """
+    known = known_options()
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            cure = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            if name in ("instance_ids", "norm_policy", "caps", "budget", "history", "orders"):
+                cure = f"Pass it to PerInstancePrivacyEngine({name}=...)."
+            raise TypeError(
+                f"Expected keywords of make_private, got an unknown one: {name!r}. {cure}"
+            )
+
+
+def known_options() -> frozenset[str]:
+    """Return the keywords that Opacus's engine, optimizers and accountants take."""
+    own = _names(PrivacyEngine.make_private, PrivacyEngine.make_private_with_epsilon)
+    adaptive = _names(AdaClipDPOptimizer.__init__) - _names(DPOptimizer.__init__)
+    conversions = _names(
+        RDPAccountant.get_epsilon, RDPAccountant.get_privacy_spent, PRVAccountant.get_epsilon,
+        GaussianAccountant.get_epsilon,
+    )  # fmt: skip
+    return frozenset((own | adaptive | conversions | {"epsilon_tolerance"}) - {"delta", "kwargs"})
+
+
+def _names(*functions: Callable[..., Any]) -> set[str]:
+    return {name for f in functions for name in inspect.signature(f).parameters} - {"self"}
+
+
+_POISSON = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
 
 
 def require_supported(

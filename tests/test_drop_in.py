@@ -40,7 +40,7 @@ def fixed_batches(engine, **options):
     return engine.make_private(
         module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
         data_loader=DataLoader(images(SIZE), **options), noise_multiplier=1.0, max_grad_norm=2.0,
-        poisson_sampling=False,
+        poisson_sampling=False, criterion=nn.CrossEntropyLoss(),
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from .filter import PrivacyFilter
 from .guarantee import weakest
 from .ledger import STRONGEST_LABEL
 from .levels import LevelGrid
-from .privacy_losses import PrivacyLosses
+from .privacy_losses import MOST_REASONS, PrivacyLosses
 from .rdp import DEFAULT_ORDERS
 
 
@@ -125,6 +125,7 @@ class PerInstanceAccountant(PrivacyLosses):
         noise_multiplier: float,
         sample_rate: float,
         guarantee: str = "estimate",
+        reasons: Sequence[str] = (),
     ) -> None:
         """Charge every instance for one step of the Poisson-sampled Gaussian mechanism.
 
@@ -142,6 +143,8 @@ class PerInstanceAccountant(PrivacyLosses):
             guarantee: What the caller can vouch for: "bound" (levels are constants or caps fixed
                 before the run), "output_specific" (every level was measured at this step) or
                 "estimate".
+            reasons: Why it is no stronger label, a sentence each; of "bound" what it takes for
+                granted. They are counted and come with every result.
 
         Raises:
             TypeError, ValueError: A value outside its domain, a repeated or forgotten instance, a
@@ -165,6 +168,7 @@ class PerInstanceAccountant(PrivacyLosses):
             everyone = len(rows) >= self._num_present
             self._source = "measured" if everyone else "stale"
         self._charge(table, (noise, rate), attributed=rows is not None, label=label)
+        self._note(label, reasons)
         if self._source == "measured":
             self._source = "stale"  # exact for this step only
 
@@ -175,6 +179,7 @@ class PerInstanceAccountant(PrivacyLosses):
         sensitivities: npt.ArrayLike | None,
         noise_multiplier: float,
         guarantee: str = "output_specific",
+        reasons: Sequence[str] = (),
     ) -> None:
         """Charge only the instances in a batch that was not drawn by independent coins.
 
@@ -190,6 +195,7 @@ class PerInstanceAccountant(PrivacyLosses):
             sensitivities: Shape (batch,), min(norm, clip bound) / max_grad_norm.
             noise_multiplier: Noise std on the gradient sum / max_grad_norm. Unitless, >= 0.
             guarantee: "output_specific" or "estimate".
+            reasons: As in `step`.
 
         Raises:
             TypeError, ValueError: As in `step`; or caps or budgets are in force, which are meant
@@ -214,6 +220,7 @@ class PerInstanceAccountant(PrivacyLosses):
         if rows is not None:
             self._move(rows, levels)
         self._charge(table, (noise, 1.0), attributed=rows is not None, label=label)
+        self._note(label, reasons)
         if rows is not None:
             self._move(rows, np.zeros(len(rows), dtype=np.int64))
 
@@ -290,15 +297,37 @@ class PerInstanceAccountant(PrivacyLosses):
         self._move(rows, np.full(len(rows), len(self._grid)))
         self._num_present -= len(rows)
 
-    def weaken(self, guarantee: str) -> None:
+    def weaken(self, guarantee: str, *, reason: str = "") -> None:
         """Lower the label of what was charged so far, where something outside voids it.
 
         Args:
             guarantee: "output_specific" or "estimate"; a stronger label than the present one
                 changes nothing.
+            reason: Why, in a sentence.
         """
         label = check.choice("guarantee", guarantee, ("output_specific", "estimate"))
         self._guarantee = weakest([self._guarantee, label])
+        if reason:
+            self._reasons.setdefault(reason, 0)
+
+    def lose_everything(self, indices: npt.ArrayLike | None) -> None:
+        """Charge instances infinitely: something without a bound was given away about them.
+
+        Args:
+            indices: Shape (n,), instances, each once. None: everyone.
+
+        Raises:
+            TypeError, ValueError: An index out of range or repeated; or a budget, which nobody may
+                exceed. The accountant is left as it was.
+        """
+        if self._filter is not None:
+            raise ValueError(
+                "Expected an accountant without budgets, got one with: nobody may exceed a budget. "
+                "Leave such an instance out before the step."
+            )
+        size = self.num_instances
+        rows = np.arange(size) if indices is None else indices
+        self._balances.infinite[check.index_array("indices", rows, size=size)] = True
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -313,6 +342,14 @@ class PerInstanceAccountant(PrivacyLosses):
             self._history.charge(*kernel, attributed=attributed)
         self._guarantee = weakest([self._guarantee, label])
         self._steps += 1
+
+    def _note(self, label: str, reasons: Sequence[str]) -> None:
+        """Count the reasons of a step's label; a label without any has the caller's word."""
+        if not reasons and label != "bound":
+            reasons = (f"the caller vouched for {label!r} only",)
+        for reason in dict.fromkeys(reasons):
+            if reason in self._reasons or len(self._reasons) < MOST_REASONS:
+                self._reasons[reason] = self._reasons.get(reason, 0) + 1
 
     def _move(self, rows: IntArray, levels: IntArray) -> None:
         """Put `rows` on other levels from the next step on."""

@@ -31,6 +31,8 @@ class PerInstanceEpsilon:
         order: Shape (n,), the Rényi order each ε was read at.
         delta: The δ of the (ε, δ) statement.
         guarantee: "bound", "expectation_bound", "output_specific" or "estimate".
+        reasons: Why not a stronger label, a sentence each; of "bound" what it takes for granted
+            without a check.
 
     Privacy: each value depends on private data; see the README before you show it to anyone.
     """
@@ -39,6 +41,7 @@ class PerInstanceEpsilon:
     order: FloatArray
     delta: float
     guarantee: str
+    reasons: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of instances."""

@@ -19,7 +19,11 @@ from .filter import PrivacyFilter
 from .guarantee import GUARANTEES, weakest
 from .history import History
 
-VERSION = 2
+VERSION = 3
+_WITHOUT_REASONS = 2  # written by a release that kept none
+_UNEARNED = (
+    "the ledger was written by a release that did not look at what ran: the label is its own"
+)
 
 # Where the levels come from decides what a step may claim: constants or caps fixed before the run;
 # caps enforced but chosen during it; a full pass at this very step; anything older or partial;
@@ -59,6 +63,7 @@ class Ledger:
     steps: int
     unattributed: int
     guarantee: str
+    reasons: dict[str, int]
     instance_ids: npt.NDArray[Any]
     privacy_filter: PrivacyFilter | None
     history: History | None
@@ -70,7 +75,8 @@ class Ledger:
             value = getattr(self, field.name)
             if isinstance(value, PrivacyFilter | History):
                 value = value.to_dict()
-            state[field.name] = value.copy() if isinstance(value, np.ndarray) else value
+            copied = value.copy() if isinstance(value, np.ndarray | dict) else value
+            state[field.name] = copied
         if self.instance_ids.dtype.kind == "U":  # tensors hold no strings; lists of them are plain
             state["instance_ids"] = self.instance_ids.tolist()
         return state
@@ -83,6 +89,9 @@ class Ledger:
             LedgerError: A key is missing, the version is unknown, or a value cannot be right.
         """
         names = [field.name for field in fields(cls)]
+        if state.get("version") == _WITHOUT_REASONS and "reasons" not in state:
+            earlier = {_UNEARNED: int(state.get("steps", 0))} if state.get("steps") else {}
+            state = {**state, "version": VERSION, "reasons": earlier}
         missing = [name for name in ["version", *names] if name not in state]
         if missing:
             raise LedgerError(f"Expected a ledger with the keys {names}, got none for {missing}.")
@@ -109,11 +118,12 @@ class Ledger:
                 steps=int(state["steps"]),
                 unattributed=int(state["unattributed"]),
                 guarantee=str(state["guarantee"]),
+                reasons={str(why): int(count) for why, count in state["reasons"].items()},
                 instance_ids=_array(state["instance_ids"]),
                 privacy_filter=None,
                 history=None,
             )
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise LedgerError(f"Expected a readable ledger, got one with {error}.") from error
         ledger._check()
         return replace(
@@ -199,6 +209,10 @@ class Ledger:
             caps=None if self.caps is None else joined("caps"),
             source=weakest_source,
             guarantee=weakest([self.guarantee, other.guarantee]),
+            reasons={
+                why: max(self.reasons.get(why, 0), other.reasons.get(why, 0))
+                for why in [*self.reasons, *other.reasons]
+            },
             instance_ids=ids[order],
             privacy_filter=None
             if self.privacy_filter is None or other.privacy_filter is None

@@ -29,6 +29,8 @@ from .rdp import rdp_to_epsilon
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_REASONS = 64  # different ones are kept; a run that goes wrong in more ways needs no more
+
 
 class PrivacyLosses:
     """State of a per-instance accountant, everything that can be asked of it, and its saved form.
@@ -64,6 +66,7 @@ class PrivacyLosses:
         self._steps = 0
         self._unattributed = 0
         self._guarantee = GUARANTEES[0]
+        self._reasons: dict[str, int] = {}  # sentence -> number of steps; in order of appearance
 
     # --- what it is ---------------------------------------------------------------------------
 
@@ -103,6 +106,17 @@ class PrivacyLosses:
         return self._guarantee
 
     @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the label is not a stronger one, a sentence each, with the number of steps.
+
+        Of "bound" what it takes for granted without a check; empty if that is nothing.
+        """
+        return tuple(
+            f"{reason} ({count} of {self._steps} steps)" if 0 < count < self._steps else reason
+            for reason, count in self._reasons.items()
+        )
+
+    @property
     def realised_guarantee(self) -> str:
         """What a sum along the run that happened may claim: `spent_rdp`, `tight_epsilon`, a set's.
 
@@ -111,6 +125,12 @@ class PrivacyLosses:
         """
         filtered = [] if self._filter is None else ["output_specific"]
         return weakest([self._guarantee, *filtered])
+
+    @property
+    def _realised_reasons(self) -> tuple[str, ...]:
+        if self._filter is None:
+            return self.reasons
+        return (*self.reasons, "a budget bounds each instance before the run, not what was spent")
 
     @property
     def budgeted(self) -> bool:
@@ -246,7 +266,10 @@ class PrivacyLosses:
         Raises:
             ValueError: The accountant keeps no history; an index out of range or repeated.
         """
-        return run_rdp(self._runs(indices), orders=self._grid.orders)
+        runs = self._runs(indices)
+        if self._balances.infinite[self._rows(indices)].any():
+            return np.full(len(self._grid.orders), np.inf)
+        return run_rdp(runs, orders=self._grid.orders)
 
     def tight_epsilon(self, indices: npt.ArrayLike, *, delta: float) -> PerInstanceEpsilon:
         """Return ε(δ) of adding or removing all of `indices` together, by loss distributions.
@@ -266,9 +289,15 @@ class PrivacyLosses:
             ValueError: As in `group_rdp`, or δ outside (0, 1).
         """
         target = check.delta(delta)
-        epsilon = run_epsilon(self._runs(indices), delta=target)
+        runs = self._runs(indices)
+        infinite = self._balances.infinite[self._rows(indices)].any()
+        epsilon = np.inf if infinite else run_epsilon(runs, delta=target)
         return PerInstanceEpsilon(
-            np.array([epsilon]), np.array([np.nan]), target, self.realised_guarantee
+            np.array([epsilon]),
+            np.array([np.nan]),
+            target,
+            self.realised_guarantee,
+            self._realised_reasons,
         )
 
     def to_dataframe(self, *, delta: float | None = None) -> pd.DataFrame:
@@ -379,7 +408,7 @@ class PrivacyLosses:
             epsilon[part], order[part] = rdp_to_epsilon(
                 curve(rows[part]), orders=self._grid.orders.tolist(), delta=target
             )
-        return PerInstanceEpsilon(epsilon, order, target, guarantee)
+        return PerInstanceEpsilon(epsilon, order, target, guarantee, self.reasons)
 
     def _runs(self, indices: npt.ArrayLike) -> list[JointSteps]:
         rows = check.index_array("indices", indices, size=self.num_instances)
@@ -410,6 +439,7 @@ class PrivacyLosses:
             steps=self._steps,
             unattributed=self._unattributed,
             guarantee=self._guarantee,
+            reasons=dict(self._reasons),
             instance_ids=self._ids,
             privacy_filter=self._filter,
             history=self._history,
@@ -433,5 +463,5 @@ class PrivacyLosses:
         self._num_present = int(np.count_nonzero(held.level != len(self._grid)))
         self._ids, self._caps, self._source = ledger.instance_ids, ledger.caps, ledger.source
         self._steps, self._unattributed = ledger.steps, ledger.unattributed
-        self._guarantee = ledger.guarantee
+        self._guarantee, self._reasons = ledger.guarantee, dict(ledger.reasons)
         self._filter, self._history = ledger.privacy_filter, ledger.history

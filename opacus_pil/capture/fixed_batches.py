@@ -12,8 +12,8 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ..errors import UnsupportedError
-from .indices import Batches, BatchTracker, require_in_order
-from .passes import Pass, Resumable, started
+from .indices import Batches, BatchTracker, proving, require_in_order
+from .passes import Pass, Resumable
 
 
 class RecordingBatchSampler(Resumable, Sampler[list[int]]):
@@ -60,7 +60,7 @@ class RecordingFixedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         """Start a pass over the data."""
-        return Batches(self, started(self, super().__iter__))
+        return Batches(self, proving(self, super().__iter__))
 
 
 def recording_copy(loader: DataLoader[Any]) -> tuple[RecordingFixedLoader, BatchTracker]:

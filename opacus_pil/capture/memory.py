@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 
 from .. import _validate as check
 from ..errors import UnsupportedError
+from .collate import RowOrder
 from .draws import Draw
 from .fixed_batches import RecordingFixedLoader
-from .indices import Batches, RecordingDataLoader
+from .indices import Batches, RecordingDataLoader, in_order, proving
 from .norms import require_splittable
-from .passes import started
 
 
 class Piece(NamedTuple):
@@ -89,7 +89,7 @@ class SplittingLoader(DataLoader[Any]):
     def __iter__(self) -> Any:
         """Start a pass over the data."""
         _drop_unfinished(self.optimizer)
-        return PhysicalBatches(self, started(self, super().__iter__))
+        return PhysicalBatches(self, proving(self, super().__iter__))
 
 
 class PhysicalBatches(Batches):
@@ -97,7 +97,7 @@ class PhysicalBatches(Batches):
 
     _drawn: deque[list[int]] | None = None  # whole draws not handed out to their end yet
 
-    def _publish(self, rows: Piece | None) -> None:
+    def _publish(self, rows: Piece | None, order: RowOrder, positions: list[int] | None) -> None:
         if rows is None:
             raise UnsupportedError(
                 "Expected a pass whose batches all loaded, got one with a failed batch or workers "
@@ -112,7 +112,8 @@ class PhysicalBatches(Batches):
         if piece.last:
             self._drawn.popleft()
         optimizer._step_skip_queue[:] = [not piece.last]
-        self._loader.tracker.publish(piece.rows, owner=self, draw=piece.draw)
+        found = in_order(piece.rows, positions)
+        self._loader.tracker.publish(found, owner=self, draw=piece.draw, order=order)
 
 
 def _drop_unfinished(optimizer: Any) -> None:

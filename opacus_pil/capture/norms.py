@@ -7,7 +7,9 @@ Opacus's optimizers clips, no accountant.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +32,12 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 
 from ..errors import UnsupportedError
 from .clipping import clip_factors
+from .ghost import GhostSeam
 from .recorder import Recorder
 
 
 class _Recording:
-    """What both recording optimizers share. Mixed in before the Opacus class."""
+    """What all recording optimizers share. Mixed in before the Opacus class."""
 
     recorder: Recorder
 
@@ -70,6 +73,75 @@ class _Recording:
         super().zero_grad(set_to_none)  # type: ignore[misc]
         if not self._is_last_step_skipped:  # type: ignore[attr-defined]
             self.recorder.clear()
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Clip and add noise as Opacus does; refuse first what caps could not survive."""
+        self.recorder.before_step()
+        moves = super().pre_step(closure)  # type: ignore[misc]
+        self.recorder.noised = bool(moves) and bool(self.params)  # type: ignore[attr-defined]
+        return moves
+
+    def noise_std(self) -> float:
+        """Return the standard deviation of the noise that Opacus adds to the sum right now."""
+        optimizer: Any = self
+        return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
+
+    def add_noise(self) -> None:
+        """Add noise as Opacus does, noting how much, to what, and whether the clip has held."""
+        optimizer: Any = self
+        parameters = optimizer.params
+        sums = [p.summed_grad for p in parameters]
+        self.recorder.before_noise([s for s in sums if s is not None])
+        self.recorder.noise(self.noise_std())
+        super().add_noise()  # type: ignore[misc]
+        self.recorder.noise(self.noise_std())
+        noised = {id(p) for p in parameters}
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        raw = [p for p in held if id(p) not in noised and _moves(p)]
+        if raw:
+            self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
+
+
+def _moves(parameter: torch.Tensor) -> bool:
+    """Whether a plain optimizer would move a parameter by its gradient."""
+    return parameter.grad is not None and bool((parameter.grad != 0).any())
+
+
+class _PlainStep:
+    """Called before every step of the plain optimizer; reports one that no noise was added for.
+
+    Holds nothing alive, and a copy of the optimizer does not report to this training.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder: Any = weakref.ref(recorder)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PlainStep:
+        twin = _PlainStep.__new__(_PlainStep)
+        twin._recorder = _nobody
+        return twin
+
+    def __reduce__(self) -> Any:
+        return _inert_plain_step, ()
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        recorder = self._recorder()
+        if recorder is None:
+            return
+        expected, recorder.noised = recorder.noised, False
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        if not expected and recorder.unnoised_step is not None and any(map(_moves, held)):
+            recorder.unnoised_step()
+
+
+def _nobody() -> None:
+    """Stand for a recorder that is gone."""
+
+
+def _inert_plain_step() -> _PlainStep:
+    twin = _PlainStep.__new__(_PlainStep)
+    twin._recorder = _nobody
+    return twin
 
 
 def chained(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -111,7 +183,10 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
         for p in self.params:  # before anything is claimed: a refused step leaves no trace
             _check_processed_flag(p.grad_sample)
         caps = self.recorder.capture(
-            norms, max_grad_norm=self.max_grad_norm, rounding=_coarsest(samples)
+            norms,
+            max_grad_norm=float(self.max_grad_norm),
+            rounding=_coarsest(samples),
+            passes=self.accumulated_iterations,
         )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
@@ -134,14 +209,25 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
     """Opacus's per-layer clipping, keeping the norm of what is left of each gradient."""
 
     def clip_and_accumulate(self) -> None:
-        """Record the clipped norm over all layers, then clip and sum as Opacus does."""
-        bounds = [float(bound) for bound in self.max_grad_norms]
-        layers = _norms_of(self.grad_samples)
+        """Record the clipped norm over all layers, then clip and sum as Opacus does.
+
+        The bounds in force are the list that clips; `max_grad_norm`, which the noise follows, is
+        another attribute, and a schedule of Opacus changes that one only.
+        """
+        samples = self.grad_samples
+        # Opacus pairs parameters and bounds up to the shorter list: who has none is not clipped.
+        bounds = [*map(float, self.max_grad_norms), *[math.inf] * len(samples)][: len(samples)]
+        layers = _norms_of(samples)
         clipped = [norm.clamp(max=bound) for norm, bound in zip(layers, bounds, strict=True)]
+        if math.inf in bounds:
+            self.recorder.note("not_clipped", f"{bounds.count(math.inf)} of {len(bounds)} tensors")
+        device = layers[0].device
         self.recorder.capture(
             _norms_over(clipped),
-            max_grad_norm=self.max_grad_norm,
-            rounding=_coarsest(self.grad_samples),
+            max_grad_norm=math.hypot(*bounds),
+            rounding=_coarsest(samples),
+            passes=self.accumulated_iterations,
+            allowed=torch.stack([norm.sum().to(device) for norm in clipped]),
         )
         super().clip_and_accumulate()
 
@@ -156,23 +242,32 @@ class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(self.grad_samples),
+            passes=self.accumulated_iterations,
         )
         super().clip_and_accumulate()
 
+    def noise_std(self) -> float:
+        """Return what is added to gradients: the count that is released takes its own share."""
+        if float(self.noise_multiplier) == 0.0:
+            return 0.0
+        own = float(self.noise_multiplier) ** -2 - (2.0 * float(self.unclipped_num_std)) ** -2
+        return float(own**-0.5) * float(self.max_grad_norm)
+
 
 class RecordingGhostOptimizer(_Recording, DPOptimizerFastGradientClipping):
-    """Opacus's ghost-clipping optimizer, reading the norms that the module computed."""
+    """Opacus's ghost-clipping optimizer, with what its module noted when it clipped."""
 
-    module: Any
+    seam: GhostSeam
 
     def accumulate(self) -> None:
-        """Accumulate as Opacus does, then keep the norms of the backward pass behind it."""
+        """Accumulate as Opacus does, after asking what the gradients are."""
+        self.seam.commit(self.params)
         super().accumulate()
-        if self.recorder.caps is None:  # with caps the module has recorded them before clipping
-            module = self.module
-            self.recorder.capture(
-                module.per_sample_gradient_norms, max_grad_norm=float(module.max_grad_norm)
-            )
+
+    def noise_std(self) -> float:
+        """Return what Opacus adds; a multiplier adjusted for adaptive clipping has its own name."""
+        multiplier: Any = getattr(self, "_adjusted_noise_multiplier", self.noise_multiplier)
+        return float(multiplier) * float(self.max_grad_norm)
 
 
 # Clipping and its norms are local to a process, noise and the sum over processes Opacus's.
@@ -192,23 +287,6 @@ class RecordingDistributedGhostOptimizer(
     RecordingGhostOptimizer, DistributedDPOptimizerFastGradientClipping
 ):
     """Ghost clipping in one of several processes."""
-
-
-def _capped_coefficients(module: Any, recorder: Recorder) -> torch.Tensor:
-    """Return each row's factor in place of the ghost module's own, after recording the norms."""
-    norms = module.get_norm_sample()
-    if not bool(torch.isfinite(norms).all()):
-        # A factor of 0 would not help: 0 · NaN is NaN, and the rows are summed inside backward.
-        raise ValueError(
-            "Expected finite per-sample gradient norms, got "
-            f"{int((~torch.isfinite(norms)).sum())} of {len(norms)} not finite. A non-finite "
-            "gradient cannot be clipped; check its loss."
-        )
-    layers = [p._norm_sample for p in module.parameters() if hasattr(p, "_norm_sample")]
-    caps = recorder.capture(
-        norms, max_grad_norm=float(module.max_grad_norm), rounding=_coarsest([norms, *layers])
-    )
-    return clip_factors(norms, max_grad_norm=module.max_grad_norm, caps=caps)
 
 
 _RECORDING: dict[type, type] = {
@@ -238,20 +316,25 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
     require_known(optimizer)
     recording = _RECORDING[type(optimizer)]
     ghost = issubclass(recording, RecordingGhostOptimizer)
-    if recorder.caps is not None and not issubclass(recording, RecordingDPOptimizer):
-        if not (ghost and isinstance(module, GradSampleHooksFastGradientClipping)):
-            raise UnsupportedError(
-                f"Expected flat clipping with caps, got {type(optimizer).__name__} with "
-                f"{type(module).__name__}. A cap bounds the whole gradient of an instance. Use "
-                "clipping='flat'."
-            )
-        module.get_clipping_coef = functools.partial(_capped_coefficients, module, recorder)
+    if ghost != isinstance(module, GradSampleHooksFastGradientClipping):
+        raise UnsupportedError(
+            f"Expected module and optimizer of one make_private, got {type(module).__name__} with "
+            f"{type(optimizer).__name__}. Pass what make_private returned together."
+        )
+    if recorder.caps is not None and not (ghost or issubclass(recording, RecordingDPOptimizer)):
+        raise UnsupportedError(
+            f"Expected flat clipping with caps, got {type(optimizer).__name__}. A cap bounds the "
+            "whole gradient of an instance. Use clipping='flat'."
+        )
     if ghost:
-        optimizer.module = module
+        optimizer.seam = GhostSeam(module, recorder)
     else:
         recorder.publish = module
     optimizer.__class__ = recording
     optimizer.recorder = recorder
+    plain = optimizer.original_optimizer
+    if isinstance(plain, torch.optim.Optimizer):
+        plain.register_step_pre_hook(_PlainStep(recorder))
 
 
 def require_splittable(optimizer: Any) -> None:

@@ -1,19 +1,22 @@
-"""What one noisy step saw: rows and gradient norms, collected while Opacus clips.
+"""What one noisy step saw, noted where it acts: rows, norms, the clip in force, the noise added.
 
-Knows rows, norms and caps of the current step; no optimizer and no accountant.
+Knows rows, norms and caps of the current step; no optimizer and no accountant. It judges nothing:
+which label a step has earned is `training/evidence.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .collate import DEFAULT, RowOrder
 from .draws import Draw
 from .indices import BatchTracker
 
@@ -21,6 +24,22 @@ _OUT_OF_STEP = (
     "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
     "was left early or skipped a batch, which opacus_pil.BatchMemoryManager allows"
 )
+# The sum of a batch in floating point against the sum of its norms: float32 sums of thousands of
+# rows err by far less, and a broken clip by far more.
+_TRIPWIRE_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something seen at a step that takes away from what may be claimed for it.
+
+    Attributes:
+        code: What it is; a row of the table in `training/evidence.py`.
+        detail: What was found this time, to complete the table's sentence.
+    """
+
+    code: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,12 +48,20 @@ class StepRecord:
 
     Attributes:
         indices: Shape (batch,), rows of the data set; None: not known for certain.
-        norms: Shape (batch,), float64, unclipped per-sample gradient norms.
-        max_grad_norm: Bound that the gradients were clipped to.
+        norms: Shape (batch,), float64, unclipped per-sample gradient norms; 0 of rows that a cap
+            of 0 left out.
+        max_grad_norm: Bound in force when the gradients were clipped, over all layers.
         rounding: Machine epsilon of the coarsest dtype behind the norms.
         mismatch: Why `indices` is None, for a warning; empty when they are known.
+        order: How the order of `indices` is known, or why not.
+        drawn: Rows in the step, in no certain order; None: not known.
         draws: Number of draws that may have been summed, so that an instance may be in each: 1
             when `indices` are known.
+        copies: Gradients that one row of a draw may have in the sum.
+        noise_std: Standard deviation of the noise on the sum, as it was when it was added; None: no
+            noise was seen.
+        unfinite: Shape (batch,), rows whose gradient was not finite.
+        facts: What takes away from a claim.
     """
 
     indices: IntArray | None
@@ -42,23 +69,33 @@ class StepRecord:
     max_grad_norm: float
     rounding: float
     mismatch: str = ""
+    order: RowOrder = DEFAULT
+    drawn: IntArray | None = None
     draws: int = 1
+    copies: int = 1
+    noise_std: float | None = None
+    unfinite: npt.NDArray[np.bool_] | None = None
+    facts: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Capture:
     rows: IntArray | None  # of this physical batch; None: not published
     draw: Draw | None  # which draw it is part of; None: not known
+    order: RowOrder
     norms: torch.Tensor
     max_grad_norm: float
     dropped: torch.Tensor | None  # rows with cap 0, which took no part
     mismatch: str
     rounding: float  # relative, of the coarsest number behind the norms
     unclaimed: int  # batches that loaders had given since the one before
+    passes: int
+    foreign: bool  # a batch that no loader had just handed out
+    allowed: torch.Tensor  # most that the sum can be, over all layers or of each
 
 
 class Recorder:
-    """Collects the norms of the physical batches that make up one noisy step.
+    """Collects what happens to the physical batches that make up one noisy step.
 
     Args:
         tracker: Knows the current batch's rows.
@@ -87,10 +124,16 @@ class Recorder:
         self.caps = caps
         self.publish = publish
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
+        self.guards: list[Callable[[], None]] = []  # each may refuse the step that begins
         self.guarded = False  # True once the accounting hook is attached and must stay
+        self.noised = False  # the plain optimizer's next step is that of a gradient with noise
+        self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
+        self._facts: dict[Fact, None] = {}  # in order, each once
+        self._noise_std: float | None = None
+        self._exceeded: torch.Tensor | None = None
 
     @property
     def midway(self) -> bool:
@@ -99,10 +142,22 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
-        self._captures = []
+        self._captures, self._facts = [], {}
+        self._noise_std, self._exceeded = None, None
+
+    def note(self, code: str, detail: str = "") -> None:
+        """Keep a fact about the step under way."""
+        self._facts.setdefault(Fact(code, detail))
 
     def capture(
-        self, norms: torch.Tensor, *, max_grad_norm: float, rounding: float | None = None
+        self,
+        norms: torch.Tensor,
+        *,
+        max_grad_norm: float,
+        rounding: float | None = None,
+        passes: int = 1,
+        allowed: torch.Tensor | None = None,
+        droppable: bool = True,
     ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
 
@@ -110,14 +165,17 @@ class Recorder:
             norms: Shape (batch,), unclipped.
             max_grad_norm: Clip bound in force.
             rounding: Relative rounding of the coarsest number the norms come from; None: theirs.
+            passes: Backward passes whose gradients are clipped together.
+            allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
+                one; None: they are clipped together, to `max_grad_norm`.
+            droppable: Whether a row with cap 0 is left out before anything is summed.
 
         Raises:
-            UnsupportedError: Caps must be enforced and the batch's rows are not known, or norms are
-                too coarse.
+            UnsupportedError: Caps must be enforced and the batch's rows are not known, it is not
+                the only draw of the step, or norms are too coarse or not finite.
         """
-        handed_out, unclaimed = self.tracker.handed_out, self.tracker.unclaimed
-        rows = self.tracker.claim()
-        draw = self.tracker.drawn
+        claim = self.tracker.claim(passes=passes)
+        rows, draw, mismatch = claim.rows, claim.draw, ""
         norms = norms.detach()
         coarsest = max(torch.finfo(norms.dtype).eps, rounding or 0.0)
         if self.publish is not None:
@@ -126,72 +184,101 @@ class Recorder:
         phantom = self._rand_on_empty and empty and len(norms) == 1
         if phantom:
             norms = norms[:0]
-        mismatch = ""
-        if rows is None and draw is None:
-            mismatch = (
-                _OUT_OF_STEP
-                if self.tracker.split.active
-                else "no loader or batch(indices=...) said which rows the batch holds"
-            )
+        if passes > 1:
+            rows, mismatch = None, f"{passes} backward passes are in one step"
+        elif not claim.order.known:
+            split = self.tracker.split.active and draw is None and claim.fresh == 0
+            rows, mismatch = None, _OUT_OF_STEP if split else claim.order.why
         elif rows is not None and len(rows) != len(norms):
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
-            rows = draw = None
+            rows = None
         caps = dropped = None
         if self.caps is not None:
-            if handed_out > 1:  # a batch fetched ahead may have the same length
-                rows, mismatch = None, f"{handed_out} batches were handed out since the last step"
-            if coarsest > self._caps_rounding:
-                raise UnsupportedError(
-                    "Expected gradients as precise as the parameters under caps, got some rounded "
-                    f"to {coarsest:.1g}. Clipping by such norms exceeds a cap by more than what is "
-                    "charged for rounding. Leave torch.autocast out of the forward pass."
-                )
-            if rows is None:
-                raise UnsupportedError(
-                    "Expected the rows of this batch to be known, since each has its own cap, but "
-                    f"{mismatch}. Step once on each batch of the private loader, or wrap the step "
-                    "in engine.batch(indices=...)."
-                )
+            if claim.fresh > 1:  # a batch fetched ahead may have the same length
+                rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
+            self._require_enforceable(rows, draw, coarsest, mismatch)
             if phantom:
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
             else:
+                assert rows is not None
                 caps = torch.as_tensor(self.caps(rows), device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
+                _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
+        if allowed is None:
+            bounds: Any = max_grad_norm if caps is None or phantom else caps * max_grad_norm
+            limits = torch.as_tensor(bounds).to(norms)  # NaN of a row that is left out stays out
+            clipped = torch.where(limits > 0, torch.minimum(norms, limits), 0.0)
+            allowed = clipped.sum() + (max_grad_norm if phantom else 0.0)
         self._captures.append(
-            _Capture(rows, draw, norms, max_grad_norm, dropped, mismatch, coarsest, unclaimed)
-        )
+            _Capture(
+                rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
+                claim.unclaimed, passes, passes > claim.fresh, allowed.detach(),
+            )
+        )  # fmt: skip
         return caps
+
+    def before_step(self) -> None:
+        """Tell whoever wants to refuse a step before anything of it is done."""
+        for guard in self.guards:
+            guard()
+
+    def before_noise(self, sums: Sequence[torch.Tensor]) -> None:
+        """Hold the clipped sums against what their rows allow, on their device.
+
+        A tripwire: a sum above it shows that clipping did not hold. One below it shows nothing: it
+        does not see rows that depend on each other, a batch used twice, or gradients that cancel.
+
+        Args:
+            sums: Of the clipped gradients, one per parameter.
+        """
+        if not sums or not self._captures:
+            return
+        device = sums[0].device
+        parts = torch.stack([norm.to(device) for norm in torch._foreach_norm(list(sums))])
+        limits = [c.allowed.to(device, parts.dtype) for c in self._captures]
+        rows = sum(len(c.norms) for c in self._captures)
+        eps = max(torch.finfo(s.dtype).eps for s in sums)
+        slack = 1.0 + _TRIPWIRE_SLACK + rows * eps
+        limit = torch.stack(limits).sum(dim=0) * slack
+        found = parts if limit.ndim else parts.norm(2)
+        self._exceeded = (found > limit + torch.finfo(parts.dtype).tiny).any()
+
+    def noise(self, std: float) -> None:
+        """Note the standard deviation of the noise that is being added to the sum.
+
+        Args:
+            std: As it is at that moment. Of two values within one step the smaller one counts.
+        """
+        self._noise_std = std if self._noise_std is None else min(self._noise_std, std)
 
     def take(self, *, max_grad_norm: float) -> StepRecord:
         """Return what the step saw and start the next one.
 
         Args:
             max_grad_norm: Clip bound to report if nothing was captured.
-
-        Raises:
-            ValueError: A norm is not finite; names the first instance.
-            UnsupportedError: Several drawn batches were summed into one noisy step.
         """
-        captures, self._captures = self._captures, []
-        norms = _joined([c.norms for c in captures])
+        captures, facts, std = self._captures, list(self._facts), self._noise_std
+        norms, exceeded = _joined([c.norms for c in captures], self._exceeded)
+        self.clear()
+        skipped = self.tracker.settle()
+        if skipped:
+            facts.append(Fact("draw_skipped"))
+        if exceeded:
+            facts.append(Fact("sum_above_clip"))
+        if any(c.foreign for c in captures):
+            facts.append(Fact("batch_not_drawn"))
         draws = {c.draw for c in captures if c.draw is not None}
-        unknown = sum(c.draw is None for c in captures)
-        rows, mismatch = None, "no gradient was captured"
-        if captures and all(c.rows is not None for c in captures):
-            if len(draws) > 1:
-                raise UnsupportedError(
-                    f"Expected one drawn batch per noisy step, got {len(draws)}. An instance drawn "
-                    "into several would be charged for one. Step after every batch, or split large "
-                    "batches with opacus_pil.BatchMemoryManager."
-                )
-            rows, mismatch = np.concatenate([c.rows for c in captures]), ""
-        elif captures:
-            rows, mismatch = _whole_draw(captures, len(norms))
+        rows, mismatch = _rows_of(captures, draws, len(norms))
+        order = next((c.order for c in captures if not c.order.known), DEFAULT)
+        drawn = _members(captures, draws)
+        copies = 1
+        if rows is None and drawn is not None and len(norms) != len(drawn):
+            copies = max(-(-len(norms) // max(len(drawn), 1)), 1)
+            facts.append(Fact("rows_not_once"))
         unclipped = norms
         if any(c.dropped is not None for c in captures):
             dropped = [c.dropped for c in captures if c.dropped is not None]
             norms = np.where(torch.cat(dropped).cpu().numpy(), 0.0, norms)
-        _require_finite(norms, rows)
         for listener in self.listeners:
             listener(rows, unclipped)
         return StepRecord(
@@ -200,10 +287,62 @@ class Recorder:
             max_grad_norm=max((c.max_grad_norm for c in captures), default=max_grad_norm),
             rounding=max((c.rounding for c in captures), default=0.0),
             mismatch=mismatch,
-            draws=1
-            if rows is not None
-            else max(len(draws) + unknown, sum(c.unclaimed for c in captures), 1),
+            order=order,
+            drawn=drawn,
+            draws=1 if rows is not None else _most_draws(captures, draws),
+            copies=copies,
+            noise_std=std,
+            unfinite=~np.isfinite(norms),
+            facts=tuple(facts),
         )
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _require_enforceable(
+        self, rows: IntArray | None, draw: Draw | None, coarsest: float, mismatch: str
+    ) -> None:
+        """Raise where clipping each row to its own cap would not hold what the caps promise."""
+        if coarsest > self._caps_rounding:
+            raise UnsupportedError(
+                "Expected gradients as precise as the parameters under caps, got some rounded "
+                f"to {coarsest:.1g}. Clipping by such norms exceeds a cap by more than what is "
+                "charged for rounding. Leave torch.autocast out of the forward pass."
+            )
+        if rows is None:
+            raise UnsupportedError(
+                "Expected the rows of this batch to be known, since each has its own cap, but "
+                f"{mismatch}. Step once on each batch of the private loader, or wrap the step "
+                "in engine.batch(indices=...)."
+            )
+        if self._captures and self._captures[-1].draw is not draw:
+            raise UnsupportedError(
+                "Expected one drawn batch per noisy step under caps, got several. An instance "
+                "drawn into each would enter the step with a cap for every time. Step after every "
+                "batch, or split large batches with opacus_pil.BatchMemoryManager."
+            )
+
+
+def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) -> None:
+    """Raise where a row that is not left out has a gradient that no cap bounds."""
+    bad = ~torch.isfinite(norms) & ~dropped
+    if bool(bad.any()):
+        first = int(rows[int(bad.nonzero()[0])])
+        raise UnsupportedError(
+            f"Expected finite per-sample gradient norms under caps, got {int(bad.sum())} of "
+            f"{len(norms)} not finite (first: instance {first}). A non-finite gradient cannot be "
+            "clipped; check its loss."
+        )
+
+
+def _rows_of(captures: list[_Capture], draws: set[Draw], size: int) -> tuple[IntArray | None, str]:
+    """Return the rows of a step in the order of its norms, or None and why."""
+    if not captures:
+        return None, "no gradient was captured"
+    if all(c.rows is not None for c in captures):
+        if len(draws) > 1:
+            return None, f"{len(draws)} drawn batches are in one step"
+        return np.concatenate([c.rows for c in captures if c.rows is not None]), ""
+    return _whole_draw(captures, size)
 
 
 def _whole_draw(captures: list[_Capture], size: int) -> tuple[IntArray | None, str]:
@@ -220,19 +359,26 @@ def _whole_draw(captures: list[_Capture], size: int) -> tuple[IntArray | None, s
     return np.asarray(draw.rows, dtype=np.int64), ""
 
 
-def _joined(parts: list[torch.Tensor]) -> FloatArray:
+def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
+    """Return who is in the step, in no certain order; None: not known."""
+    parts = [c.draw.rows for c in captures[:1] if c.draw is not None]
+    whole = len(draws) == 1 and all(c.draw is not None and c.passes == 1 for c in captures)
+    return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
+
+
+def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:
+    unknown = sum(c.draw is None for c in captures)
+    passes = sum(c.passes for c in captures if c.passes > 1)
+    return max(len(draws) + unknown, passes, sum(c.unclaimed for c in captures), 1)
+
+
+def _joined(parts: list[torch.Tensor], exceeded: torch.Tensor | None) -> tuple[FloatArray, bool]:
+    """Return all norms and whether the tripwire fired, in one transfer from the device."""
     if not parts:
-        return np.empty(0)
+        return np.empty(0), exceeded is not None and bool(exceeded)
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return together.to("cpu", torch.float64).numpy()
-
-
-def _require_finite(norms: FloatArray, rows: IntArray | None) -> None:
-    if not np.isfinite(norms).all():
-        bad = np.flatnonzero(~np.isfinite(norms))
-        first = int(bad[0])
-        who = f"instance {int(rows[first])}" if rows is not None else f"batch position {first}"
-        raise ValueError(
-            f"Expected finite per-sample gradient norms, got {len(bad)} of {len(norms)} not finite "
-            f"(first: {who}). A non-finite gradient cannot be clipped; check its loss."
-        )
+    if exceeded is None:
+        return together.to("cpu", torch.float64).numpy(), False
+    flag = exceeded.to(together).reshape(1)
+    found = torch.cat([together, flag]).to("cpu", torch.float64).numpy()
+    return found[:-1], bool(found[-1])

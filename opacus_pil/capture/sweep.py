@@ -7,9 +7,7 @@ as they were, so that training with and without sweeps stays bit-identical.
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +21,15 @@ from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import default_collate
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .randomness import untouched_generators
+from .row_losses import LossOf, moved_to, pair_loss
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def sweep(
     module: nn.Module,
     dataset: Any,
     *,
-    criterion: Callable[..., torch.Tensor],
+    criterion: Callable[..., torch.Tensor] | None = None,
+    loss_of: LossOf | None = None,
     indices: npt.ArrayLike | None = None,
     loss_reduction: str = "mean",
     batch_first: bool = True,
@@ -65,18 +67,21 @@ def sweep(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     parameters: Collection[str] | None = None,
     keep_outputs: bool = False,
+    infinite: bool = False,
 ) -> Sweep:
     """Measure every instance's gradient norm and loss at the module's current parameters.
 
     Guarantee: norms[i] is the norm of the gradient of instance indices[i]'s own loss, as Opacus
-        clips it (a mean over the batch is undone), with dropout modules switched off and all other
-        modules in training mode; exact up to rounding in the module's dtype.
+        clips it (a mean over the batch is undone), with dropout modules switched off, modules that
+        hold trained parameters in training mode and all others in their own; exact up to rounding
+        in the module's dtype.
 
     Args:
         module: Plain or wrapped by Opacus; its inner module is copied.
-        dataset: Map-style, of pairs (input, target).
+        dataset: Map-style; of pairs (input, target) unless `loss_of` is given.
         criterion: Loss of (outputs, targets). With a `reduction` attribute it is asked for one loss
             per instance; a function of none is called on each instance by itself.
+        loss_of: In its place: loss_of(module, batch) -> one loss per row, shape (rows,).
         indices: Shape (n,), rows to measure. Default: all.
         loss_reduction: "mean" or "sum": how a loss with several terms per instance (pixels,
             tokens) joins them when the criterion does not say so itself.
@@ -85,11 +90,12 @@ def sweep(
         collate_fn: Joins items to a batch. Default: torch's default_collate.
         parameters: Names of the parameters that count. Default: all that require a gradient.
         keep_outputs: Also return the model's outputs.
+        infinite: Return a norm that is not finite as inf instead of raising.
 
     Raises:
         ValueError: A norm or loss is not finite; names the first row.
-        UnsupportedError: A module that mixes instances (BatchNorm), a batch that is not a pair, or
-            a loss that is not one value per instance.
+        UnsupportedError: A module that mixes instances (BatchNorm that trains or updates), a batch
+            that is not a pair, or a loss that is not one value per instance.
 
     Edge cases: no indices give arrays of length 0.
     """
@@ -98,23 +104,29 @@ def sweep(
     rows = check.index_array("indices", chosen, size=size, unique=False)
     check.choice("loss_reduction", loss_reduction, ("mean", "sum"))
     check.integer("chunk_size", chunk_size, low=1)
+    if loss_of is None:
+        if criterion is None:
+            raise ValueError("Expected criterion or loss_of, got neither. Pass the training's own.")
+        loss_of = pair_loss(criterion, reduction=loss_reduction)
     plain = plain_copy(module)
     _count_only(plain, parameters)
-    losses_of = _per_instance_losses(criterion, loss_reduction)
     join = default_collate if collate_fn is None else collate_fn
     device = next(plain.parameters()).device
-    with _untouched_generators(device) as moved:
-        measure = _Measure(plain, batch_first=batch_first)
+    with untouched_generators(device) as moved:
+        measure = _Measure(plain, loss_of, batch_first=batch_first)
         parts = []
         for start in range(0, len(rows), chunk_size):
             chunk = rows[start : start + chunk_size]
-            inputs, targets = _pair(join([dataset[int(row)] for row in chunk]))
-            parts.append(measure(inputs.to(device), targets.to(device), losses_of, len(chunk)))
+            batch = moved_to(join([dataset[int(row)] for row in chunk]), device)
+            parts.append(measure(batch, len(chunk)))
         deterministic = not moved()
     norms = np.concatenate([part[0] for part in parts]) if parts else np.empty(0)
     losses = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
-    for name, values in (("norms", norms), ("losses", losses)):
-        _require_finite(name, values, rows)
+    if infinite:
+        norms = np.where(np.isfinite(norms), norms, np.inf)
+    else:
+        for name, values in (("norms", norms), ("losses", losses)):
+            _require_finite(name, values, rows)
     outputs = np.concatenate([part[2] for part in parts]) if parts and keep_outputs else None
     return Sweep(rows, norms, losses, outputs, deterministic)
 
@@ -154,8 +166,9 @@ class _Norms(GradSampleModuleFastGradientClipping):
 class _Measure:
     """Norms, losses and outputs of one chunk, by ghost clipping where the model allows it."""
 
-    def __init__(self, module: nn.Module, *, batch_first: bool) -> None:
+    def __init__(self, module: nn.Module, loss_of: LossOf, *, batch_first: bool) -> None:
         self._module = module
+        self._loss_of = loss_of
         self._batch_first = batch_first
         self._wrapped = self._wrap(ghost=True)
 
@@ -172,31 +185,32 @@ class _Measure:
                 f"{error}"
             ) from error
 
-    def __call__(
-        self, inputs: torch.Tensor, targets: torch.Tensor, losses_of: Callable[..., Any], size: int
-    ) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+    def __call__(self, batch: Any, size: int) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
         try:
-            return self._run(inputs, targets, losses_of, size)
+            return self._run(batch, size)
         except NotImplementedError:  # tied parameters, or a layer without ghost norms
             self._wrapped.to_standard_module()
             self._module = plain_copy(self._module)
             self._wrapped = self._wrap(ghost=False)
         try:
-            return self._run(inputs, targets, losses_of, size)
+            return self._run(batch, size)
         except NotImplementedError as error:
             raise UnsupportedError(
                 f"Expected per-sample gradients of every parameter, got none: {error}"
             ) from error
 
-    def _run(
-        self, inputs: torch.Tensor, targets: torch.Tensor, losses_of: Callable[..., Any], size: int
-    ) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+    def _run(self, batch: Any, size: int) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
         counted = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         for parameter in counted.values():
             parameter._norm_sample = None  # type: ignore[attr-defined]  # none may be left over
+        seen = _LastOutput(self._wrapped)
         with torch.enable_grad():
-            outputs = self._wrapped(inputs)
-            losses = losses_of(outputs, targets, size)
+            losses = self._loss_of(seen, batch)
+            if losses.shape != (size,):
+                raise UnsupportedError(
+                    f"Expected one loss per row, shape ({size},), got shape "
+                    f"{tuple(losses.shape)}. Let loss_of return them unreduced."
+                )
             losses.sum().backward()
         unused = [n for n, p in counted.items() if p._norm_sample is None]  # type: ignore[attr-defined]
         if unused:
@@ -205,8 +219,27 @@ class _Measure:
         for parameter in self._module.parameters():
             parameter.grad = None
         check.same_length("norms", norms.cpu().numpy(), "instances", size)
-        outputs = outputs.detach().cpu().numpy() if torch.is_tensor(outputs) else np.empty(size)
-        return _float64(norms), _float64(losses), outputs
+        return _float64(norms), _float64(losses), seen.array(size)
+
+
+class _LastOutput:
+    """A module as `loss_of` sees it, keeping what it answered last."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._output: Any = None
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        self._output = self._module(*arguments, **named)
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def array(self, size: int) -> npt.NDArray[Any]:
+        """The output as an array; of a record with logits (transformers) these."""
+        output = getattr(self._output, "logits", self._output)
+        return output.detach().cpu().numpy() if torch.is_tensor(output) else np.empty(size)
 
 
 def _float64(values: torch.Tensor) -> FloatArray:
@@ -214,7 +247,10 @@ def _float64(values: torch.Tensor) -> FloatArray:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """Copy a module without Opacus's hooks, in training mode with dropout modules switched off.
+    """Copy a module without Opacus's hooks, ready for a full pass.
+
+    Modules that hold trained parameters are in training mode, dropout modules off, all others
+    (a frozen BatchNorm, say) in the mode they were in.
 
     Raises:
         UnsupportedError: A layer that mixes instances; Opacus's validator says which.
@@ -236,18 +272,40 @@ def plain_copy(module: nn.Module) -> nn.Module:
         for hooks in (part._forward_hooks, part._backward_hooks):
             for key in [key for key, hook in hooks.items() if _hook_owner(hook) is not None]:
                 del hooks[key]
-    clone.train()
+        if any(p.requires_grad for p in part.parameters(recurse=False)):
+            part.training = True  # Opacus measures nothing in evaluation mode
+        elif isinstance(part, _DropoutNd):
+            part.training = False
+    clone.training = True
+    mixing = batch_dependent(clone)
     try:
         ModuleValidator.validate(clone, strict=True)
     except UnsupportedModuleError as error:
+        mixing = mixing or str(error)
+    if mixing:
         raise UnsupportedError(
             f"Expected a module that treats instances one by one, got {type(inner).__name__}: "
-            f"{error}"
-        ) from error
-    for part in clone.modules():
-        if isinstance(part, _DropoutNd):
-            part.eval()
+            f"{mixing}"
+        )
     return clone
+
+
+def batch_dependent(module: nn.Module) -> str:
+    """Return which normalisation layer depends on the batch, and what to do; "": none.
+
+    A BatchNorm in evaluation mode with fixed statistics treats rows one by one; InstanceNorm does
+    so in either mode, but updates statistics in training mode, if it keeps any.
+    """
+    for name, part in module.named_modules():
+        if not isinstance(part, _NormBase):
+            continue
+        instance = isinstance(part, nn.modules.instancenorm._InstanceNorm)
+        if part.training and (part.track_running_stats or not instance):
+            return (
+                f"{type(part).__name__} at {name or 'the top'!r} is in training mode. Put it into "
+                "evaluation mode and freeze it, or use GroupNorm."
+            )
+    return ""
 
 
 # Attributes that Opacus leaves on the modules it hooks.
@@ -270,48 +328,6 @@ def _count_only(module: nn.Module, parameters: Collection[str] | None) -> None:
         parameter.requires_grad_(name in parameters)
 
 
-def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if not (isinstance(batch, Sequence) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
-        raise UnsupportedError(
-            f"Expected batches to be a pair of tensors (inputs, targets), got "
-            f"{type(batch).__name__}. Pass a collate_fn that makes such pairs."
-        )
-    return batch[0], batch[1]
-
-
-def _per_instance_losses(
-    criterion: Callable[..., torch.Tensor], loss_reduction: str
-) -> Callable[[Any, torch.Tensor, int], torch.Tensor]:
-    """Return a function giving one loss per instance."""
-    own = getattr(criterion, "reduction", None)
-    if own is None:
-
-        def one_by_one(outputs: Any, targets: torch.Tensor, size: int) -> torch.Tensor:
-            losses = [criterion(outputs[i : i + 1], targets[i : i + 1]) for i in range(size)]
-            return torch.stack([_joined_terms(loss.reshape(1, -1), loss_reduction)[0]
-                                for loss in losses])  # fmt: skip
-
-        return one_by_one
-    apart = copy.copy(criterion)  # the user's own criterion keeps its reduction
-    apart.reduction = "none"  # type: ignore[attr-defined]
-    how = {"mean": "mean", "sum": "sum", "batchmean": "sum"}.get(own, loss_reduction)
-
-    def together(outputs: Any, targets: torch.Tensor, size: int) -> torch.Tensor:
-        losses = apart(outputs, targets)
-        if losses.ndim == 0 or len(losses) != size:
-            raise UnsupportedError(
-                f"Expected criterion to give one loss per instance with reduction='none' ({size}), "
-                f"got shape {tuple(losses.shape)}. Reshape outputs and targets to (batch, ...)."
-            )
-        return _joined_terms(losses.reshape(size, -1), how)
-
-    return together
-
-
-def _joined_terms(losses: torch.Tensor, how: str) -> torch.Tensor:
-    return losses.mean(dim=1) if how == "mean" else losses.sum(dim=1)
-
-
 def _require_finite(name: str, values: FloatArray, rows: IntArray) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
@@ -319,30 +335,3 @@ def _require_finite(name: str, values: FloatArray, rows: IntArray) -> None:
             f"Expected finite {name}, got {len(bad)} of {len(values)} not finite (first: row "
             f"{int(rows[bad[0]])}). Check its loss."
         )
-
-
-@contextmanager
-def _untouched_generators(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Restore every global generator on exit; yields a question: has any moved meanwhile?"""
-    cuda = device.type == "cuda"
-
-    def states() -> tuple[Any, ...]:
-        on_device = torch.cuda.get_rng_state(device) if cuda else torch.empty(0)
-        return torch.get_rng_state(), on_device, random.getstate(), np.random.get_state()  # noqa: NPY002
-
-    before = states()
-
-    def moved() -> bool:
-        now = states()
-        same_torch = torch.equal(before[0], now[0]) and torch.equal(before[1], now[1])
-        same_numpy = all(np.array_equal(a, b) for a, b in zip(before[3], now[3], strict=True))
-        return not (same_torch and before[2] == now[2] and same_numpy)
-
-    try:
-        yield moved
-    finally:
-        torch.set_rng_state(before[0])
-        if cuda:
-            torch.cuda.set_rng_state(before[1], device)
-        random.setstate(before[2])
-        np.random.set_state(before[3])  # noqa: NPY002

@@ -36,7 +36,7 @@ def numbered_loader(*, sample_rate: float = 0.2, workers: int = 0, persistent: b
 
 
 def claimed(tracker: BatchTracker) -> list[int] | None:
-    rows = tracker.claim()
+    rows = tracker.claim().rows
     return None if rows is None else rows.tolist()
 
 
@@ -57,7 +57,7 @@ def test_rows_are_those_of_the_batch_whatever_the_loop_does(workers, persistent)
             if number % 3 == 1:
                 continue  # handed out, never used
             assert claimed(tracker) == batch.tolist()
-            assert tracker.claim() is None  # once only
+            assert tracker.claim().rows is None  # once only
             seen += 1
     assert seen == 3 + 1 + 3  # of 5 batches, 1 and 4 are skipped
 
@@ -86,7 +86,7 @@ def test_population_is_drawn_at_the_unchanged_rate_and_nothing_else_is():
     counts = np.zeros(SIZE)
     assert len(loader) == steps
     for batch, _ in loader:
-        rows = tracker.claim()
+        rows = tracker.claim().rows
         assert rows.tolist() == batch.tolist()
         counts[rows] += 1
     assert counts[1::2].sum() == 0
@@ -99,7 +99,7 @@ def test_empty_draws_are_batches_without_rows():
     tracker = record_indices(loader)
     lengths = []
     for batch, _ in loader:
-        rows = tracker.claim()
+        rows = tracker.claim().rows
         assert rows is not None
         assert len(rows) == len(batch)
         lengths.append(len(rows))
@@ -112,7 +112,7 @@ def test_a_nested_pass_makes_the_outer_batch_unknown():
     outer = iter(loader)
     next(outer)
     next(iter(loader))  # peeking while the outer batch waits for its step
-    assert tracker.claim() is None
+    assert tracker.claim().rows is None
     batch, _ = next(outer)
     assert claimed(tracker) == batch.tolist()
 
@@ -136,7 +136,7 @@ def test_a_pass_that_failed_is_not_trusted_any_more():
     with pytest.raises(OSError, match="unreadable"):
         next(batches)
     next(batches)
-    assert tracker.claim() is None
+    assert tracker.claim().rows is None
 
 
 def test_explicit_rows_replace_the_loaders_and_are_claimed_once():
@@ -145,7 +145,7 @@ def test_explicit_rows_replace_the_loaders_and_are_claimed_once():
     tracker.set_explicit(np.array([4, 2]))
     next(iter(loader))
     assert claimed(tracker) == [4, 2]
-    assert tracker.claim() is None
+    assert tracker.claim().rows is None
     tracker.set_explicit(None)
     batch, _ = next(iter(loader))
     assert claimed(tracker) == batch.tolist()
@@ -174,8 +174,10 @@ def test_parts_that_opacus_hands_out_know_their_draw(workers):
     for _ in range(2):
         draws: dict[object, list[int]] = {}
         for batch, _ in parts:
-            assert loader.tracker.claim() is None  # of the part itself nothing is published
-            draws.setdefault(loader.tracker.drawn, []).extend(batch.tolist())
+            claim = loader.tracker.claim()
+            assert claim.rows is None  # of the part itself nothing is published
+            assert (claim.fresh, claim.order.known) == (1, True)
+            draws.setdefault(claim.draw, []).extend(batch.tolist())
         assert None not in draws
         assert len(draws) == 5
         for draw, rows in draws.items():
@@ -189,8 +191,8 @@ def test_a_part_that_waits_beside_a_newer_pass_has_no_certain_draw():
     next(outer)
     inner = iter(parts)
     next(inner)  # whose batch will be used, this or the outer one?
-    assert loader.tracker.claim() is None
-    assert loader.tracker.drawn is None
+    claim = loader.tracker.claim()
+    assert claim.rows is claim.draw is None
     assert inner is not outer
 
 
@@ -199,11 +201,67 @@ def test_rows_published_beside_a_waiting_part_are_not_claimed():
     outer = iter(parts)
     next(outer)
     next(iter(loader))  # a look at the private loader while the part waits for its step
-    assert loader.tracker.claim() is None
-    assert loader.tracker.drawn is None
+    claim = loader.tracker.claim()
+    assert claim.rows is claim.draw is None
     del outer
     batch, _ = next(iter(loader))
     assert claimed(loader.tracker) == batch.tolist()
+
+
+class TestSkippedDraws:
+    """A draw that makes no step while others do is counted; leaving a loop is not skipping."""
+
+    @staticmethod
+    def after(loop) -> int:
+        loader = numbered_loader()
+        tracker = record_indices(loader)
+        loop(loader, tracker)
+        return tracker.settle()
+
+    def test_a_loop_that_steps_on_every_batch_skips_none(self):
+        assert self.after(lambda loader, tracker: [tracker.claim() for _ in loader]) == 0
+
+    def test_a_loop_that_is_left_skips_none(self):
+        def leave(loader, tracker):
+            for number, _ in enumerate(loader):
+                if number == 2:
+                    break
+                tracker.claim()
+            self_of_next_pass = [tracker.claim() for _ in loader]
+            assert self_of_next_pass
+
+        assert self.after(leave) == 0
+
+    @pytest.mark.parametrize("skipped", [0, 2, 4], ids=["first", "middle", "last"])
+    def test_a_batch_passed_over_counts_wherever_it_is(self, skipped):
+        def loop(loader, tracker):
+            for number, _ in enumerate(loader):
+                if number != skipped:
+                    tracker.claim()
+
+        assert self.after(loop) == 1
+
+    def test_a_whole_pass_with_gradients_on_counts_and_an_evaluation_does_not(self):
+        def train(loader, tracker):
+            for _ in loader:
+                pass
+
+        @torch.no_grad()
+        def evaluate(loader, tracker):
+            for _ in loader:
+                pass
+
+        assert self.after(train) == 5
+        assert self.after(evaluate) == 0
+
+    def test_batches_fetched_ahead_count_but_for_the_last(self):
+        def ahead(loader, tracker):
+            batches = iter(loader)
+            next(batches)
+            next(batches)
+            assert tracker.claim().fresh == 2
+
+        assert self.after(ahead) == 1
 
 
 def test_a_closed_pass_leaves_no_doubt_behind():

@@ -141,13 +141,18 @@ def test_a_capped_out_instance_cannot_harm_even_with_nan():
     torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-7)
 
 
-def test_a_non_finite_norm_names_the_instance_and_stops_the_step():
+@pytest.mark.parametrize("ghost", [False, True], ids=["hooks", "ghost"])
+def test_a_gradient_that_is_not_finite_is_told_and_stops_only_caps(ghost):
     pixels, labels = images().tensors
     pixels = pixels.clone()
     pixels[4] = torch.nan
-    step, _ = stepper(convolutional())
-    with pytest.raises(ValueError, match=r"1 of 3 not finite \(first: instance 4\)"):
-        step(torch.utils.data.TensorDataset(pixels, labels), [1, 4, 2])
+    data = torch.utils.data.TensorDataset(pixels, labels)
+    step, _ = stepper(convolutional(), ghost=ghost)
+    found = step(data, [1, 4, 2])
+    assert found.unfinite.tolist() == [False, True, False]
+    step, _ = stepper(convolutional(), ghost=ghost, caps=np.ones(60))
+    with pytest.raises(UnsupportedError, match=r"1 of 3 not finite \(first: instance 4\)"):
+        step(data, [1, 4, 2])
 
 
 @pytest.mark.parametrize("ghost", [False, True], ids=["hooks", "ghost"])
@@ -187,14 +192,22 @@ def test_the_random_row_of_an_empty_draw_is_nobodys():
     assert found.norms.tolist() == []
 
 
-def test_two_batches_in_one_noisy_step_are_refused():
-    step, optimizer = stepper(convolutional())
-    optimizer.signal_skip_step(True)
+def two_batches(**recorder):
+    """One noisy step on two drawn batches, put together by hand."""
+    step, optimizer = stepper(convolutional(), **recorder)
+    optimizer._step_skip_queue.append(True)
     optimizer.recorder.take = lambda **_: None  # the first step() call ends no noisy step
     step(images(), [1, 2])
     del optimizer.recorder.take
+    return step(images(), [2, 3])
+
+
+def test_two_batches_in_one_noisy_step_are_two_draws_and_stop_caps():
+    found = two_batches()
+    assert found.indices is None
+    assert (found.draws, len(found.norms)) == (2, 4)
     with pytest.raises(UnsupportedError, match="one drawn batch"):
-        step(images(), [2, 3])
+        two_batches(caps=np.ones(60))
 
 
 def test_gradients_dropped_without_a_step_leave_no_norms_behind():
@@ -254,7 +267,7 @@ def test_ghost_clipping_cannot_drop_a_row_that_is_not_finite():
     data = images()
     data.tensors[0][2] = float("nan")
     step, _ = stepper(convolutional(), ghost=True, caps=caps)
-    with pytest.raises(ValueError, match="1 of 2 not finite"):
+    with pytest.raises(UnsupportedError, match="1 of 2 not finite"):
         step(data, [1, 2])
 
 
@@ -323,7 +336,7 @@ def test_the_wrapped_module_offers_the_norms_of_the_last_batch(ghost):
     truth = one_by_one_norms(module, images(), [4, 8], CRITERION)
     step, optimizer = stepper(module, ghost=ghost)
     step(images(), [4, 8])
-    holder = optimizer.module if ghost else optimizer.recorder.publish
+    holder = optimizer.seam._module() if ghost else optimizer.recorder.publish
     np.testing.assert_allclose(holder.per_sample_gradient_norms, truth, rtol=1e-5)  # float32
 
 

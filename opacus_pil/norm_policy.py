@@ -146,7 +146,7 @@ class Charger:
             if self._norms is not None:  # a fork of an engine that had moved the levels
                 top = self.accountant.levels[-1]
                 self.accountant.observe_all(np.full(self.accountant.num_instances, top))
-            if verdict.unamplified or record.draws * record.copies > 1:
+            if verdict.unamplified or max(record.draws, record.copies) > 1:
                 self._charge_top(step, verdict)
             else:
                 self._charge_levels(step, verdict)

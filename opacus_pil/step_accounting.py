@@ -118,7 +118,7 @@ class StepAccounting:
         verdict = judged(self._charger.claims_as, self._facts(record, count))
         if self._shard is not None and record.indices is not None:
             record = replace(record, indices=self._shard.positions(record.indices))
-        multiplicity = record.draws * record.copies
+        multiplicity = max(record.draws, record.copies)
         step = Step(
             record,
             verdict,
@@ -213,6 +213,7 @@ class StepAccounting:
             batch_first=self.kernel.batch_first,
             collate_fn=self.task.collate_fn,
             parameters=names,
+            layer_bounds=self._layer_bounds(),
             infinite=True,
         )
         return replace(found, indices=members)
@@ -254,6 +255,15 @@ class StepAccounting:
         """Return the parameters whose gradients are in the clipped norm."""
         holder = self.module.trainable_parameters if self._ghost else self.optimizer.params
         return list(holder)
+
+    def _layer_bounds(self) -> dict[str, float] | None:
+        """Return each parameter's own clip bound where layers are clipped one by one."""
+        bounds = getattr(self.optimizer, "max_grad_norms", None)
+        if bounds is None:
+            return None
+        own = dict(zip(map(id, self.optimizer.params), map(float, bounds), strict=False))
+        named = self.module._module.named_parameters()
+        return {name: own.get(id(p), math.inf) for name, p in named}
 
     def _norm(self, gradients: Sequence[torch.Tensor]) -> float:
         """Return what the recorder keeps of one row's gradients: per layer, what is left."""

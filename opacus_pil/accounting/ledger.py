@@ -187,7 +187,8 @@ class Ledger:
                 f"(first: {common[0]}). Merge each shard once."
             )
         if not self.same_sums(other):
-            return self.merged(other._against(self))
+            own = self._raised_to(other.base[-2])
+            return own.merged(other._against(own))
         for name in ("caps", "privacy_filter", "history"):
             if (getattr(self, name) is None) != (getattr(other, name) is None):
                 raise LedgerError(f"Expected {name} in both shards or in neither, got it in one.")
@@ -242,14 +243,16 @@ class Ledger:
         """Return this ledger with offsets against the sums of `other`, rounded up.
 
         Sums of shards differ by steps whose rows one of them did not know: everyone there paid the
-        highest level, whose own sums must therefore agree.
+        highest level, at another rate or noise perhaps. Where both have as many such steps their
+        highest levels must agree.
 
         Raises:
             LedgerError: They do not: the shards were charged other steps.
         """
         slack = relative_error(max(self.flushes, other.flushes))
         top, expected = self.base[-2], other.base[-2]
-        if self.steps != other.steps or (np.abs(top - expected) > 2.0 * slack * expected).any():
+        differ = bool((np.abs(top - expected) > 2.0 * slack * expected).any())
+        if self.steps != other.steps or (differ and self.unattributed == other.unattributed):
             raise LedgerError(
                 f"Expected shards that were charged the same steps, got {other.steps} and "
                 f"{self.steps} steps or other noise. Charge every shard at every step."
@@ -263,6 +266,22 @@ class Ledger:
             offset=self.offset + (before - after) + error,
             **{name: getattr(other, name) for name in shared},
         )
+
+    def _raised_to(self, top: FloatArray) -> Ledger:
+        """Return this ledger on sums whose highest level is at least `top`, charges unchanged.
+
+        A reading never exceeds the highest level: joined shards need that of all of them.
+        """
+        extra = np.maximum(top - self.base[-2], 0.0)
+        if not extra.any():
+            return self
+        slack = relative_error(self.flushes + 1)
+        base = self.base.copy()
+        base[:-1] += extra
+        present = self.level != len(self.base) - 1
+        offset = self.offset.copy()
+        offset[present] += slack * (extra + np.abs(offset[present])) - extra
+        return replace(self, base=base, offset=offset, flushes=self.flushes + 1)
 
     def _require_same_frame(self, other: Ledger) -> None:
         for name in ("orders", "sensitivities"):

@@ -7,7 +7,7 @@ as they were, so that training with and without sweeps stays bit-identical.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ def sweep(
     chunk_size: int = 256,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     parameters: Collection[str] | None = None,
+    layer_bounds: Mapping[str, float] | None = None,
     keep_outputs: bool = False,
     infinite: bool = False,
 ) -> Sweep:
@@ -89,6 +90,8 @@ def sweep(
         chunk_size: Instances per forward pass; bounds the memory.
         collate_fn: Joins items to a batch. Default: torch's default_collate.
         parameters: Names of the parameters that count. Default: all that require a gradient.
+        layer_bounds: Clip bound of each parameter by name, where layers are clipped one by one: of
+            each layer's norm what is left of it counts. Default: norms are unclipped.
         keep_outputs: Also return the model's outputs.
         infinite: Return a norm that is not finite as inf instead of raising.
 
@@ -113,7 +116,7 @@ def sweep(
     join = default_collate if collate_fn is None else collate_fn
     device = next(plain.parameters()).device
     with untouched_generators(device) as moved:
-        measure = _Measure(plain, loss_of, batch_first=batch_first)
+        measure = _Measure(plain, loss_of, batch_first=batch_first, layer_bounds=layer_bounds)
         parts = []
         for start in range(0, len(rows), chunk_size):
             chunk = rows[start : start + chunk_size]
@@ -166,7 +169,15 @@ class _Norms(GradSampleModuleFastGradientClipping):
 class _Measure:
     """Norms, losses and outputs of one chunk, by ghost clipping where the model allows it."""
 
-    def __init__(self, module: nn.Module, loss_of: LossOf, *, batch_first: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_of: LossOf,
+        *,
+        batch_first: bool,
+        layer_bounds: Mapping[str, float] | None,
+    ) -> None:
+        self._bounds = layer_bounds
         self._module = module
         self._loss_of = loss_of
         self._batch_first = batch_first
@@ -215,6 +226,10 @@ class _Measure:
         unused = [n for n, p in counted.items() if p._norm_sample is None]  # type: ignore[attr-defined]
         if unused:
             raise NotImplementedError(f"parameter {unused[0]} took no part in the loss")
+        if self._bounds is not None:
+            for name, parameter in counted.items():
+                layer: Any = parameter
+                layer._norm_sample = layer._norm_sample.clamp(max=self._bounds[name])
         norms = self._wrapped.get_norm_sample()
         for parameter in self._module.parameters():
             parameter.grad = None

@@ -85,8 +85,7 @@ _TABLE = (
         "draw_skipped", "estimate",
         "a drawn batch was skipped while others made steps: how many steps there are then tells "
         "who was drawn",
-        breaks_caps=True,
-    ),
+            ),
     Finding(
         "rows_not_once", "estimate",
         "a batch had another number of gradients than rows were drawn (several views of a row, "

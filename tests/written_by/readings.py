@@ -99,6 +99,7 @@ class Training:
             path=path, module=self.wrapped, optimizer=self.optimizer, **self.schedules
         )
 
+    @torch.no_grad()  # whoever only looks at batches skips no step
     def left(self) -> list[list[int]]:
         """Return the rows of the batches of the next pass, found by their contents."""
         return [rows_of(x) for x, _ in self.loader]

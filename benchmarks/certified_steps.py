@@ -115,12 +115,12 @@ def train(dataset: Rows, *, settings: Settings, caps: np.ndarray | None, seed: i
     optimizer = torch.optim.SGD(
         module.parameters(), lr=settings.step_size, weight_decay=settings.weight_decay
     )
+    criterion = nn.BCEWithLogitsLoss()
     private, private_optimizer, loader = engine.make_private(
         module=module, optimizer=optimizer, data_loader=DataLoader(dataset, batch_size=size),
         noise_multiplier=settings.noise_std * size / (settings.step_size * settings.max_grad_norm),
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=settings.max_grad_norm, criterion=criterion,
     )  # fmt: skip
-    criterion = nn.BCEWithLogitsLoss()
     for _ in range(settings.steps):
         for x, y in loader:  # one batch: everyone
             private_optimizer.zero_grad()

@@ -20,7 +20,7 @@ from opacus.optimizers import DPOptimizer
 from .checkpoint import arrays, load_entries, save_entries
 from .dataset_fingerprint import dataset_fingerprint
 from .errors import LedgerError, UnsupportedError
-from .plain_checkpoint import checked_history, worst_case_ledger
+from .plain_checkpoint import checked_history, other_data_ledger, worst_case_ledger
 from .recording_engine import RecordingEngine
 from .step_accounting import StepAccounting
 from .training_kernel import TrainingKernel
@@ -119,6 +119,7 @@ class ResumingEngine(RecordingEngine):
         grad_clip_scheduler: Any = None,
         module_load_dict_kwargs: dict[str, Any] | None = None,
         torch_load_kwargs: dict[str, Any] | None = None,
+        strict: bool = False,
     ) -> dict[str, Any]:
         """Load what `save_checkpoint` saved, or a file of plain Opacus.
 
@@ -128,7 +129,9 @@ class ResumingEngine(RecordingEngine):
         all generators continue. Without, only weights and ledgers are loaded.
 
         A file of plain Opacus knows no instances: every instance is charged the worst case for its
-        history, with a warning.
+        history, with a warning. So is everybody where the file's training had other data, as Opacus
+        goes on there; `strict` refuses. Where `module` is a copy that this engine does not train,
+        the ledgers stay with the training that goes on, with a warning.
 
         Args:
             path: File or open binary file; nothing in it is run.
@@ -138,6 +141,7 @@ class ResumingEngine(RecordingEngine):
             grad_clip_scheduler: As in Opacus.
             module_load_dict_kwargs: As in Opacus.
             torch_load_kwargs: As in Opacus, for example map_location.
+            strict: Refuse a file of a training on other data.
 
         Returns:
             The other entries of the file, as in Opacus.
@@ -145,9 +149,10 @@ class ResumingEngine(RecordingEngine):
         Raises:
             ValueError: make_private was not called yet, or `optimizer` is not of this engine.
             FileNotFoundError: There is no such file.
-            LedgerError: A damaged or edited file; or one of another training: number of instances,
-                data set, orders, levels, norm policy, accountant, clipping, mode, kernel, loader,
-                generators or model. Only the noise may be another one, as in Opacus: the training
+            LedgerError: A damaged or edited file; or one of another training: orders, levels, norm
+                policy, accountant, clipping, mode, kernel, loader, generators or model, with
+                `strict` also other data; or another training of this engine would be forgotten.
+                Only the noise may be another one, as in Opacus: the training
                 goes on with its own, with a warning. Module, optimizer, schedulers, engine and
                 generators are as they were.
         """
@@ -158,6 +163,8 @@ class ResumingEngine(RecordingEngine):
         opacus = checked_history(entries["privacy_accountant_state_dict"])
         charges = self._charges()
         training = None if optimizer is None else self._training_of(optimizer)
+        kept = self._stays_live(module, training)
+        apply, caps, ledger = both(), self._caps, None
         if state is None:
             if charges.accountant.steps or self.accountant.history:
                 raise LedgerError(
@@ -165,19 +172,28 @@ class ResumingEngine(RecordingEngine):
                     f"{charges.accountant.steps} steps. Load it into a new engine."
                 )
             ledger = worst_case_ledger(entries, charger=charges, kernel=self._kernels[-1])
-            apply, caps = both(), self._caps
         else:
+            other = self._other_data(state)
             self._require_same_engine(state)
-            ledger = arrays(state["ledger"])
-            apply = both() if training is None else self._checked_training(state, training)
-            caps = arrays(state["caps"])
+            if other and strict:
+                raise LedgerError(f"{other} A ledger belongs to one data set in one order.")
+            if other:
+                ledger = other_data_ledger(
+                    entries, state, charger=charges, kernel=self._kernels[-1], why=other
+                )
+            else:
+                ledger = arrays(state["ledger"])
+                caps = arrays(state["caps"])
+                if training is not None:
+                    apply = self._checked_training(state, training)
         optimizer_state = entries.pop("optimizer_state_dict", {})
         if (optimizer is None) == bool(optimizer_state):
             self._warn_one_sided("optimizer", given=optimizer is not None)
         with contextlib.ExitStack() as undo:
             before = self.ledger_state()
-            self.load_ledger_state({"opacus": opacus, "per_instance": ledger})
-            undo.callback(self.load_ledger_state, before)
+            if not kept:
+                self.load_ledger_state({"opacus": opacus, "per_instance": ledger})
+                undo.callback(self.load_ledger_state, before)
             undo.callback(_restore, module, _snapshot(module))
             try:
                 module.load_state_dict(
@@ -199,7 +215,17 @@ class ResumingEngine(RecordingEngine):
                 self._warn_one_sided(name, given=scheduler is not None)
             if scheduler is not None and saved:
                 scheduler.load_state_dict(saved)
+        if kept:
+            warnings.warn(kept, stacklevel=2)
+            return entries
         self._caps = caps
+        gone = before["per_instance"]["ledger"]["steps"] - charges.accountant.steps
+        if gone > 0:
+            warnings.warn(
+                f"The ledgers went back by {gone} steps, with the model: they speak of the model "
+                "that was loaded, and of nothing that was released of those steps.",
+                stacklevel=2,
+            )
         apply()
         return entries
 
@@ -225,13 +251,44 @@ class ResumingEngine(RecordingEngine):
                     f"Expected a checkpoint with {name}={here[name]!r}, got {name}={value!r}. "
                     "Build the engine as the one that saved it."
                 )
-        found = self._fingerprint()
-        if found is not None and state["dataset"] not in (None, found):
-            raise LedgerError(
-                f"Expected a checkpoint of this data set of {found['length']} instances, got one "
-                f"of {state['dataset']['length']} instances or other contents. A ledger belongs to "
-                "one data set in one order; pass that."
+
+    def _other_data(self, state: Mapping[str, Any]) -> str:
+        """Return how the data of a checkpoint are not this engine's; "": nothing says so."""
+        found, saved = self._fingerprint(), state["dataset"]
+        if found is None or saved in (None, found):
+            return ""
+        return (
+            f"Expected a checkpoint of this data set of {found['length']} instances, got one of "
+            f"{saved['length']} instances or other contents."
+        )
+
+    def _stays_live(self, module: Any, training: StepAccounting | None) -> str:
+        """Return why the ledgers stay with a training that goes on; "": they follow the file.
+
+        Raises:
+            ValueError: Module and optimizer of different trainings.
+            LedgerError: Another training of this engine made steps, which the file's ledgers may
+                not hold.
+        """
+        mine = [t for t in self._accountings if module in (t.module, t.module._module)]
+        if training is not None and training not in mine:
+            raise ValueError(
+                "Expected module and optimizer of one training, got a module that this optimizer "
+                "does not train. Pass what make_private returned together."
             )
+        moved = [t for t in self._accountings if t.steps and t not in mine]
+        if mine and moved:
+            raise LedgerError(
+                f"Expected an engine whose steps are all of this module, got {moved[0].steps} of "
+                "another training, which goes on and would be forgotten. Use one engine per model."
+            )
+        if mine or not self.per_instance.steps:
+            return ""
+        return (
+            "The weights were loaded into a module that this engine does not train: its ledgers "
+            f"stay with the training that goes on, after {self.per_instance.steps} steps. To go on "
+            "from the file, load it into the module of its own make_private, in a new engine."
+        )
 
     def _training_of(self, optimizer: DPOptimizer) -> StepAccounting:
         for training in self._accountings:

@@ -89,6 +89,7 @@ class StepAccounting:
             )
         if charger.claims_as == "participation":
             watch_forward(module._module, recorder)
+        self.steps = 0  # of this training in this process
         self._clipped_at: tuple[float, float] | None = None
         self._buffers = Buffers(module._module)
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
@@ -157,6 +158,7 @@ class StepAccounting:
             )
         )
         self._charger.charge(step)
+        self.steps += 1
 
     @property
     def clip_bound(self) -> float:

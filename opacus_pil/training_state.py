@@ -6,6 +6,7 @@ the function that takes the part over. Knows no ledger and no file.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -148,7 +149,11 @@ def pass_state(loader: Any) -> dict[str, Any] | None:
     if loader is None:
         return None
     left = loader.batch_sampler.remainder()
-    state = {"drawn_from": _drawn_from(loader.batch_sampler), "left": None}
+    state = {
+        "drawn_from": _drawn_from(loader.batch_sampler),
+        "left": None,
+        "empty_batch": _empty_batch(loader),
+    }
     if left is not None:
         state["left"] = {
             "rows": np.array([row for rows in left.waiting for row in rows], dtype=np.int64),
@@ -190,7 +195,27 @@ def checked_pass(saved: Mapping[str, Any] | None, loader: Any) -> Apply:
         ends = np.cumsum(np.asarray(left["lengths"]))
         waiting = [rows.tolist() for rows in np.split(np.asarray(left["rows"]), ends)[:-1]]
         remainder = Remainder(waiting, int(left["draws"]))
-    return lambda: loader.batch_sampler.resume(remainder)
+    empty = saved.get("empty_batch")
+
+    def apply() -> None:
+        loader.batch_sampler.resume(remainder)
+        if empty is not None and loader.collate_fn.first_batch is None:
+            loader.collate_fn.first_batch = empty
+
+    return apply
+
+
+def _empty_batch(loader: Any) -> Any:
+    """Return what Opacus's collation has learnt of the shape of a batch, without any row of it.
+
+    An empty draw is made after it. None: nothing learnt yet, or learnt in workers, which forget.
+    """
+    learnt = getattr(loader.collate_fn, "first_batch", None)
+    if learnt is None:
+        return None
+    collate = copy.copy(loader.collate_fn)
+    collate.rand_on_empty = False
+    return collate._make_empty_batch(learnt)
 
 
 def _drawn_from(sampler: Any) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class BatchTracker:
 
         Of a loop that was left after some steps nothing is in hand.
         """
-        if self._explicit or self.split.active:
+        if self.split.active or (self._explicit and self._rows is not None):
             return True
         left = self._stepped and (self._owner is None or self._owner() is None)
         return self.handed_out > 0 and not left

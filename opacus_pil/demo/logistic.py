@@ -155,6 +155,7 @@ def train_logistic(
         # noise std on the parameters = step_size * noise_multiplier * max_grad_norm / batch size
         noise_multiplier=settings.noise_std * size / (settings.step_size * settings.max_grad_norm),
         max_grad_norm=settings.max_grad_norm,
+        criterion=criterion,
     )
     steps = range(settings.steps)
     for _ in tqdm(steps, desc=f"{NAME}: training", disable=None if progress else True):

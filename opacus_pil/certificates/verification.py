@@ -8,6 +8,7 @@ constants are those of the run, and the assumptions true, is for whoever ran it 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +20,7 @@ from .fields import REFUSALS
 from .methods import method_mismatch
 from .record import Certificate
 from .signature import has_valid_signature
-from .verification_report import Check, VerificationReport, statement_of
+from .verification_report import Check, VerificationReport, shortened, statement_of
 from .version1 import words_mismatch
 
 
@@ -86,7 +87,8 @@ def verify_certificate(
             _run(record, certificate),
         ]
     fits = _key(record, key)
-    found, covers = _ids(record, key if fits.passed is not False else None, ids)
+    found, missing = _ids(record, key if fits.passed is not False else None, ids)
+    covers = None if missing is None else not missing
     checks += [
         _forgotten(record),
         fits,
@@ -94,14 +96,13 @@ def verify_certificate(
         _model(record, model_sha256),
         _signature(record, signed_by),
     ]
-    report = VerificationReport(tuple(checks), covers)
+    report = VerificationReport(tuple(checks), covers, missing or ())
     if certificate is None or not report.holds:
         return report
-    return VerificationReport(
-        report.checks,
-        covers,
-        statement_of(record, certificate),
-        tuple((one.code, one.sentence) for one in certificate.assumption_codes),
+    return dataclasses.replace(
+        report,
+        statement=statement_of(record, certificate),
+        assumptions=tuple((one.code, one.sentence) for one in certificate.assumption_codes),
     )
 
 
@@ -192,8 +193,14 @@ def _run(record: CertificateRecord, certificate: Certificate) -> Check:
         if wrong is not None:
             return Check("run", False, wrong)
     where = f"{record.training_steps} steps of training, then {record.steps} by {record.method}"
-    if counted(certificate).steps is None:
-        where += "; the constants count no training steps"
+    own = counted(certificate)
+    uncounted = [
+        noun
+        for number, noun in ((own.steps, "training steps"), (own.forgotten, "instances"))
+        if number is None
+    ]
+    if uncounted:
+        where += f"; the constants count no {' and no '.join(uncounted)}"
     return Check("run", True, where)
 
 
@@ -232,8 +239,8 @@ def _key(record: CertificateRecord, key: bytes | None) -> Check:
 
 def _ids(
     record: CertificateRecord, key: bytes | None, ids: Sequence[str | int] | None
-) -> tuple[Check, bool | None]:
-    """Look ids up; a missing one is an answer, not a fault of the certificate."""
+) -> tuple[Check, tuple[str, ...] | None]:
+    """Look ids up; return those that are not in it, which are no fault of the certificate."""
     if not ids:
         return Check("ids", None, "not asked: no ids given"), None
     known = {str(item) for item in record.forgotten}
@@ -243,11 +250,12 @@ def _ids(
         return Check("ids", None, "not asked: they are hashed, and no key of theirs is given"), None
     else:
         absent = [item for item in ids if hashed_id(item, key=key) not in known]
-    if absent:
-        few = ", ".join(repr(str(item)) for item in absent[:5])
-        return Check("ids", None, f"{len(absent)} of {len(ids)} are not in it: {few}"), False
+    missing = tuple(map(str, absent))
+    if missing:
+        told = f"{len(missing)} of {len(ids)} not in it: {shortened(missing)}"
+        return Check("ids", None, told), missing
     among = f"all {len(ids)} given are among the {record.number_forgotten}"
-    return Check("ids", True, among), True
+    return Check("ids", True, among), ()
 
 
 def _model(record: CertificateRecord, given: str | None) -> Check:

@@ -6,6 +6,7 @@ number, a name out of a list, or escaped. Asks nothing itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +44,14 @@ class VerificationReport:
         checks: In a fixed order.
         covers: Whether all ids that were asked for are in it; None: none was asked for, or it could
             not be told. An id that is not in it does not break a certificate.
+        missing: The ids that were asked for and are not in it.
         statement: What it claims, in generated sentences; empty if it does not hold.
         assumptions: Code and generated sentence of each assumption; empty if it does not hold.
     """
 
     checks: tuple[Check, ...]
     covers: bool | None = None
+    missing: tuple[str, ...] = ()
     statement: tuple[str, ...] = ()
     assumptions: tuple[tuple[str, str], ...] = ()
 
@@ -67,7 +70,8 @@ class VerificationReport:
         if not self.holds:
             return "The certificate does NOT hold."
         if self.covers is False:
-            return "The certificate holds; this id is not in it."
+            which = "this id is" if len(self.missing) == 1 else "these ids are"
+            return f"The certificate holds; {which} not in it: {shortened(self.missing)}."
         return "The certificate holds."
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +79,7 @@ class VerificationReport:
         return {
             "holds": self.holds,
             "covers": self.covers,
+            "missing": list(self.missing),
             "verdict": self.verdict,
             "checks": [vars(check) for check in self.checks],
             "statement": list(self.statement),
@@ -116,6 +121,12 @@ def printable(text: str) -> str:
         for letter in text[: _LONGEST + 1]
     )
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}…"
+
+
+def shortened(ids: Sequence[str]) -> str:
+    """Return the first few ids, quoted."""
+    few = [printable(repr(item)) for item in ids[:5]]
+    return ", ".join(few) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
 
 
 def _history(record: CertificateRecord) -> str:

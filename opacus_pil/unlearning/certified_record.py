@@ -57,7 +57,7 @@ def certified_record(
                     known.shape,
                 )
             )
-        ids = [known[row].item() for row in rows]
+        ids = known[rows].tolist()  # Python's own strings and integers, also out of objects
     return certificate_record(
         plan.certificate,
         forgotten=ids,

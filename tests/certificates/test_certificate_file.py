@@ -121,8 +121,9 @@ def test_an_id_that_is_not_in_it_does_not_break_a_certificate(saved) -> None:
     report = verify_certificate(read_certificate(path), key=record.key, ids=[3, 4])
     assert report.holds
     assert report.covers is False
-    assert str(report).endswith("The certificate holds; this id is not in it.")
-    assert "1 of 2 are not in it: '4'" in str(report)
+    assert report.missing == ("4",)
+    assert str(report).endswith("The certificate holds; this id is not in it: '4'.")
+    assert "1 of 2 not in it: '4'" in str(report)
     assert report.statement  # still says what it says
 
 

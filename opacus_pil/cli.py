@@ -228,9 +228,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     record = read_certificate(arguments.certificate)
     key_path = arguments.key
-    if key_path is None and record.ids_hashed:
+    if key_path is None:
         beside = Path(f"{arguments.certificate}.key")
-        if arguments.ids or beside.exists():
+        if beside.exists() or (arguments.ids and record.ids_hashed):
             key_path = beside
     model = None
     if arguments.model is not None:

@@ -41,7 +41,8 @@ def write_certificate(
         OSError: The folder is missing or not writable.
 
     Edge cases (first match wins):
-        plain ids, or a record that was read   no key is written
+        plain ids                              no key is written, an overwritten one's is deleted
+        a record that was read                 no key is written
         a record read from version 1           the same file of version 1
 
     Source: JSON, RFC 8259; floats by their shortest exact decimal form.
@@ -60,6 +61,8 @@ def write_certificate(
             file.write(f"{record.key.hex()}\n".encode())
     with atomic_file(path) as file:
         file.write(data)
+    if not record.ids_hashed:
+        key_path.unlink(missing_ok=True)  # of a certificate that is no more
 
 
 def read_certificate(path: str | os.PathLike[str]) -> CertificateRecord:

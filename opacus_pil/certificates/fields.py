@@ -176,8 +176,7 @@ def decoded(value: Any) -> Any:
         return rebuilt(value["class"], value["constants"])
     if isinstance(value.get("code"), str):
         numbers = {name: decoded(item) for name, item in value.items() if name != "code"}
-        if "of" not in numbers:
-            return assumption(value["code"], **numbers)
+        return assumption(value["code"], **numbers)
     if set(value) == {"runs"} and isinstance(value["runs"], list):
         pairs = value["runs"]
         if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):

@@ -221,10 +221,10 @@ def _forgotten(record: CertificateRecord) -> Check:
 
 def _key(record: CertificateRecord, key: bytes | None) -> Check:
     """Ask whether the key is this certificate's, and with version 2 whether nothing was edited."""
-    if not record.ids_hashed:
-        return Check("key", None, "not asked: ids are in plain, there is no key")
     if key is None:
         return Check("key", None, "not asked: no key given")
+    if not record.ids_hashed:
+        return Check("key", False, "there is a key, but ids are in plain: of another certificate")
     if record.version1 is not None:
         fits = hashlib.sha256(key).hexdigest() == record.version1.key_sha256
         return Check("key", fits, "its own" if fits else "the key is another certificate's")

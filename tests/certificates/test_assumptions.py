@@ -157,6 +157,18 @@ def test_no_certificate_speaks_of_a_method_that_cannot_be_certified(method) -> N
         assert "none that can be certified" in str(method_mismatch(certificate, method))
 
 
+@pytest.mark.parametrize("certificate", MADE, ids=lambda c: type(c).__name__)
+def test_only_data_processing_speaks_of_clipped_and_of_unclipped_steps(certificate) -> None:
+    spoken = {m for m in CERTIFIED_METHODS if method_mismatch(certificate, m) is None}
+    kernel, tuning = {"dp_sgd", "langevin"}, {"noisy_finetuning"}
+    if isinstance(certificate, DataProcessingCertificate):
+        assert spoken == kernel | tuning
+    elif isinstance(certificate, NoisyFineTuningCertificate):
+        assert spoken == tuning
+    else:
+        assert spoken == kernel
+
+
 def test_the_least_of_several_speaks_of_what_all_of_them_speak_of() -> None:
     training, tuning = MADE[4], MADE[2]
     assert method_mismatch(best_of([training, tuning]), "noisy_finetuning") is None
@@ -225,6 +237,15 @@ def test_contexts_with_numbers_come_together(certificate) -> None:
             alone = dataclasses.replace(certificate, context=rest)
             single = len([c for c in certificate.context if isinstance(c, Assumption)]) == 1
             assert single or derivation_mismatch(alone) is not None, one.code
+
+
+def test_nobody_starts_to_take_part_later() -> None:
+    certificate = one_output_glm(np.random.default_rng(4))
+    first, rest = certificate.shifts[0], certificate.shifts[1:]
+    later = dataclasses.replace(certificate, shifts=(first, *(0.5 * s for s in rest)))
+    assert derivation_mismatch(later) is None  # somebody left: an earlier request
+    more = dataclasses.replace(certificate, shifts=(first, 0.5 * first, *rest[1:]))
+    assert "a larger shift at a later step" in str(derivation_mismatch(more))
 
 
 def test_numbers_beside_a_certificate_that_does_not_come_from_them_are_found() -> None:

@@ -139,6 +139,15 @@ def test_plain_ids_are_written_only_on_request(tmp_path) -> None:
     assert verify_certificate(read, ids=["b"]).covers is False
 
 
+def test_plain_ids_take_the_place_of_hashed_ones_with_their_key(saved) -> None:
+    path, record, _ = saved
+    plain = record_of(record.certificate, plain_ids=True)
+    write_certificate(plain, path=path, overwrite=True)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    # and whoever has a key is told that this is not its certificate
+    assert failed(read_certificate(path), key=record.key) == {"key"}
+
+
 @pytest.mark.parametrize("forgotten", [[], [3, 3], [3, "3"]])
 def test_ids_must_be_there_once(forgotten) -> None:
     with pytest.raises(ValueError, match="each once"):
@@ -232,6 +241,7 @@ def test_a_field_missing_or_of_another_type_is_refused(name, saved) -> None:
         {"code": "supplied_by_caller"},
         {"code": "no such code", "of": "me"},
         json.loads('{"a":' * 300 + "1" + "}" * 300),
+        json.loads('{"class": "BestCertificate", "constants": {"members": [' * 300 + "]}}" * 300),
         ["0.1"],
         "0.1",
         None,

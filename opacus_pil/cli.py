@@ -1,16 +1,18 @@
 """The command line: arguments in, exit code out. Computes nothing itself.
 
 Exit codes: 0 done, 1 a certificate that does not hold, 2 a wrong argument or an unusable file (one
-line says which), 130 interrupted.
+line says which), 3 a certificate that holds and does not have the ids asked for, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -25,11 +27,22 @@ They hold per-instance privacy losses, which are private data: mode 0600, and do
 
 _VERIFY_EPILOG = """example:
   opacus-pil verify certificate.json --model unlearned.pt --ids 3 17
+  opacus-pil verify certificate.json --signed-by issuer.pub
+  opacus-pil verify certificate.json --sign issuer
 
-One line per check; exit code 0 if all hold, 1 if one does not, 2 if a file is unusable. Every
-number is computed again from the recorded constants. What this cannot see: there is no signature,
-so whoever may write the file may write another one whose numbers agree with each other. Whether the
-constants are those of the run, and the assumptions true, is for whoever ran it to show.
+One line per check, then what the certificate says and assumes, then the verdict. Exit code 0 if it
+holds, 1 if it does not, 2 if a file is unusable, 3 if it holds and an id asked for is not in it.
+Every number is computed again from the recorded constants, and every word comes from this program.
+What it cannot see: without a signature anybody may have written the file, with numbers that agree
+with each other. Whether the constants are those of the run, and the assumptions true, is for
+whoever ran it to show. --sign signs a certificate that holds; see docs/signing.md.
+"""
+
+_KEY_EPILOG = """example:
+  opacus-pil key --out issuer
+
+Writes issuer, the private key that signs (mode 0600: keep it where certificates are made, with a
+copy that is not), and issuer.pub, which may be given to everybody. Nothing is overwritten.
 """
 
 _STUDY_EPILOG = """example:
@@ -79,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--force", action="store_true", help="overwrite the files in DIR")
     demo.set_defaults(run=_demo)
     _verify_command(commands)
+    _key_command(commands)
     _study_command(commands)
     return parser
 
@@ -96,10 +110,29 @@ def _verify_command(commands: Any) -> None:
         "--model", metavar="FILE", help="state_dict that should be the unlearned model's"
     )
     verify.add_argument(
-        "--ids", nargs="+", metavar="ID", help="instances that should be among the forgotten ones"
+        "--ids", nargs="+", metavar="ID", help="instances to look up among the forgotten ones"
     )
     verify.add_argument("--key", metavar="FILE", help="key of the hashed ids (default: CERT.key)")
+    verify.add_argument(
+        "--signed-by", metavar="PUB", help="public key that must have signed the certificate"
+    )
+    verify.add_argument(
+        "--sign", metavar="KEY", help="private key: sign the certificate file, if it holds"
+    )
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
     verify.set_defaults(run=_verify)
+
+
+def _key_command(commands: Any) -> None:
+    key = commands.add_parser(
+        "key",
+        help="a new key pair that signs certificates",
+        description="Make an Ed25519 key pair for opacus-pil verify --sign and --signed-by.",
+        epilog=_KEY_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    key.add_argument("--out", required=True, metavar="KEY", help="new file of the private key")
+    key.set_defaults(run=_key)
 
 
 def _study_command(commands: Any) -> None:
@@ -184,25 +217,57 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from .certificates import read_certificate, read_key, verify_certificate
+    from .certificates import (
+        read_certificate,
+        read_key,
+        read_public_key,
+        sign_certificate,
+        verify_certificate,
+        write_certificate,
+    )
 
     record = read_certificate(arguments.certificate)
     key_path = arguments.key
-    if key_path is None and arguments.ids and record.ids_hashed:
-        key_path = f"{arguments.certificate}.key"
+    if key_path is None:
+        beside = Path(f"{arguments.certificate}.key")
+        if beside.exists() or (arguments.ids and record.ids_hashed):
+            key_path = beside
     model = None
     if arguments.model is not None:
         from .unlearning.model_hash import model_file_hash  # needs torch
 
         model = model_file_hash(arguments.model)
+    asked = arguments.signed_by
     report = verify_certificate(
         record,
         model_sha256=model,
         key=None if key_path is None else read_key(key_path),
         ids=arguments.ids,
+        signed_by=None if asked is None else read_public_key(asked),
     )
-    print(report)
-    return 0 if report.holds else 1
+    signed = None
+    if arguments.sign is not None and report.holds:
+        signed = sign_certificate(record, key=arguments.sign)
+        write_certificate(signed, path=arguments.certificate, overwrite=True)
+    if arguments.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        print(report)
+    if arguments.sign is not None:
+        by = "not signed" if signed is None else f"signed by the key {signed.signed_by}"
+        print(f"{arguments.certificate}: {by}", file=sys.stderr)
+    if not report.holds:
+        return 1
+    return 3 if report.covers is False else 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    from .certificates import new_key
+
+    public = new_key(arguments.out)
+    print(f"Written: {arguments.out} (private: mode 0600) and {arguments.out}.pub.")
+    print(f"The public key is {public}.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The command line: every wrong argument is one line on stderr, exit code 2, and no file."""
 
+import stat
 import subprocess
 import sys
 
 import pytest
 
+from opacus_pil.certificates import read_public_key
 from opacus_pil.cli import main
 
 
@@ -77,6 +79,29 @@ def test_help_shows_a_command_that_can_be_copied(capsys):
     text = capsys.readouterr().out
     assert "opacus-pil demo --dataset mnist5k --out out --seed 1" in text
     assert "private" in text
+
+
+def test_a_key_pair_is_made_once_and_its_public_half_is_named(capsys, tmp_path):
+    path = tmp_path / "issuer"
+    assert main(["key", "--out", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert read_public_key(f"{path}.pub") in out
+    assert "private" in out
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    before = path.read_bytes()
+    assert main(["key", "--out", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "not to exist" in error
+    assert path.read_bytes() == before
+    assert main(["key", "--out", str(tmp_path / "missing" / "issuer")]) == 2
+
+
+def test_the_keys_help_says_where_to_keep_it(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["key", "--help"])
+    assert exit_info.value.code == 0
+    assert "opacus-pil key --out issuer" in capsys.readouterr().out
 
 
 def test_the_parser_needs_no_torch():

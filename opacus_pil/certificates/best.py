@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
+from .assumptions import Assumption, assumption
 from .record import Certificate
 
 
@@ -93,19 +94,21 @@ class BestCertificate(Certificate):
         object.__setattr__(self, "two_sided", all(member.two_sided for member in flat))
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """Every member's sentences under its name; one number needs its winner's only."""
-        names = ", ".join(name for name, _ in self._named())
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """Every member's codes under its name; one number needs its winner's only."""
+        names = tuple(name for name, _ in self._named())
         return (
-            f"Each number is the least of {len(self.members)} certificates ({names}) of the same "
-            "forget set, training run and unlearning steps, and rests on the assumptions of the "
-            "one that gives it; which certificates are compared does not depend on the data.",
+            assumption("least_of", members=len(self.members), names=names),
             *(
-                f"{name}: {sentence}"
+                replace(one, of=name)
                 for name, member in self._named()
-                for sentence in member.assumptions
+                for one in member.assumption_codes
             ),
         )
+
+    def with_context(self, *codes: str | Assumption) -> BestCertificate:
+        """Return the least of the same members, each of which names these `codes` too."""
+        return BestCertificate(tuple(member.with_context(*codes) for member in self.members))
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:
         """Least Rényi divergence bound per order in nats after `steps` steps, shape (orders,)."""

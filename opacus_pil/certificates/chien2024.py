@@ -19,6 +19,7 @@ from .. import _validate
 from .._validate import FloatArray
 from ..accounting.quadrature import SMALLEST
 from ..errors import CertificateError
+from .assumptions import Assumption, Context, assumption, checked_context
 from .record import Certificate
 
 _ROUND_UP = 1.0 + 1e-14  # a dozen roundings; the exponential adds its exponent's ulps
@@ -44,10 +45,12 @@ class Chien2024Certificate(Certificate):
         gradient_bound: M, norm bound of one record's gradient, the regulariser excluded. >= 0.
         step_grid: `steps_for` tries K = 1, 1 + step_grid, 1 + 2·step_grid, …; the published K
             have step_grid = 10. >= 1.
+        context: Codes of further assumptions (`certificates.sentences.CONTEXT`).
 
     Raises:
         ValueError: A value outside its range.
-        CertificateError: η(m + L) > 2, where the step is not known to contract by 1 − ηm.
+        CertificateError: η(m + L) > 2, where the step is not known to contract by 1 − ηm; free
+            text or an unknown code in context.
 
     Edge cases of `.rdp` (first match wins):
         num_deleted = 0 or gradient_bound = 0   0
@@ -65,6 +68,7 @@ class Chien2024Certificate(Certificate):
     langevin_sigma: float
     gradient_bound: float
     step_grid: int = 1
+    context: Context = ()
 
     # The data sets may swap roles: both laws have the constants, and the sharp value at the start,
     # symmetric in them, is below the authors'.
@@ -82,6 +86,7 @@ class Chien2024Certificate(Certificate):
         }
         for name in _POSITIVE:
             checked[name] = _validate.real(name, getattr(self, name), low=0.0, open_low=True)
+        checked["context"] = checked_context(self.context)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.strong_convexity > self.smoothness:
@@ -99,29 +104,32 @@ class Chien2024Certificate(Certificate):
             )
 
     @property
-    def setting(self) -> tuple[str, ...]:
-        """The assumptions on data, loss and steps, one plain sentence each."""
+    def setting(self) -> tuple[Assumption, ...]:
+        """The assumptions on data, loss and steps."""
         return (
-            f"With the old and with the new records, the averaged loss of {self.num_instances} "
-            f"records is {self.strong_convexity:g}-strongly convex and {self.smoothness:g}-smooth; "
-            f"{self.num_deleted} records are replaced, each with gradients of norm at most "
-            f"{self.gradient_bound:g}.",
-            f"Training and unlearning are full-batch gradient descent with step size "
-            f"{self.step_size:g} and fresh Gaussian noise of variance 2·{self.step_size:g}·"
-            f"{self.langevin_sigma:g}² on every parameter, with or without projection to one "
-            "convex set; no momentum.",
-            "Training has reached its stationary law, and the reference is the stationary law on "
-            "the retained data: a finite burn-in is not in the formula.",
+            assumption(
+                "replaced_records",
+                num_instances=self.num_instances,
+                strong_convexity=self.strong_convexity,
+                smoothness=self.smoothness,
+                num_deleted=self.num_deleted,
+                gradient_bound=self.gradient_bound,
+            ),
+            assumption(
+                "full_batch_descent", step_size=self.step_size, langevin_sigma=self.langevin_sigma
+            ),
+            assumption("stationary_start"),
         )
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers."""
         return (
             *self.setting,
-            "The rate exp(−Kηm/α), the constant 4 at K = 0 and the conversion "
-            "D + log(1/δ)/(α − 1) are the authors'; all three are valid and looser than needed.",
-            f"`steps_for` starts at one step and tries every number {self.step_grid} apart.",
+            assumption("published_rate"),
+            assumption("step_grid", step_grid=self.step_grid),
+            assumption("not_adaptive"),
+            *self._of_context(),
         )
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:

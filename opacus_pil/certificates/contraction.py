@@ -18,12 +18,13 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
+from .assumptions import Assumption, Context, Span, assumption, checked_context
 from .gaussian import gaussian_delta, gaussian_epsilon
 from .hull import Hull, lower_hull
-from .record import NOT_ADAPTIVE, Certificate
+from .record import Certificate
 
 # Room for a clipped gradient that float32 leaves some ulps (6e-8) above its cap.
-_SHIFT_ROUND_UP = 1.0 + 1e-5
+SHIFT_ROUND_UP = 1.0 + 1e-5
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class ContractionCertificate(Certificate):
             before the first step. >= 0.
         unlearning_contraction: c of every unlearning step. Needed where contraction is an array.
         unlearning_noise_std: ζ of every unlearning step. Needed where noise_std is an array.
-        context: Further assumptions, from whoever derived the constants.
+        context: Codes of further assumptions (`certificates.sentences.CONTEXT`), from whoever
+            derived the constants.
 
     Raises:
         ValueError: A value outside its range, lengths that differ, a missing unlearning value.
+        CertificateError: Free text or an unknown code in context.
 
     Edge cases of `mu` (first match wins):
         no positive shift or initial distance    0
@@ -71,7 +74,7 @@ class ContractionCertificate(Certificate):
     initial_distance: float = 0.0
     unlearning_contraction: float | None = None
     unlearning_noise_std: float | None = None
-    context: tuple[str, ...] = field(default=(), kw_only=True)
+    context: Context = field(default=(), kw_only=True)
 
     two_sided = True
 
@@ -103,6 +106,7 @@ class ContractionCertificate(Certificate):
         checked["initial_distance"] = _validate.real(
             "initial_distance", self.initial_distance, low=0.0
         )
+        checked["context"] = checked_context(self.context)
         for name, result in checked.items():
             object.__setattr__(self, name, result)
 
@@ -179,9 +183,9 @@ class ContractionCertificate(Certificate):
                 "varying size are not one fixed map: a batch larger than expected may expand "
                 "distances. Train with full batches."
             )
+        total = math.fsum(limits.tolist())
         beta = smooth * norm * norm * size / batch
-        contraction = max(abs(1.0 - eta * decay), abs(1.0 - eta * (decay + beta)))
-        contraction += 4.0 * math.ulp(max(1.0, contraction))
+        contraction = full_batch_factor(step_size=eta, weight_decay=decay, smoothness=beta)
         if contraction >= 1.0:
             cure = "Pass weight_decay > 0" if decay == 0.0 else "Pass"
             join = " and" if decay == 0.0 else ""
@@ -190,49 +194,51 @@ class ContractionCertificate(Certificate):
                 f"step_size η={eta!r}, weight_decay λ={decay!r} and smoothness β={beta:.6g}. "
                 f"{cure}{join} step_size < 2 / (λ + β) = {2.0 / (decay + beta):.6g}."
             )
-        shift = eta * clip / batch * math.fsum(limits.tolist()) * _SHIFT_ROUND_UP
+        shift = eta * clip / batch * total * SHIFT_ROUND_UP
         return cls(
             contraction,
             eta * noise * clip / batch,
             shifts=(shift,) * steps,
             context=(
-                NOT_ADAPTIVE,
-                f"The model has one linear output, and every record's features have norm at most "
-                f"{norm:g}, the constant feature of a bias included.",
-                f"The loss is convex in that output, and its derivative changes by at most "
-                f"{smooth:g} per unit; it contains no L2 term.",
-                f"Per-sample gradients are clipped to {clip:g} times a cap fixed before the run, "
-                f"from public data and the instance's own record only; the {limits.size} forgotten "
-                f"ones have caps summing to {math.fsum(limits.tolist()):.6g}.",
-                f"Every step uses the full batch of at most {size} instances, divides by {batch:g} "
-                f"and adds noise {noise:g} times {clip:g} to the sum, whether or not the forgotten "
-                "instances take part.",
-                f"Weight decay {decay:g} is decoupled from clipping; the step size is {eta:g}.",
+                assumption("one_linear_output", feature_norm=norm),
+                assumption("smooth_convex_loss", loss_smoothness=smooth),
+                assumption(
+                    "capped_gradients", max_grad_norm=clip, members=limits.size, cap_sum=total
+                ),
+                assumption(
+                    "full_batch",
+                    num_instances=size,
+                    expected_batch_size=batch,
+                    noise_multiplier=noise,
+                    max_grad_norm=clip,
+                ),
+                assumption("decoupled_decay", weight_decay=decay, step_size=eta),
             ),
         )
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers."""
         c, noise = self._unlearning
-        total = math.fsum(self.shifts)
         return (
-            f"On the retained data one noiseless training step brings two models to at most "
-            f"{_span(self.contraction)} times their distance, an unlearning step to {c:g} times.",
-            f"Each training step adds fresh Gaussian noise of standard deviation "
-            f"{_span(self.noise_std)} to every parameter, each unlearning step {noise:g}.",
-            f"At each of the {len(self.shifts)} training steps the forgotten instances move the "
-            f"result by at most the given shift, whatever the model is (largest "
-            f"{max(self.shifts, default=0.0):.6g}, total {total:.6g}); no unlearning step uses "
-            "them.",
-            f"Before the first step the two runs are almost surely at most "
-            f"{self.initial_distance:g} apart, under a coupling independent of the noise.",
-            "The reference is retraining on the retained data from the same initialisation, for as "
-            "many steps as training and unlearning together, with the same constants.",
-            "Step size, clipping, noise, decay and the number of steps are the same constants in "
-            "both runs and do not depend on the data; arithmetic is exact.",
-            "There is no momentum, no dropout, no BatchNorm and no stopping on a private signal.",
-            *self.context,
+            assumption(
+                "contracting_steps", contraction=_span(self.contraction), unlearning_contraction=c
+            ),
+            assumption(
+                "noise_every_step", noise_std=_span(self.noise_std), unlearning_noise_std=noise
+            ),
+            assumption(
+                "bounded_shifts",
+                shifts=len(self.shifts),
+                largest=max(self.shifts, default=0.0),
+                total=math.fsum(self.shifts),
+            ),
+            assumption("initial_distance", initial_distance=self.initial_distance),
+            assumption("reference_all_steps"),
+            assumption("same_constants"),
+            assumption("memoryless_steps"),
+            assumption("not_adaptive"),
+            *self._of_context(),
         )
 
     def mu(self, steps: int) -> float:
@@ -275,9 +281,16 @@ class ContractionCertificate(Certificate):
         )
 
 
-def _span(value: float | Sequence[float]) -> str:
-    """A scalar, or the range of a sequence, for a sentence."""
-    values = np.atleast_1d(np.asarray(value))
-    if values.size == 0 or values.min() == values.max():
-        return f"{values[0]:g}" if values.size else "(no step)"
-    return f"{values.min():g} to {values.max():g}"
+def full_batch_factor(*, step_size: float, weight_decay: float, smoothness: float) -> float:
+    """Return max(|1 − ηλ|, |1 − η(λ + β)|), the Lipschitz constant of a step, rounded up."""
+    first = abs(1.0 - step_size * weight_decay)
+    factor = max(first, abs(1.0 - step_size * (weight_decay + smoothness)))
+    return factor + 4.0 * math.ulp(max(1.0, factor))
+
+
+def _span(value: float | Sequence[float]) -> Span:
+    """The range of a scalar or sequence, for a sentence."""
+    values = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    if values.size == 0:
+        return Span(math.nan, math.nan)
+    return Span(float(values.min()), float(values.max()))

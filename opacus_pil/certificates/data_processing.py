@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from ..accounting.rdp import rdp_to_epsilon
+from .assumptions import Assumption, Context, assumption, checked_context
 from .record import Certificate
 
 
@@ -30,9 +31,11 @@ class DataProcessingCertificate(Certificate):
             with and without the forget set. >= 0, may be inf. Kept as the field `curve`.
         orders: (orders,) Rényi orders, each > 1, strictly increasing.
         two_sided: Whether `rdp` bounds both directions (training with against without, and back).
+        context: Codes of further assumptions (`certificates.sentences.CONTEXT`).
 
     Raises:
         ValueError: A value outside its range, orders not increasing, lengths that differ.
+        CertificateError: Free text or an unknown code in context.
 
     Edge cases of `.rdp` at other orders (first match wins):
         order below the smallest given   its share of (α − 1)D, which is 0 at α = 1
@@ -50,10 +53,16 @@ class DataProcessingCertificate(Certificate):
     curve: tuple[float, ...]
     orders: tuple[float, ...]
     two_sided: bool
+    context: Context = ()
 
     # Written out because the argument and the method that every certificate has are both `rdp`.
     def __init__(
-        self, rdp: Sequence[float], orders: Sequence[float], two_sided: bool = True
+        self,
+        rdp: Sequence[float],
+        orders: Sequence[float],
+        two_sided: bool = True,
+        *,
+        context: Context = (),
     ) -> None:
         """Check the curve and freeze it."""
         grid = _validate.orders(orders)
@@ -67,23 +76,29 @@ class DataProcessingCertificate(Certificate):
             ("curve", tuple(curve.tolist())),
             ("orders", tuple(grid.tolist())),
             ("two_sided", two_sided),
+            ("context", checked_context(context)),
         ):
             object.__setattr__(self, name, value)
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
-        directions = "in both directions" if self.two_sided else "of with against without"
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers."""
         return (
-            f"The given Rényi curve ({self.curve[-1]:.6g} at its largest order "
-            f"{self.orders[-1]:g}) bounds the divergence {directions} between the whole training "
-            "transcripts with and without the forgotten instances: every noisy gradient, hence the "
-            "model and the optimizer state.",
-            "The reference is retraining on the retained data with the same constants, followed by "
-            "the same unlearning steps.",
-            "The unlearning steps use the transcript and the retained data only.",
-            "Nothing else carries data from training: no BatchNorm buffers, no data-dependent "
-            "hyperparameters, no choice among several runs.",
+            assumption(
+                f"training_curve{'_both' if self.two_sided else ''}",
+                last_rdp=self.curve[-1],
+                last_order=self.orders[-1],
+            ),
+            assumption("reference_same_unlearning"),
+            assumption("retained_data_only"),
+            assumption("nothing_else_carried"),
+            *self._of_context(),
+        )
+
+    def with_context(self, *codes: str | Assumption) -> DataProcessingCertificate:
+        """Return the same certificate, which names these `codes` of `context` too."""
+        return DataProcessingCertificate(
+            self.curve, self.orders, self.two_sided, context=(*self.context, *codes)
         )
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:

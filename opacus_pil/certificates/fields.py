@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CertificateError, OpacusPilError
+from .assumptions import Assumption, assumption
 from .best import BestCertificate
 from .chien2024 import Chien2024Certificate
 from .contraction import ContractionCertificate
@@ -39,7 +40,9 @@ _ARGUMENT = {("DataProcessingCertificate", "curve"): "rdp"}
 _INFINITY = {"float": "inf"}
 _LONGEST = 10_000_000  # entries of one sequence: an edited count must not fill the memory
 # What constructors and formulas raise when they are fed numbers they were not made for.
-REFUSALS = (TypeError, ValueError, ArithmeticError, MemoryError, OpacusPilError)
+REFUSALS = (
+    TypeError, ValueError, ArithmeticError, MemoryError, RecursionError, OpacusPilError
+)  # fmt: skip
 
 
 def constants_of(certificate: Certificate) -> tuple[str, dict[str, Any]]:
@@ -59,7 +62,7 @@ def constants_of(certificate: Certificate) -> tuple[str, dict[str, Any]]:
     if steps > _LONGEST:
         raise CertificateError(f"Expected at most {_LONGEST} training steps, got {steps}.")
     return name, {
-        field.name: _encoded(getattr(certificate, field.name), f"{name}.{field.name}")
+        field.name: encoded(getattr(certificate, field.name), f"{name}.{field.name}")
         for field in _fields(type(certificate))
     }
 
@@ -78,6 +81,7 @@ def rebuilt(name: str, constants: Mapping[str, Any]) -> Certificate:
             "Use the release that wrote the file."
         )
     names = {field.name for field in _fields(kind)}
+    constants = _completed(kind, constants)
     if set(constants) != names:
         odd = sorted(set(constants) ^ names)
         raise CertificateError(
@@ -86,7 +90,7 @@ def rebuilt(name: str, constants: Mapping[str, Any]) -> Certificate:
         )
     try:
         certificate = kind(
-            **{_ARGUMENT.get((name, key), key): _decoded(constants[key]) for key in names}
+            **{_ARGUMENT.get((name, key), key): decoded(constants[key]) for key in names}
         )
     except REFUSALS as error:
         raise CertificateError(
@@ -100,13 +104,38 @@ def rebuilt(name: str, constants: Mapping[str, Any]) -> Certificate:
     return certificate
 
 
+def _completed(kind: type[Certificate], constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Return constants with the empty context that was not written before every class had one.
+
+    Files of version 1 and queues keep what was written then; a context left out says as much as an
+    empty one.
+    """
+    found = {name: _completed_inside(value) for name, value in constants.items()}
+    if any(field.name == "context" for field in _fields(kind)):
+        found.setdefault("context", [])
+    return found
+
+
+def _completed_inside(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_completed_inside(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = CLASSES.get(str(value.get("class")))
+    inner = value.get("constants")
+    if kind is not None and len(value) == 2 and isinstance(inner, dict):
+        return {**value, "constants": _completed(kind, inner)}
+    return {name: _completed_inside(item) for name, item in value.items()}
+
+
 def _fields(kind: type[Certificate]) -> list[dataclasses.Field[Any]]:
     """Those fields that the constructor takes; the others follow from them."""
     assert dataclasses.is_dataclass(kind)
     return [field for field in dataclasses.fields(kind) if field.init]
 
 
-def _encoded(value: Any, where: str) -> Any:
+def encoded(value: Any, where: str) -> Any:
+    """Return a constant in JSON values; `where` is its name for the error."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -116,12 +145,14 @@ def _encoded(value: Any, where: str) -> Any:
     if isinstance(value, Certificate):
         name, constants = constants_of(value)
         return {"class": name, "constants": constants}
+    if isinstance(value, Assumption):
+        return {"code": value.code, **{n: encoded(v, where) for n, v in value.numbers}}
     if isinstance(value, list | tuple):
         if len(value) > _LONGEST:
             raise CertificateError(
                 f"Expected {where} to have at most {_LONGEST} entries, got {len(value)}."
             )
-        items = [_encoded(item, where) for item in value]
+        items = [encoded(item, where) for item in value]
         runs = [[item, len(list(same))] for item, same in itertools.groupby(items)]
         return {"runs": runs} if 2 * len(runs) < len(items) else items
     if callable(value):
@@ -133,15 +164,19 @@ def _encoded(value: Any, where: str) -> Any:
     raise CertificateError(f"Expected {where} to be a plain value, got {type(value).__name__}.")
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
+    """Return the constant that was encoded, or raise one of REFUSALS."""
     if isinstance(value, list):
-        return tuple(_decoded(item) for item in value)
+        return tuple(decoded(item) for item in value)
     if not isinstance(value, dict):
         return value
     if value == _INFINITY:
         return math.inf
     if set(value) == {"class", "constants"} and isinstance(value["constants"], dict):
         return rebuilt(value["class"], value["constants"])
+    if isinstance(value.get("code"), str):
+        numbers = {name: decoded(item) for name, item in value.items() if name != "code"}
+        return assumption(value["code"], **numbers)
     if set(value) == {"runs"} and isinstance(value["runs"], list):
         pairs = value["runs"]
         if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
@@ -152,6 +187,6 @@ def _decoded(value: Any) -> Any:
                         f"Expected at most {_LONGEST} entries in a sequence, got {sum(counts)}."
                     )
                 return tuple(
-                    itertools.chain.from_iterable([_decoded(item)] * count for item, count in pairs)
+                    itertools.chain.from_iterable([decoded(item)] * count for item, count in pairs)
                 )
     raise CertificateError(f"Expected a constant, got {str(value)[:80]}.")

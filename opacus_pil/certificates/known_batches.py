@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _validate
+from .assumptions import assumption
 from .batch_laws import step_factor
 from .contraction import ContractionCertificate
 
@@ -98,11 +99,10 @@ def known_batches(
         shifts,
         unlearning_contraction=factors[-1],
         context=(
-            "The batches were fixed before the run, or drawn without looking at the data and are "
-            "public; without the forgotten instances their places stay empty.",
-            f"Every gradient sum is divided by {divisor:g}, weight decay {decay:g} is decoupled "
-            f"from clipping, and the step size is {eta:g}.",
-            f"Each retained instance adds the gradient of a convex function, {smooth:g}-Lipschitz; "
-            f"a batch of unlearning has at most {largest} of them.",
+            "batches_fixed_before",
+            assumption(
+                "constant_divisor", expected_batch_size=divisor, weight_decay=decay, step_size=eta
+            ),
+            assumption("convex_retained", smoothness=smooth, unlearning_batch_size=largest),
         ),
     )

@@ -18,6 +18,7 @@ from .._validate import FloatArray
 from ..accounting.quadrature import SMALLEST
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
+from .assumptions import Assumption, Context, assumption, checked_context
 from .chien2024 import Chien2024Certificate, sharp_constants
 from .data_processing import DataProcessingCertificate
 from .log_sobolev import fixed_order_factor, log_growth, moving_order_factor
@@ -62,12 +63,14 @@ class LangevinCertificate(Certificate):
         two_sided: Declares that the unlearned law obeys the same constants at every step and that
             initial_rdp bounds both directions. Not for "retrained".
         moving_order: Use the sharper form of the decay.
-        context: Further assumptions, from whoever derived the constants.
+        context: Codes of further assumptions (`certificates.sentences.CONTEXT`), from whoever
+            derived the constants.
 
     Raises:
         ValueError: A value outside its range, or a divergence missing or not used.
         TypeError: A divergence that is not a function, a flag that is not a bool.
-        CertificateError: two_sided with reference "retrained".
+        CertificateError: two_sided with reference "retrained"; free text or an unknown code in
+            context.
 
     Edge cases of `.rdp` (first match wins; "retrained" adds its irreducible term):
         lipschitz = 0 and steps > 0   0
@@ -94,7 +97,7 @@ class LangevinCertificate(Certificate):
     stationary_to_retrained: Divergence | None = None
     two_sided: bool = field(default=False, kw_only=True)
     moving_order: bool = field(default=False, kw_only=True)
-    context: tuple[str, ...] = field(default=(), kw_only=True)
+    context: Context = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         """Check every field; sequences become tuples."""
@@ -133,6 +136,7 @@ class LangevinCertificate(Certificate):
                 'Expected two_sided=False for reference="retrained", got two_sided=True. '
                 "That bound is known for D(unlearned ‖ retrained) only."
             )
+        checked["context"] = checked_context(self.context)
         for name, result in checked.items():
             object.__setattr__(self, name, result)
 
@@ -213,41 +217,23 @@ class LangevinCertificate(Certificate):
         )
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
-        law, start, horizon = {
-            "same_horizon": (
-                "the law retrained on the retained data, when unlearning starts,",
-                "of the trained from the retrained law when unlearning starts",
-                "as many steps as training and unlearning together, with the same constants.",
-            ),
-            "stationary": (
-                "the stationary law of the unlearning step on the retained data",
-                "of the trained law from that stationary law",
-                "infinitely many steps: the stationary law itself.",
-            ),
-            "retrained": (
-                "the stationary law of the unlearning step on the retained data",
-                "of the trained from the retrained law when unlearning starts",
-                "as many steps as training; the given functions bound its divergences to and from "
-                "the stationary law, and what lies between the two is never unlearned.",
-            ),
-        }[self.reference]
-        both = " The unlearned law obeys the same constant at every step." if self.two_sided else ""
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers."""
+        both = "_both" if self.two_sided else ""
+        law = "retrained" if self.reference == "same_horizon" else "stationary"
+        start = "stationary" if self.reference == "stationary" else "retrained"
         return (
-            f"The declared log-Sobolev constant {self.lsi_constant:g} holds for {law} and is not "
-            f"fitted to observed decay.{both}",
-            f"Every unlearning step is one full-batch map, {self.lipschitz:g}-Lipschitz without "
-            f"its noise, then fresh Gaussian noise of standard deviation {self.noise_std:g} on "
-            "every parameter, then at most a projection to a convex set.",
-            f"The given Rényi curve ({self.initial_rdp[-1]:.6g} at its largest order "
-            f"{self.orders[-1]:g}) bounds the divergence {start}"
-            f"{', and the reverse one' if self.two_sided else ''}.",
-            f"The reference is retraining on the retained data for {horizon}",
-            "Step size, noise and the number of steps do not depend on the data; there is no "
-            "momentum, no dropout, no BatchNorm, no batch sampling, and no clipping but what the "
-            "Lipschitz constant accounts for.",
-            *self.context,
+            assumption(f"log_sobolev_{law}{both}", lsi_constant=self.lsi_constant),
+            assumption("lipschitz_full_batch", lipschitz=self.lipschitz, noise_std=self.noise_std),
+            assumption(
+                f"start_from_{start}{both}",
+                last_rdp=self.initial_rdp[-1],
+                last_order=self.orders[-1],
+            ),
+            assumption(f"reference_{self.reference}"),
+            assumption("plain_langevin_steps"),
+            assumption("not_adaptive"),
+            *self._of_context(),
         )
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:

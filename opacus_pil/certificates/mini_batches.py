@@ -18,18 +18,18 @@ from .. import _validate
 from .._validate import FloatArray
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
+from .assumptions import Assumption, Context, assumption, checked_context
 from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
 from .causal_plan import log_moment
-from .contraction import ContractionCertificate
+from .contraction import SHIFT_ROUND_UP, ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
-from .record import NOT_ADAPTIVE, Certificate
+from .record import Certificate
 
 # Neighbours (in α − 1) are a factor 1.5 apart: the best of them is within 2 % of the best order.
 _ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 24)
 _SIZE_SHARE = 0.01  # of δ, spent on batches so large that they are not followed
 _COUNTED = (2_000, 1_000_000)  # unlearning steps that are counted: sizes followed, one factor
-_SHIFT_ROUND_UP = 1.0 + 1e-5  # room for float32 gradients some ulps (6e-8) above their bound
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ class PoissonContractionCertificate(Certificate):
             (after clipping, which only a model with one linear output survives). >= 0.
         expected_batch_size: b, the normaliser of the gradient sum, whatever was drawn. > 0.
         num_retained: Instances of the retain set. >= 0.
-        context: Further assumptions, from whoever derived the constants.
+        context: Codes of further assumptions (`certificates.sentences.CONTEXT`), from whoever
+            derived the constants.
 
     Raises:
         ValueError: A value outside its range.
+        CertificateError: Free text or an unknown code in context.
 
     Edge cases of `.rdp` (first match wins):
         sample_rate, training_steps or all gradient_bounds 0   0
@@ -84,7 +86,7 @@ class PoissonContractionCertificate(Certificate):
     smoothness: float
     expected_batch_size: float
     num_retained: int
-    context: tuple[str, ...] = field(default=(), kw_only=True)
+    context: Context = field(default=(), kw_only=True)
 
     two_sided = True
 
@@ -102,6 +104,7 @@ class PoissonContractionCertificate(Certificate):
             checked[name] = _validate.real(name, getattr(self, name), low=0.0, open_low=open_low)
         for name in ("training_steps", "num_retained"):
             checked[name] = _validate.integer(name, getattr(self, name), low=0)
+        checked["context"] = checked_context(self.context)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -156,7 +159,7 @@ class PoissonContractionCertificate(Certificate):
         smooth = _validate.real("loss_smoothness", loss_smoothness, low=0.0)
         size = _validate.integer("num_instances", num_instances, low=limits.size)
         return cls(
-            (limits * clip * _SHIFT_ROUND_UP).tolist(),
+            (limits * clip * SHIFT_ROUND_UP).tolist(),
             sample_rate,
             eta * noise * clip / batch,
             training_steps,
@@ -166,40 +169,43 @@ class PoissonContractionCertificate(Certificate):
             batch,
             size - limits.size,
             context=(
-                NOT_ADAPTIVE,
-                f"The model has one linear output, and every record's features have norm at most "
-                f"{norm:g}, the constant feature of a bias included.",
-                f"The loss is convex in that output, and its derivative changes by at most "
-                f"{smooth:g} per unit; it contains no L2 term.",
-                f"Per-sample gradients are clipped to {clip:g} times a cap fixed before the run, "
-                f"from public data and the instance's own record only; the {limits.size} forgotten "
-                f"ones have caps summing to {math.fsum(limits.tolist()):.6g}.",
+                assumption("one_linear_output", feature_norm=norm),
+                assumption("smooth_convex_loss", loss_smoothness=smooth),
+                assumption(
+                    "capped_gradients",
+                    max_grad_norm=clip,
+                    members=limits.size,
+                    cap_sum=math.fsum(limits.tolist()),
+                ),
             ),
         )
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers."""
         return (
-            f"Every batch of training and unlearning is drawn by Poisson sampling: each instance "
-            f"by its own coin of probability {self.sample_rate:g}, whatever the data are; no "
-            "shuffled epochs.",
-            f"A step is θ ← (1 − {self.step_size:g}·{self.weight_decay:g})θ − {self.step_size:g}/"
-            f"{self.expected_batch_size:g} · (sum of the batch's gradients) + fresh Gaussian noise "
-            f"of standard deviation {self.noise_std:g} on every parameter; the divisor is that "
-            "constant, whatever was drawn and whoever was forgotten.",
-            f"Each of the {self.num_retained} retained instances adds the gradient of a convex "
-            f"function, {self.smoothness:g}-Lipschitz, which depends on no other instance.",
-            f"Whatever the model is, the {len(self.gradient_bounds)} forgotten instances' "
-            f"gradients have norms at most {max(self.gradient_bounds, default=0.0):g}, in sum at "
-            f"most {math.fsum(self.gradient_bounds):.6g}; no unlearning step uses them.",
-            f"The reference is retraining on the retained data from the same initialisation, for "
-            f"as many steps as training ({self.training_steps}) and unlearning together, with the "
-            "same constants.",
-            "Step size, clipping, noise, decay and the number of steps are the same constants in "
-            "both runs and do not depend on the data; arithmetic is exact.",
-            "There is no momentum, no dropout, no BatchNorm and no stopping on a private signal.",
-            *self.context,
+            assumption("poisson_batches", sample_rate=self.sample_rate),
+            assumption(
+                "poisson_step",
+                step_size=self.step_size,
+                weight_decay=self.weight_decay,
+                expected_batch_size=self.expected_batch_size,
+                noise_std=self.noise_std,
+            ),
+            assumption(
+                "retained_convex", num_retained=self.num_retained, smoothness=self.smoothness
+            ),
+            assumption(
+                "forgotten_bounded",
+                members=len(self.gradient_bounds),
+                largest=max(self.gradient_bounds, default=0.0),
+                total=math.fsum(self.gradient_bounds),
+            ),
+            assumption("reference_counted_steps", training_steps=self.training_steps),
+            assumption("same_constants"),
+            assumption("memoryless_steps"),
+            assumption("not_adaptive"),
+            *self._of_context(),
         )
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
+from .assumptions import Assumption, Context, assumption, checked_context
 from .gaussian import gaussian_epsilon
 from .record import Certificate
 
@@ -43,10 +44,11 @@ class NoisyFineTuningCertificate(Certificate):
             the last of them, noisy or not, is data processing and changes no number.
         initial_distance: Almost-sure bound, under a coupling, on the distance of the two models at
             the start; 2·C0 still holds beside it. >= 0, or None for 2·C0 alone.
+        context: Codes of further assumptions (`certificates.sentences.CONTEXT`).
 
     Raises:
         ValueError: A value outside its range.
-        CertificateError: ηλ > 1.
+        CertificateError: ηλ > 1; free text or an unknown code in context.
 
     Edge cases of `.rdp` (first match wins):
         distance at the start = 0   0
@@ -70,6 +72,7 @@ class NoisyFineTuningCertificate(Certificate):
     weight_decay: float
     noise_std: float | Sequence[float]
     initial_distance: float | None = None
+    context: Context = field(default=(), kw_only=True)
 
     two_sided = True
 
@@ -99,6 +102,7 @@ class NoisyFineTuningCertificate(Certificate):
         if self.initial_distance is not None:
             distance = _validate.real("initial_distance", self.initial_distance, low=0.0)
             object.__setattr__(self, "initial_distance", distance)
+        object.__setattr__(self, "context", checked_context(self.context))
         if self.step_size * self.weight_decay > 1.0:
             raise CertificateError(
                 f"Expected step_size * weight_decay <= 1, got step_size={self.step_size!r} and "
@@ -106,27 +110,39 @@ class NoisyFineTuningCertificate(Certificate):
             )
 
     @property
-    def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
-        start = f"Before the first step the model is projected to norm {self.model_clip:g}"
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers."""
+        start = assumption("model_clipped", model_clip=self.model_clip)
         if self.initial_distance is not None:
-            start += (
-                f", and under a coupling the two models are almost surely at most "
-                f"{self.initial_distance:g} apart"
+            start = assumption(
+                "model_clipped_near",
+                model_clip=self.model_clip,
+                initial_distance=self.initial_distance,
             )
+        if isinstance(self.noise_std, float):
+            noise = assumption("constant_noise", noise_std=self.noise_std)
+        else:
+            least, most = min(self.noise_std), max(self.noise_std)
+            values = len(self.noise_std)
+            noise = assumption("noise_schedule", least=least, most=most, values=values)
         return (
-            start + "; so is the retrained one.",
-            f"At each step the averaged batch gradient (not each sample's) is clipped to norm "
-            f"{self.gradient_clip:g} and multiplied by the step size {self.step_size:g}.",
-            f"Weight decay {self.weight_decay:g} is decoupled: the model shrinks by the factor "
-            f"{1.0 - self.step_size * self.weight_decay:g} per step.",
-            self._noise_sentence(),
-            "No momentum and no other state is carried between unlearning steps.",
-            "Batches come from the retained data by a rule that does not look at the model, so "
-            "that both runs can draw the same ones.",
-            "The reference is any model trained without the forgotten instances, then fine-tuned "
-            "by the same steps.",
-            "Step size, clips, noise and the number of steps do not depend on the forgotten data.",
+            start,
+            assumption(
+                "averaged_gradient_clipped",
+                gradient_clip=self.gradient_clip,
+                step_size=self.step_size,
+            ),
+            assumption(
+                "shrinking_model",
+                weight_decay=self.weight_decay,
+                factor=1.0 - self.step_size * self.weight_decay,
+            ),
+            noise,
+            assumption("nothing_carried"),
+            assumption("blind_batches"),
+            assumption("reference_any_training"),
+            assumption("public_settings"),
+            *self._of_context(),
         )
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:
@@ -152,21 +168,6 @@ class NoisyFineTuningCertificate(Certificate):
         """Smallest ε of the exact Gaussian curve at `delta` (not through Rényi), rounded up."""
         delta = _validate.delta(delta)
         return gaussian_epsilon(self.mu(steps), delta=delta)
-
-    def _noise_sentence(self) -> str:
-        """Say how much noise the steps add."""
-        if isinstance(self.noise_std, float):
-            amount = f"{self.noise_std:g}"
-        else:
-            low, high = min(self.noise_std), max(self.noise_std)
-            amount = (
-                f"{low:g} to {high:g}, by a schedule of {len(self.noise_std)} steps fixed before "
-                "the first one (later steps are not counted),"
-            )
-        return (
-            f"Each step adds fresh Gaussian noise of standard deviation {amount} to every "
-            "parameter."
-        )
 
     def _start(self) -> float:
         """Distance of the two models before the first step."""

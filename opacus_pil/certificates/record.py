@@ -1,11 +1,13 @@
 """What all certificates share: checking steps, RDP to ε, and the search for the smallest K.
 
-Knows no mechanism: a certificate fills in `rdp` and the sentences it stands on.
+Knows no mechanism: a certificate fills in `rdp` and the codes of what it stands on.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+from typing import Any, Self
 
 import numpy.typing as npt
 
@@ -13,13 +15,7 @@ from .. import _validate
 from .._validate import FloatArray
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
-
-# Of every certificate that speaks of the last model alone: given an earlier one, the noise that is
-# to hide the difference is known.
-NOT_ADAPTIVE = (
-    "Who is forgotten was chosen without a look at a model released before, this request's and all "
-    "earlier ones'."
-)
+from .assumptions import Assumption, Context, as_assumption
 
 
 class Certificate(abc.ABC):
@@ -31,11 +27,28 @@ class Certificate(abc.ABC):
     """
 
     two_sided: bool
+    context: Context = ()
 
     @property
-    @abc.abstractmethod
+    def assumption_codes(self) -> tuple[Assumption, ...]:
+        """One code per assumption, with its numbers: the class's own, then those of `context`."""
+        raise CertificateError(
+            f"Expected one of the package's own certificates, got {type(self).__name__}, which "
+            "names no codes. Nobody else could say what it assumes."
+        )
+
+    @property
     def assumptions(self) -> tuple[str, ...]:
-        """One plain sentence per assumption, with its numbers."""
+        """One plain sentence per assumption, with its numbers; generated from the codes."""
+        return tuple(one.sentence for one in self.assumption_codes)
+
+    def with_context(self, *codes: str | Assumption) -> Self:
+        """Return the same certificate, which names these `codes` of `context` too."""
+        changed: Any = dataclasses.replace(self, context=(*self.context, *codes))  # type: ignore[type-var]
+        return changed
+
+    def _of_context(self) -> tuple[Assumption, ...]:
+        return tuple(map(as_assumption, self.context))
 
     @abc.abstractmethod
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy.typing as npt
 
 from .. import _validate
+from .assumptions import assumption
 from .contraction import ContractionCertificate
 
 
@@ -67,10 +68,7 @@ def sequential_requests(
             for _ in range(steps)
         ],
         context=(
-            f"{len(lengths)} requests are served one after the other, each without looking at a "
-            "model released in between; the forgotten instances are those of all requests, and "
-            "each takes part until its own request is served.",
-            "Training took the first of the given numbers of steps, unlearning all requests but "
-            f"the last took the others: {', '.join(map(str, lengths)) or 'none'}.",
+            assumption("requests_in_turn", requests=len(lengths)),
+            assumption("phase_steps", phase_steps=tuple(lengths)),
         ),
     )

@@ -22,6 +22,8 @@ def certified_record(
     after: str,
     instance_ids: Sequence[str | int] | npt.NDArray[np.generic] | None = None,
     plain_ids: bool = False,
+    earlier_steps: int | None = None,
+    earlier_forgotten: int | None = None,
 ) -> CertificateRecord:
     """Return the certificate record of a plan whose steps were all run.
 
@@ -31,11 +33,14 @@ def certified_record(
         after: `model_hash` of the unlearned model.
         instance_ids: Id of every row of the data set. Default: the row numbers.
         plain_ids: Write ids as they are instead of hashing them.
+        earlier_steps: Steps of earlier requests that the certificate counts, as whoever ran them
+            knows; held against its constants. Default: what they count beyond training.
+        earlier_forgotten: The same for the instances of earlier requests.
 
     Raises:
         TypeError: A plan or result without a certificate.
-        CertificateError: The plan's certificate cannot be written, or does not give its ε; or ε is
-            infinite.
+        CertificateError: The plan's certificate cannot be written, does not give its ε, or counts
+            another run; or ε is infinite.
     """
     if not isinstance(plan, CertifiedPlan):
         raise TypeError(uncertified_message(plan))
@@ -52,7 +57,7 @@ def certified_record(
                     known.shape,
                 )
             )
-        ids = [known[row].item() for row in rows]
+        ids = known[rows].tolist()  # Python's own strings and integers, also out of objects
     return certificate_record(
         plan.certificate,
         forgotten=ids,
@@ -65,6 +70,8 @@ def certified_record(
         model_before=before,
         model_after=after,
         earlier_requests=plan.requests_served,
+        earlier_steps=earlier_steps,
+        earlier_forgotten=earlier_forgotten,
         plain_ids=plain_ids,
     )
 

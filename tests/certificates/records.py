@@ -14,7 +14,9 @@ from opacus_pil.certificates import (
     certificate_record,
     known_batches,
     sequential_requests,
+    verify_certificate,
 )
+from opacus_pil.certificates.counted import counted
 
 DELTA = 1e-3
 
@@ -36,7 +38,7 @@ def contraction(rng):
         rng.uniform(0.0, 0.5),
         unlearning_contraction=rng.uniform(0.8, 0.99),
         unlearning_noise_std=rng.uniform(0.5, 1.0),
-        context=('Räume sind "still";\nζ > 0.',),
+        context=("rows_independent_not_checked", "order_given_by_caller"),
     )
 
 
@@ -64,7 +66,8 @@ def langevin(rng):
     curve, orders = _curve(rng, infinite=True)
     return LangevinCertificate(
         curve, orders, 0.9, rng.uniform(0.5, 1.0), rng.uniform(1.0, 5.0),
-        two_sided=bool(rng.integers(2)), moving_order=bool(rng.integers(2)), context=("One.",),
+        two_sided=bool(rng.integers(2)), moving_order=bool(rng.integers(2)),
+        context=("supplied_by_caller",),
     )  # fmt: skip
 
 
@@ -87,7 +90,7 @@ def _setting(rng):
 def poisson(rng):
     return PoissonContractionCertificate(
         rng.uniform(0.5, 1.0, 3), 0.2, rng.uniform(0.5, 1.0), 10, 0.5, 0.1, 0.2, 10.0, 47,
-        context=("Two.",),
+        context=("dataset_not_fingerprinted",),
     )  # fmt: skip
 
 
@@ -115,12 +118,12 @@ MAKERS = (
 )  # fmt: skip
 
 
-def training_steps(certificate):
-    """What the certificate counts, where it counts."""
-    for member in getattr(certificate, "members", (certificate,)):
-        if steps := len(getattr(member, "shifts", ())) or getattr(member, "training_steps", 0):
-            return steps
-    return 10
+def history(certificate):
+    """Steps of training and number of earlier requests, where the certificate counts them."""
+    own = counted(certificate)
+    if own.phases is not None:
+        return {"training_steps": own.phases[0], "earlier_requests": len(own.phases) - 1}
+    return {"training_steps": own.steps or 10}
 
 
 def record_of(certificate, *, steps=7, **changes):
@@ -130,7 +133,7 @@ def record_of(certificate, *, steps=7, **changes):
         "forgotten": [3, 5, 17],
         "method": "noisy_finetuning" if own else "langevin",
         "steps": steps,
-        "training_steps": training_steps(certificate),
+        **({} if "training_steps" in changes else history(certificate)),
         "epsilon": epsilon,
         "delta": DELTA,
         "target_epsilon": 1.25 * epsilon,
@@ -138,3 +141,8 @@ def record_of(certificate, *, steps=7, **changes):
         "model_after": "0" * 63 + "b",
     }
     return certificate_record(certificate, **{**arguments, **changes})
+
+
+def failed(record, **given):
+    """Names of the checks that fail."""
+    return {c.name for c in verify_certificate(record, **given).checks if c.passed is False}

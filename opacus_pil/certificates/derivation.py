@@ -1,0 +1,186 @@
+"""Whether the numbers in a certificate's context are those that its constants come from.
+
+A context such as "features of norm at most 1" is only as good as its link to the contraction that
+was computed from it: an edited number would speak of other data. So every number that a context
+names must be needed for some constant, and give it. Knows the formulas of the constructors, not
+where their arguments came from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .assumptions import Assumption
+from .batch_laws import step_factor
+from .chien2024 import Chien2024Certificate, sharp_constants
+from .contraction import SHIFT_ROUND_UP, ContractionCertificate, full_batch_factor
+from .langevin import LangevinCertificate
+from .methods import members_of
+from .mini_batches import PoissonContractionCertificate
+from .record import Certificate
+
+# Relative. Sentences show six digits, which are all that a file of version 1 kept, each good to
+# 5e-6; a constant is a product of up to eight of them.
+_SIX_DIGITS = 5e-5
+Numbers = Mapping[str, Any]
+
+
+class _Rule(NamedTuple):
+    """Contexts that come together, and the constants that they give: (name, kept, derived)."""
+
+    kind: type[Certificate]
+    codes: frozenset[str]
+    differs: Callable[[Any, Numbers], str | None]
+
+
+def derivation_mismatch(certificate: Certificate) -> str | None:
+    """Return which number of a context contradicts the constants; None: all agree."""
+    for member in members_of(certificate):
+        found = _mismatch(member)
+        if found is not None:
+            return found
+    return None
+
+
+def context_numbers(certificate: Certificate) -> dict[str, Any]:
+    """Return the numbers of the context by name; those that two codes share must be equal."""
+    found: dict[str, Any] = {}
+    for item in certificate.context:
+        found.update(item.numbers if isinstance(item, Assumption) else ())
+    return found
+
+
+def _mismatch(certificate: Certificate) -> str | None:
+    left = {one.code for one in certificate.context if isinstance(one, Assumption)}
+    numbers: dict[str, Any] = {}
+    for one in certificate.context:
+        for name, value in one.numbers if isinstance(one, Assumption) else ():
+            if numbers.setdefault(name, value) != value:
+                return f"{name} is {numbers[name]!r} in one context and {value!r} in another"
+    for rule in _RULES:
+        if type(certificate) is rule.kind and left & rule.codes:
+            missing = sorted(rule.codes - left)
+            if missing:
+                return f"a context without {missing[0]!r}, which comes with it"
+            found = rule.differs(certificate, numbers)
+            if found is not None:
+                return f"{found} than its context gives"
+            left -= rule.codes
+    if left:
+        name = type(certificate).__name__
+        return f"{min(left)!r}, whose numbers give no constant of a {name}"
+    return None
+
+
+def _full_batch(certificate: ContractionCertificate, n: Numbers) -> str | None:
+    beta = _square(n["feature_norm"]) * n["loss_smoothness"] * n["num_instances"]
+    beta /= n["expected_batch_size"]
+    eta, decay = n["step_size"], n["weight_decay"]
+    factor = full_batch_factor(step_size=eta, weight_decay=decay, smoothness=beta)
+    # The digits of ηλ are what counts, 1 − ηλ would hide them; or of η(λ + β), where it expands.
+    large = 1.0 - factor < (1.0 - 1e-9) * eta * decay
+    slack = _SIX_DIGITS * eta * (decay + (beta if large else 0.0)) + 1e-12
+    kept, noise = certificate.contraction, certificate.noise_std
+    if not (isinstance(kept, float) and isinstance(noise, float)) or (
+        certificate.unlearning_contraction is not None
+        or certificate.unlearning_noise_std is not None
+    ):
+        return "other constants at some steps"
+    if not abs(kept - factor) <= slack:
+        return f"another contraction, {kept!r},"
+    scale = eta * n["max_grad_norm"] / n["expected_batch_size"]
+    if not _near(noise, scale * n["noise_multiplier"]):
+        return f"other noise, {noise!r},"
+    # Whoever left earlier does not move the later steps: shifts may only become smaller.
+    shifts = certificate.shifts
+    if shifts and not _near(shifts[0], scale * n["cap_sum"] * SHIFT_ROUND_UP):
+        return f"another shift, {shifts[0]!r},"
+    if any(later > earlier for earlier, later in itertools.pairwise(shifts)):
+        return "a larger shift at a later step"
+    return None
+
+
+def _mini_batches(certificate: PoissonContractionCertificate, n: Numbers) -> str | None:
+    if not _near(certificate.smoothness, n["loss_smoothness"] * _square(n["feature_norm"])):
+        return f"another smoothness, {certificate.smoothness!r},"
+    bounds, clip = certificate.gradient_bounds, n["max_grad_norm"] * SHIFT_ROUND_UP
+    if len(bounds) != n["members"] or not _near(math.fsum(bounds), n["cap_sum"] * clip):
+        return "other bounds on the forgotten gradients"
+    if max(bounds, default=0.0) > clip * (1.0 + _SIX_DIGITS):
+        return f"a bound on a gradient, {max(bounds)!r}, above its clip,"
+    return None
+
+
+def _known_batches(certificate: ContractionCertificate, n: Numbers) -> str | None:
+    eta, decay = n["step_size"], n["weight_decay"]
+    growth = n["smoothness"] * n["unlearning_batch_size"] / n["expected_batch_size"]
+    factor = float(
+        step_factor(
+            n["unlearning_batch_size"],
+            step_size=eta,
+            weight_decay=decay,
+            smoothness=n["smoothness"],
+            expected_batch_size=n["expected_batch_size"],
+        )
+    )
+    large = 1.0 - factor < (1.0 - 1e-9) * eta * decay
+    slack = _SIX_DIGITS * eta * (decay + (growth if large else 0.0)) + 1e-12
+    kept = certificate.unlearning_contraction
+    if kept is None or not abs(kept - factor) <= slack:
+        return f"another unlearning contraction, {kept!r},"
+    return None
+
+
+def _in_turn(certificate: ContractionCertificate, n: Numbers) -> str | None:
+    if sum(n["phase_steps"]) != len(certificate.shifts) or n["requests"] != len(n["phase_steps"]):
+        return f"{len(certificate.shifts)} steps, other"
+    return None
+
+
+def _stationary(certificate: LangevinCertificate, n: Numbers) -> str | None:
+    setting = Chien2024Certificate(**{name: n[name] for name in _SETTING})
+    sharp = sharp_constants(setting)
+    gap = setting.step_size * setting.strong_convexity
+    if certificate.reference != "stationary":
+        return f"another reference, {certificate.reference!r},"
+    if not abs(certificate.lipschitz - sharp.lipschitz) <= _SIX_DIGITS * gap + 1e-12:
+        return f"another Lipschitz constant, {certificate.lipschitz!r},"
+    for name in ("noise_std", "lsi_constant"):
+        if not _near(getattr(certificate, name), getattr(sharp, name)):
+            return f"another {name}, {getattr(certificate, name)!r},"
+    for order, rdp in zip(certificate.orders, certificate.initial_rdp, strict=True):
+        if not _near(rdp, order * sharp.rdp_per_order):
+            return f"another curve, {rdp!r} at order {order:g},"
+    return None
+
+
+_SETTING = (
+    "num_instances", "num_deleted", "strong_convexity", "smoothness", "step_size",
+    "langevin_sigma", "gradient_bound",
+)  # fmt: skip
+_ONE_OUTPUT = frozenset({"one_linear_output", "smooth_convex_loss", "capped_gradients"})
+_RULES = (
+    _Rule(
+        ContractionCertificate,
+        _ONE_OUTPUT | frozenset({"full_batch", "decoupled_decay"}),
+        _full_batch,
+    ),
+    _Rule(
+        ContractionCertificate, frozenset({"constant_divisor", "convex_retained"}), _known_batches
+    ),
+    _Rule(ContractionCertificate, frozenset({"requests_in_turn", "phase_steps"}), _in_turn),
+    _Rule(PoissonContractionCertificate, _ONE_OUTPUT, _mini_batches),
+    _Rule(LangevinCertificate, frozenset({"replaced_records", "full_batch_descent"}), _stationary),
+)
+
+
+def _square(value: float) -> float:
+    return value * value
+
+
+def _near(kept: Any, derived: float) -> bool:
+    """Whether a constant is the derived one, up to the digits that a sentence shows."""
+    return abs(kept - derived) <= _SIX_DIGITS * abs(derived) + 1e-300

@@ -18,7 +18,9 @@ from opacus import PrivacyEngine
 
 from . import _validate as check
 from . import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
+from ._validate import IntArray
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .accounting.instance_ids import InstanceIds
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .distributed import gathered
@@ -48,7 +50,9 @@ class LedgerEngine(PrivacyEngine):
         caps: npt.ArrayLike | None = None,
         budget: Any = None,
         history: bool = False,
+        instance_ids: npt.ArrayLike | None = None,
     ) -> None:
+        ids = InstanceIds(instance_ids)
         policy, every = checked_policy(
             "last_seen" if norm_policy is None else norm_policy,
             refresh_every=refresh_every, caps=caps, budget=budget,
@@ -62,6 +66,7 @@ class LedgerEngine(PrivacyEngine):
         self._caps = None if caps is None else np.array(caps, dtype=np.float64)
         self._budget = budget
         self._history = history
+        self._ids = ids
         self._kernels: list[TrainingKernel] = []
         self._charger: Charger | None = None
         self._shard: Shard | None = None  # rows of this process among several; None: all rows
@@ -144,10 +149,30 @@ class LedgerEngine(PrivacyEngine):
         return super().get_epsilon(delta)
 
     def get_per_instance_epsilon(
-        self, delta: float, *, indices: npt.ArrayLike | None = None
+        self,
+        delta: float,
+        *,
+        indices: npt.ArrayLike | None = None,
+        rows: npt.ArrayLike | None = None,
     ) -> PerInstanceEpsilon:
-        """Return each instance's epsilon at `delta`, with its guarantee."""
-        return self.per_instance.get_epsilon(delta, indices=indices)
+        """Return each instance's epsilon at `delta`, with its guarantee and why not a stronger one.
+
+        Args:
+            delta: In (0, 1).
+            indices: Instances to read, by their ids if the engine was given `instance_ids`, else by
+                row. None: all.
+            rows: Rows in their place.
+
+        Raises:
+            TypeError, ValueError: δ outside (0, 1), or an instance that is not there or named
+                twice.
+        """
+        return self.per_instance.get_epsilon(delta, indices=self._asked(indices, rows))
+
+    @property
+    def instance_ids(self) -> InstanceIds:
+        """The ids of the data set's rows."""
+        return self._ids
 
     def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
         """Return one ledger of all instances of a distributed training, in order of the data set.
@@ -172,7 +197,10 @@ class LedgerEngine(PrivacyEngine):
             return self.per_instance.copy()
         history = [(float(z), float(q), int(n)) for z, q, n in self.accountant.history]
         claims = {"norm_policy": self._norm_policy, "history of noise and rates": history}
-        return gathered(self.per_instance, claims=claims, dst=dst)
+        whole = gathered(self.per_instance, claims=claims, dst=dst)
+        if whole is not None and self._ids.array is not None:
+            whole.rename(self._ids.array)  # shards go by row, so that they join in order
+        return whole
 
     @property
     def task(self) -> Task:
@@ -345,6 +373,15 @@ class LedgerEngine(PrivacyEngine):
         self.accountant.load_state_dict(opacus)
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _asked(self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None) -> IntArray | None:
+        """Return this process's positions of the instances that a caller names; None: all."""
+        if indices is None and rows is None:
+            return None
+        shard = self._shard
+        size = self.per_instance.num_instances if shard is None else shard.num_instances
+        found = self._ids.rows(indices, rows=rows, size=size)
+        return found if shard is None else shard.positions(found)
 
     def _require_enforced(self, ledger: Mapping[str, Any]) -> None:
         """Raise if a ledger charges by caps or budgets that this engine does not clip to."""

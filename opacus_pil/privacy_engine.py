@@ -74,6 +74,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
         budget: With "capped": as in PerInstanceAccountant. Nobody exceeds it: whoever could is
             clipped to 0 from that step on.
         history: As in PerInstanceAccountant: log levels, so that `per_instance.group_rdp` works.
+        instance_ids: Shape (instances,), your own ids of the data set's rows, texts or integers, in
+            their order. With ids every call that names instances takes ids, and rows by `rows=`.
 
     Raises:
         ValueError: Arguments that do not fit each other.

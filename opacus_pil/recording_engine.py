@@ -178,23 +178,27 @@ class RecordingEngine(LedgerEngine):
     # --- during training ----------------------------------------------------------------------
 
     @contextmanager
-    def batch(self, *, indices: npt.ArrayLike) -> Iterator[None]:
+    def batch(
+        self, *, indices: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None
+    ) -> Iterator[None]:
         """Say which rows the next step's batch holds, for loops with loaders of their own.
 
         The caller vouches that the rows were drawn by independent coins at the accounted rate.
 
         Args:
-            indices: Rows of the data set, each once, in the order of the batch; in a distributed
-                training of this process's shard.
+            indices: Instances, each once, in the order of the batch, by their ids if the engine was
+                given `instance_ids`, else by row; in a distributed training of this process's
+                shard.
+            rows: Rows in their place.
         """
         size, shard = self.per_instance.num_instances, self._shard
         size = size if shard is None else shard.num_instances
-        rows = check.index_array("indices", indices, size=size)
+        named = self._ids.rows(indices, rows=rows, size=size)
         if shard is not None:
-            shard.positions(rows)
+            shard.positions(named)
         trackers = [accounting.tracker for accounting in self._accountings]
         for tracker in trackers:
-            tracker.set_explicit(rows)
+            tracker.set_explicit(named)
         try:
             yield
         finally:
@@ -288,6 +292,7 @@ class RecordingEngine(LedgerEngine):
         size = total if shard is None else check.integer(
             "rows of this rank", len(shard.rows), low=1, cure="Train on fewer processes."
         )  # fmt: skip
+        self._ids.require_size(total)
         clipping = options.get("clipping", "flat")
         if policy == "capped" and clipping != "flat":
             raise UnsupportedError(
@@ -334,7 +339,7 @@ class RecordingEngine(LedgerEngine):
             caps=caps,
             budget=budget,
             history=self._history,
-            instance_ids=None if shard is None else shard.rows,
+            instance_ids=self._ids.array if shard is None else shard.rows,
         )
         return Charger(accountant, norm_policy=policy, refresh_every=self._refresh_every)
 

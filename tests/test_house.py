@@ -49,6 +49,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "accounting.forget_set",
         "accounting.guarantee",
         "accounting.history",
+        "accounting.instance_ids",
         "accounting.ledger",
         "accounting.ledger_rows",
         "accounting.levels",

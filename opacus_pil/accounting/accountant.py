@@ -18,6 +18,7 @@ from .._validate import FloatArray, IntArray
 from .balances import Kernel
 from .filter import PrivacyFilter
 from .guarantee import weakest
+from .instance_ids import InstanceIds
 from .ledger import STRONGEST_LABEL
 from .levels import LevelGrid
 from .privacy_losses import MOST_REASONS, PrivacyLosses
@@ -460,15 +461,9 @@ class PerInstanceAccountant(PrivacyLosses):
 
 
 def _checked_ids(instance_ids: npt.ArrayLike | None, size: int) -> npt.NDArray[Any]:
-    if instance_ids is None:
-        return np.arange(size)
-    ids = np.array(instance_ids)
-    if ids.dtype.kind not in "iuU":
-        raise TypeError(check.expected("instance_ids", "to be integers or strings", instance_ids))
-    check.same_length("instance_ids", ids, "instances", size)
-    if len(np.unique(ids)) != size:
-        raise ValueError("Expected instance_ids without repetition, got some twice.")
-    return ids
+    ids = InstanceIds(instance_ids)
+    ids.require_size(size)
+    return np.arange(size) if ids.array is None else ids.array
 
 
 def _checked_kernel(noise_multiplier: float, sample_rate: float) -> tuple[float, float]:

@@ -349,6 +349,15 @@ class PrivacyLosses:
         """Return an independent accountant with the same state."""
         return copy.deepcopy(self)
 
+    def rename(self, instance_ids: npt.NDArray[Any]) -> None:
+        """Give the instances other ids, in their order.
+
+        Raises:
+            ValueError: Not one id per instance.
+        """
+        check.same_length("instance_ids", instance_ids, "instances", self.num_instances)
+        self._ids = instance_ids.copy()
+
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger: numpy arrays and plain values, safe to save and to load."""
         return self._ledger().to_dict()

@@ -1,0 +1,125 @@
+"""InstanceIds: the names that people have for rows of a data set, and back.
+
+Knows ids and row numbers; no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import _validate as check
+from .._validate import IntArray
+
+
+class InstanceIds:
+    """Stable ids of the rows of one data set: texts or integers, each once.
+
+    Where ids are given, whatever asks "which instances" takes ids, and rows only by `rows=`; where
+    none are given the rows are the ids.
+
+    Args:
+        ids: Shape (rows,), texts or integers. None: the rows are the ids.
+
+    Raises:
+        TypeError: Something else than texts or integers.
+        ValueError: An id twice, or an empty text.
+
+    >>> ids = InstanceIds(["ann", "bob", "cy"])
+    >>> ids.rows(["cy", "ann"]), ids.of([1])
+    (array([2, 0]), ['bob'])
+    """
+
+    def __init__(self, ids: npt.ArrayLike | None = None) -> None:
+        self._ids = None if ids is None else _checked(ids)
+        self._place: dict[Any, int] = {}
+
+    @property
+    def given(self) -> bool:
+        """Whether the caller gave ids."""
+        return self._ids is not None
+
+    @property
+    def array(self) -> npt.NDArray[Any] | None:
+        """The ids, shape (rows,); None: rows are the ids."""
+        return self._ids
+
+    def require_size(self, size: int) -> None:
+        """Raise unless there is an id for every row of a data set of this size."""
+        if self._ids is not None and len(self._ids) != size:
+            raise ValueError(
+                f"Expected instance_ids to have one id per row of the data set ({size}), got "
+                f"{len(self._ids)}. Pass them in the order of its rows."
+            )
+
+    def rows(
+        self, ids: Any = None, *, rows: Any = None, size: int | None = None, name: str = "indices"
+    ) -> IntArray:
+        """Return the rows that a caller names, by ids or by `rows`, each once.
+
+        Args:
+            ids: Ids, or a boolean mask over all rows; rows where no ids were given.
+            rows: Rows in their place.
+            size: Of the data set; needed where no ids were given.
+            name: How the argument is called.
+
+        Raises:
+            TypeError: Neither or both; or another kind of values.
+            ValueError: An id that nobody has, a row outside the data set, or one twice.
+        """
+        if (ids is None) == (rows is None):
+            raise TypeError(
+                f"Expected {name} or rows=, got {'neither' if ids is None else 'both'}. Pass one."
+            )
+        total = len(self._ids) if self._ids is not None else size
+        assert total is not None
+        if rows is not None:
+            return check.index_array("rows", rows, size=total)
+        if self._ids is None or np.asarray(ids).dtype == np.bool_:
+            return check.index_array(name, ids, size=total)
+        return self._found(ids, name)
+
+    def of(self, rows: npt.ArrayLike | Sequence[int]) -> list[Any]:
+        """Return the ids of rows, as plain texts or integers."""
+        found = np.asarray(rows, dtype=np.int64)
+        chosen: list[Any] = (found if self._ids is None else self._ids[found]).tolist()
+        return chosen
+
+    def _found(self, ids: Any, name: str) -> IntArray:
+        assert self._ids is not None
+        if not self._place:
+            self._place = {value: row for row, value in enumerate(self._ids.tolist())}
+        if isinstance(ids, str | bytes) or np.ndim(ids) != 1:
+            raise TypeError(check.expected(name, "to be a sequence of instance ids", ids))
+        wanted = [item.item() if isinstance(item, np.generic) else item for item in ids]
+        unknown = [item for item in wanted if item not in self._place]
+        if unknown:
+            few = ", ".join(map(repr, unknown[:5]))
+            kind = "integers" if self._ids.dtype.kind in "iu" else "texts"
+            raise ValueError(
+                f"Expected {name} to be ids of instances ({kind}), got {len(unknown)} of "
+                f"{len(wanted)} that nobody has: {few}. Rows are passed by rows=."
+            )
+        found = np.array([self._place[item] for item in wanted], dtype=np.int64)
+        return check.index_array(name, found, size=len(self._ids))
+
+
+def _checked(ids: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.array(ids)
+    if array.dtype.kind == "O" and all(isinstance(item, str) for item in array.ravel()):
+        array = array.astype(np.str_)  # pandas' texts
+    if array.dtype.kind not in "iuU" or array.ndim != 1:
+        raise TypeError(check.expected("instance_ids", "to be a vector of integers or texts", ids))
+    values, counts = np.unique(array, return_counts=True)
+    if len(values) != len(array):
+        twice = values[counts > 1][0].item()
+        raise ValueError(
+            f"Expected instance_ids without repetition, got {twice!r} {int(counts.max())} times. "
+            "A person with several rows needs an id per row."
+        )
+    if array.dtype.kind == "U" and "" in values:
+        raise ValueError("Expected instance_ids to be texts with a letter at least, got ''.")
+    return array

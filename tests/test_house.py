@@ -39,6 +39,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "accounting.pld",
         "accounting.quadrature",
         "accounting.rdp",
+        "accounting.repeated_runs",
     ),
     # state of the accountant, certificates
     1: (

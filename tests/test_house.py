@@ -117,6 +117,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "unlearning.glm",
         "unlearning.methods",
         "unlearning.model_hash",
+        "unlearning.optimizer_copy",
         "unlearning.phase",
         "unlearning.plan",
         "unlearning.planning",

@@ -140,6 +140,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.bootstrap",
         "evaluation.calibrate",
         "evaluation.class_outputs",
+        "evaluation.complete_cases",
         "evaluation.deciles",
         "evaluation.difficulty",
         "evaluation.ensemble",

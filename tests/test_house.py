@@ -94,6 +94,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # engines
     3: (
         "checkpoint",
+        "content_digest",
         "dataset_fingerprint",
         "distributed",
         "ledger_table",

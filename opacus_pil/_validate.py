@@ -143,12 +143,20 @@ def real_array(
 def index_array(
     name: str, value: Any, *, size: int, unique: bool = True, cure: str = ""
 ) -> IntArray:
-    """Return `value` as int64 indices into [0, size), or name the first bad entry."""
+    """Return `value` as int64 indices into [0, size), or name the first bad entry.
+
+    A boolean mask with one entry for each of the `size` rows stands for the rows where it is true.
+    """
     array = np.asarray(value)
+    if array.dtype.kind == "b":
+        return _rows_of_mask(name, array, size=size)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(expected(name, "to be a 1-D sequence of integers", value, cure))
+        raise TypeError(
+            expected(name, "to be a 1-D sequence of integers, or a boolean mask", value,
+                     cure or "Pass row numbers, or a mask with one entry per row.")
+        )  # fmt: skip
     array = array.astype(np.int64)
     if array.size == 0:
         return array
@@ -168,6 +176,17 @@ def index_array(
             f"{int(counts.max())} times. Pass each index once. {cure}".rstrip()
         )
     return array
+
+
+def _rows_of_mask(name: str, mask: npt.NDArray[Any], *, size: int) -> IntArray:
+    """Return the rows where a mask is true; one of another length belongs to other rows."""
+    if mask.shape != (size,):
+        raise ValueError(
+            f"Expected {name} to be row numbers, or a boolean mask with one entry for each of "
+            f"{size} rows, got a mask of shape {mask.shape} with {int(mask.sum())} true. Pass a "
+            "mask over all rows, or the numbers of the rows: numpy.flatnonzero(mask)."
+        )
+    return np.flatnonzero(mask).astype(np.int64)
 
 
 def _repeats(array: IntArray) -> bool:

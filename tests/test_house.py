@@ -39,6 +39,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "accounting.pld",
         "accounting.quadrature",
         "accounting.rdp",
+        "accounting.repeated_runs",
     ),
     # state of the accountant, certificates
     1: (
@@ -107,6 +108,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # engines
     3: (
         "checkpoint",
+        "content_digest",
         "dataset_fingerprint",
         "distributed",
         "ledger_table",
@@ -134,6 +136,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "unlearning.glm",
         "unlearning.methods",
         "unlearning.model_hash",
+        "unlearning.optimizer_copy",
         "unlearning.phase",
         "unlearning.plan",
         "unlearning.planning",
@@ -156,6 +159,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.bootstrap",
         "evaluation.calibrate",
         "evaluation.class_outputs",
+        "evaluation.complete_cases",
         "evaluation.deciles",
         "evaluation.difficulty",
         "evaluation.ensemble",

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from .holder_sums import SHORT_RUN, Evidence, HolderSum, StepRdp, StepSource, knots_of
+from .repeated_runs import RepeatedRuns, repeated_runs
 
 # Candidates for the Hölder exponent, by what they do to the first step's order: ρ^(T−1) = e^κ.
 # Neighbours are a factor 1.43 apart, which costs about 1 % of what κ is worth. A κ below 0.001
@@ -44,9 +45,13 @@ class CompositionResult:
         rdp: Nats, shape (instances...). The theorem with means over the given runs in place of
             expectations: with few runs more often too low than too high.
         holder_exponent: Shape (instances...), the exponent each value was read at.
-        guarantee: "estimate" for a single run, "expectation_bound" for two or more.
+        guarantee: "expectation_bound" for two or more distinct runs, else "estimate".
         order: The Rényi order.
         direction: "with_without" or "without_with".
+        distinct_runs: How many of the runs count: one that cannot be told from another passed
+            again, or from a part of it, counts once.
+        reasons: Why the label is not stronger; empty for "expectation_bound", the strongest that a
+            composition over runs can have.
 
     Privacy: these values depend on private data; they are themselves not private to release.
     """
@@ -56,7 +61,9 @@ class CompositionResult:
     guarantee: str
     order: float
     direction: str
-    _evidence: Evidence | None = field(default=None, repr=False)
+    distinct_runs: int
+    reasons: tuple[str, ...] = ()
+    _evidence: tuple[Evidence, ...] = field(default=(), repr=False)
 
     def upper_confidence(self, level: float, *, simultaneous: int = 1) -> FloatArray:
         """Upper confidence value of the theorem's bound, per instance.
@@ -67,6 +74,11 @@ class CompositionResult:
             so on the divergence in `direction` under add or remove one instance, whatever the
             distribution of the runs. Steps and the candidates for the Hölder exponent are covered;
             instances, orders and directions that must hold *together* count in `simultaneous`.
+
+        A run that was passed twice, or shares its history with another, is not a further draw. The
+            value is the larger of two: from all runs, which holds if they are independent and
+            agree by chance, and from the distinct ones, the first of each kind, which holds if the
+            rest repeats them (whichever it repeats: leaving a copy out looks at no new coin).
 
         Often weak: R runs cannot rule out an event of probability 1 − (1−level)^(1/R) in which the
         worst case is met at every step: 0.63 of the worst case for three runs at 95 %, 0.26 for
@@ -100,15 +112,16 @@ class CompositionResult:
             cure="Pass a confidence such as 0.95.",
         )  # fmt: skip
         count = _validate.integer("simultaneous", simultaneous, low=1)
-        if self._evidence is None:
+        if not self._evidence:
             raise ValueError(
                 "Expected a composition with worst_case_rdp, got one without. An expectation of an "
                 "unbounded quantity has no upper confidence value; pass compose_per_instance the "
                 "RDP of a step at sensitivity 1 or at an enforced cap."
             )
-        values = self._evidence.upper((1.0 - confidence) / count) / (self.order - 1.0)
+        each = [evidence.upper((1.0 - confidence) / count) for evidence in self._evidence]
+        values = np.max(each, axis=0) / (self.order - 1.0)
         return np.minimum(
-            np.maximum(values * (1.0 + _ROUNDING), self.rdp), self._evidence.worst
+            np.maximum(values * (1.0 + _ROUNDING), self.rdp), self._evidence[0].worst
         )[()]  # fmt: skip
 
 
@@ -181,6 +194,13 @@ def compose_per_instance(
         capped). For a two-sided claim take the larger of both directions. Means over few runs are
         biased low: `upper_confidence` is the statement that holds with a confidence. One run gives
         an "estimate".
+    Runs must be independent, which numbers cannot show; where they speak against it, the label
+        falls. Runs that cannot be told from one passed again (equal divergences at `order` at every
+        step, or equal to within rounding) or that share a stretch of steps count once; fewer than
+        two that count give an "estimate". The mean is over the runs as they are given: a run passed
+        twice weighs twice, which leaves the mean of exp(…) right on average if nobody chose by the
+        numbers which one to repeat, while the confidence value counts it once. A run cut into
+        halves passes for two: only the caller knows.
     Beyond three steps not every order is evaluated: (α−1)·D is convex in α, so its chords, on a
         grid of at least 16 orders, are above it.
 
@@ -223,14 +243,53 @@ def compose_per_instance(
     """
     alpha = _order(order)
     _validate.choice("direction", direction, ("with_without", "without_with"))
-    source = StepSource(step_rdp, worst_case_rdp, fixed_start=fixed_start)
-    first = source.at(alpha)
-    leading, (runs, steps) = first.rdp.shape[:-2], first.rdp.shape[-2:]
+
+    def composed(runs: StepRdp) -> _Composed:
+        return _compose(
+            StepSource(runs, worst_case_rdp, fixed_start=fixed_start),
+            order=alpha,
+            holder_exponent=holder_exponent,
+            direction=direction,
+        )
+
+    all_runs = composed(step_rdp)
+    repeated, evidence = all_runs.repeated, all_runs.evidence
+    distinct = len(repeated.distinct)
+    if repeated.findings and evidence:
+        evidence += composed(
+            lambda order: np.asarray(step_rdp(order))[..., repeated.distinct, :]
+        ).evidence
+    return CompositionResult(
+        rdp=all_runs.rdp,
+        holder_exponent=all_runs.holder_exponent,
+        guarantee="expectation_bound" if distinct > 1 else "estimate",
+        order=alpha,
+        direction=direction,
+        distinct_runs=distinct,
+        reasons=() if distinct > 1 else _one_run(repeated),
+        _evidence=evidence,
+    )
+
+
+@dataclass(frozen=True)
+class _Composed:
+    rdp: FloatArray
+    holder_exponent: FloatArray
+    evidence: tuple[Evidence, ...]
+    repeated: RepeatedRuns
+
+
+def _compose(
+    source: StepSource, *, order: float, holder_exponent: npt.ArrayLike | None, direction: str
+) -> _Composed:
+    """The theorem over all runs of the source."""
+    first = source.at(order)
+    leading, steps = first.rdp.shape[:-2], first.rdp.shape[-1]
     exponents, allowed, confident = _candidates(holder_exponent, leading, steps)
     sums = [
         HolderSum(
             h,
-            order_schedule(alpha, steps=steps, holder_exponent=h, direction=direction),
+            order_schedule(order, steps=steps, holder_exponent=h, direction=direction),
             first,
             fixed_start=source.fixed_start,
         )
@@ -238,31 +297,34 @@ def compose_per_instance(
     ]
 
     knots = knots_of(sums)
-    low = first if knots[0] == alpha else source.at(knots[0])
+    low = first if knots[0] == order else source.at(knots[0])
     for knot, next_knot in itertools.pairwise([*knots, math.inf]):
         high = low if next_knot == math.inf else source.at(next_knot)
         for each, use in zip(sums, confident, strict=True):
             each.add(knot, next_knot, low, high, tangents=use)
         low = high
 
-    totals = np.stack([each.total for each in sums]) / (alpha - 1.0)
+    totals = np.stack([each.total for each in sums]) / (order - 1.0)
     totals = np.where(allowed, totals * (1.0 + _ROUNDING), np.inf)
     best = totals.argmin(axis=0)
     rdp = totals.min(axis=0)
-    evidence = None
+    evidence: tuple[Evidence, ...] = ()
     if first.worst is not None:
         # Constants compose at the order itself: the plain sum, without any Hölder.
         worst = first.worst.sum(axis=-1) * (1.0 + _ROUNDING)
         rdp = np.minimum(rdp, worst)
         parts = [each.tangents for each, use in zip(sums, confident, strict=True) if use]
-        evidence = Evidence([p for p in parts if p is not None], allowed[confident], worst)
-    return CompositionResult(
-        rdp=rdp[()],
-        holder_exponent=exponents[best][()],
-        guarantee="estimate" if runs == 1 else "expectation_bound",
-        order=alpha,
-        direction=direction,
-        _evidence=evidence,
+        evidence = (Evidence([p for p in parts if p is not None], allowed[confident], worst),)
+    found = repeated_runs(first.rdp, worst=first.worst)
+    return _Composed(rdp[()], exponents[best][()], evidence, found)
+
+
+def _one_run(repeated: RepeatedRuns) -> tuple[str, ...]:
+    """Say why the runs give an estimate only."""
+    return (
+        *repeated.findings,
+        "Runs that can be told apart: 1. An expectation takes two independent ones or more: train "
+        "again with other coins.",
     )
 
 

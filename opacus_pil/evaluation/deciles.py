@@ -5,7 +5,7 @@ Knows arrays only, one entry per instance (or per forget set).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from .bootstrap import RESAMPLES, Estimate, Statistic, bootstrap, bootstrap_each
+from .complete_cases import complete_cases
 from .rank_correlation import MidRanks
 
 
@@ -50,6 +51,7 @@ def group_hardness(
     resamples: int = RESAMPLES,
     interval: str = "bca",
     seed: int = 0,
+    nan_policy: str = "raise",
 ) -> tuple[Estimate, ...]:
     """Return the mean hardness in each quantile group of a score, lowest group first.
 
@@ -62,7 +64,7 @@ def group_hardness(
         score: Shape (instances,). May be infinite.
         hardness: Shape (instances,), finite, for example the gap to the oracle; larger is harder.
         groups: Number of groups G, >= 2, at most the number of instances; 10 for deciles.
-        level, resamples, interval, seed: As in `rank_correlation`.
+        level, resamples, interval, seed, nan_policy: As in `rank_correlation`.
 
     Returns:
         One Estimate per group.
@@ -81,11 +83,11 @@ def group_hardness(
     [0.5, 5.5]
     """
     count = check.integer("groups", groups, low=2)
-    means = _means(score, hardness, count)
-    size = len(check.real_array("hardness", hardness))
+    hard, values = _cases([("score", score)], hardness, groups=count, nan_policy=nan_policy)
     return bootstrap_each(
-        means, count=size, level=level, resamples=resamples, interval=interval, seed=seed
-    )
+        _means(values, hard, count), count=len(hard), level=level, resamples=resamples,
+        interval=interval, seed=seed,
+    )  # fmt: skip
 
 
 def top_group_difference(
@@ -98,6 +100,7 @@ def top_group_difference(
     resamples: int = RESAMPLES,
     interval: str = "bca",
     seed: int = 0,
+    nan_policy: str = "raise",
 ) -> Estimate:
     """Return how much harder the top group of one score is than that of another, paired.
 
@@ -105,7 +108,7 @@ def top_group_difference(
         score, other: Shape (instances,).
         hardness: Shape (instances,), finite.
         groups: As in `group_hardness`; 10 compares top deciles.
-        level, resamples, interval, seed: As in `rank_correlation`.
+        level, resamples, interval, seed, nan_policy: As in `rank_correlation`.
 
     Returns:
         Estimate of the mean hardness in the top group of `score` minus that in the top group of
@@ -118,10 +121,12 @@ def top_group_difference(
     Privacy: as in `group_hardness`.
     """
     count = check.integer("groups", groups, low=2)
-    first, second = _means(score, hardness, count), _means(other, hardness, count)
-    size = len(check.real_array("hardness", hardness))
+    hard, *both = _cases(
+        [("score", score), ("other", other)], hardness, groups=count, nan_policy=nan_policy
+    )
+    first, second = (_means(values, hard, count) for values in both)
     return bootstrap(
-        lambda taken: (first(taken) - second(taken))[:, -1], count=size, level=level,
+        lambda taken: (first(taken) - second(taken))[:, -1], count=len(hard), level=level,
         resamples=resamples, interval=interval, seed=seed,
     )  # fmt: skip
 
@@ -136,6 +141,7 @@ def compare_groups(
     resamples: int = RESAMPLES,
     interval: str = "bca",
     seed: int = 0,
+    nan_policy: str = "omit",
 ) -> dict[str, GroupComparison]:
     """Put every score's groups beside those of a reference score.
 
@@ -144,6 +150,7 @@ def compare_groups(
         hardness: Shape (instances,), finite.
         reference: The name all others are compared with.
         groups, level, resamples, interval, seed: As in `group_hardness`.
+        nan_policy: As in `compare_scores`: "omit" unless said.
 
     Returns:
         Name -> GroupComparison, in the order of `scores`. The score whose top group is hardest is
@@ -157,7 +164,8 @@ def compare_groups(
     """
     check.choice("reference", reference, list(scores), "Name one of the scores.")
     count = check.integer("groups", groups, low=2)
-    each = [_means(values, hardness, count) for values in scores.values()]
+    hard, *columns = _cases(scores.items(), hardness, groups=count, nan_policy=nan_policy)
+    each = [_means(values, hard, count) for values in columns]
     base = list(scores).index(reference)
 
     def statistic(taken: IntArray) -> FloatArray:
@@ -166,8 +174,7 @@ def compare_groups(
         return np.concatenate([found, ahead], axis=2).reshape(len(taken), -1)
 
     estimates = bootstrap_each(
-        statistic, count=len(check.real_array("hardness", hardness)), level=level,
-        resamples=resamples, interval=interval, seed=seed,
+        statistic, count=len(hard), level=level, resamples=resamples, interval=interval, seed=seed
     )  # fmt: skip
     result = {}
     for number, name in enumerate(scores):
@@ -176,17 +183,24 @@ def compare_groups(
     return result
 
 
-def _means(score: npt.ArrayLike, hardness: npt.ArrayLike, groups: int) -> Statistic:
-    """Return the mean hardness of each group, shape (draws, groups)."""
-    hard = check.real_array(
-        "hardness", hardness, cure="A mean needs finite values; cap what never ends, and say so."
+def _cases(
+    scores: Iterable[tuple[str, npt.ArrayLike]],
+    hardness: npt.ArrayLike,
+    *,
+    groups: int,
+    nan_policy: str,
+) -> list[FloatArray]:
+    """Return hardness, finite, and each score of the instances that all of them know."""
+    hard, *values = complete_cases([("hardness", hardness), *scores], nan_policy=nan_policy)
+    check.real_array(
+        "hardness", hard, cure="A mean needs finite values; cap what never ends, and say so."
     )
-    check.same_length("hardness", hard, "hardness", hard.size)
-    values = check.real_array(
-        "score", score, allow_infinite=True, cure="Leave such instances out of every array."
-    )
-    check.same_length("score", values, "hardness", len(hard))
     check.integer("number of instances", len(hard), low=groups, cure="Form fewer groups.")
+    return [hard, *values]
+
+
+def _means(values: FloatArray, hard: FloatArray, groups: int) -> Statistic:
+    """Return the mean hardness of each group, shape (draws, groups)."""
     ranks = MidRanks(values)
 
     def statistic(taken: IntArray) -> FloatArray:

@@ -223,6 +223,8 @@ def _canonical(value: Any) -> str:
     def plain(thing: Any) -> Any:
         if isinstance(thing, np.ndarray | np.generic):
             return thing.tolist()
+        if isinstance(thing, Mapping):  # a Fingerprint
+            return dict(thing)
         raise TypeError(
             f"Expected configs of plain types and arrays, got {type(thing).__name__}. "
             "Describe it by numbers and strings."

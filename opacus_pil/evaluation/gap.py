@@ -51,13 +51,26 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise one value per retrained model."""
-        numbers = check.real_array("oracle values", values, cure="Retrain at least one model.")
+    def of(cls, values: Sequence[float], *, name: str = "oracle values") -> Spread:
+        """Summarise one value per retrained model.
+
+        Args:
+            values: One number per model, finite: a mean with one that diverged says nothing.
+            name: What they are, for messages.
+
+        Raises:
+            ValueError: No value, or one that is not finite; the row is the model's number.
+        """
+        numbers = check.real_array(
+            name, values, cure="Leave a retrained model that diverged out, and say so."
+        )
         if numbers.ndim != 1 or numbers.size == 0:
             raise ValueError(
-                check.expected("oracle values", "to hold one number per model", list(values))
-            )
+                check.expected(
+                    name, "to hold one number per model", list(values),
+                    "Retrain at least one model.",
+                )
+            )  # fmt: skip
         listed = numbers.tolist()
         std = statistics.stdev(listed) if len(listed) > 1 else None
         return cls(statistics.fmean(listed), min(listed), max(listed), std, len(listed))
@@ -88,7 +101,12 @@ class Gap:
 
 @dataclass(frozen=True)
 class SplitGap:
-    """Gaps of one split (forget, retain, test)."""
+    """Gaps of one split (forget, retain, test).
+
+    Attributes:
+        accuracy: Share of correct predictions, beside the oracles'.
+        loss: The criterion on the split, beside the oracles'.
+    """
 
     accuracy: Gap
     loss: Gap
@@ -222,13 +240,16 @@ def oracle_gap(
             about the spread.
 
     Returns:
-        Split name -> SplitGap, whose `.difference` is model minus mean of the oracles.
+        Split name -> SplitGap. Its `.accuracy` and `.loss` are Gaps, and the `.difference` of each
+        is the model's value minus the mean of the oracles'.
 
     Raises:
-        ValueError: No oracle, or an oracle that lacks a split of `metrics`; names both.
+        ValueError: No oracle, an oracle that lacks a split of `metrics` (names both), or one whose
+            accuracy or loss is not finite (names split, statistic and oracle).
 
     Edge cases:
-        one oracle   .oracle.std is None: its spread is unknown
+        one oracle                    .oracle.std of each Gap is None: the spread is unknown
+        loss of the model inf or NaN  so is its difference, and .inside is False
 
     Source: accuracy and loss gaps to retraining as in the unlearning literature, for example
         Golatkar et al. (2020), arXiv:1911.04933.
@@ -243,13 +264,13 @@ def oracle_gap(
                 f"Expected every oracle to have the splits of the model, got oracle {number} "
                 f"without {missing}. Evaluate it on them."
             )
-    return {
-        name: SplitGap(
-            Gap(model.accuracy, Spread.of([oracle[name].accuracy for oracle in oracles])),
-            Gap(model.loss, Spread.of([oracle[name].loss for oracle in oracles])),
-        )
-        for name, model in metrics.items()
-    }
+
+    def gap(split: str, statistic: str) -> Gap:
+        values = [getattr(oracle[split], statistic) for oracle in oracles]
+        spread = Spread.of(values, name=f"{statistic} of the oracles on {split!r}")
+        return Gap(getattr(metrics[split], statistic), spread)
+
+    return {split: SplitGap(gap(split, "accuracy"), gap(split, "loss")) for split in metrics}
 
 
 def time_to_unlearn(

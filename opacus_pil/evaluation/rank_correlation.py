@@ -16,6 +16,7 @@ from scipy.stats import kendalltau
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from .bootstrap import RESAMPLES, Estimate, Statistic, bootstrap, bootstrap_each
+from .complete_cases import complete_cases
 
 _METHODS = ("spearman", "kendall")
 
@@ -48,6 +49,7 @@ def rank_correlation(
     resamples: int = RESAMPLES,
     interval: str = "bca",
     seed: int = 0,
+    nan_policy: str = "raise",
 ) -> Estimate:
     """Return a rank correlation of a score with a target, with a bootstrap interval.
 
@@ -64,6 +66,9 @@ def rank_correlation(
             instances take some seconds.
         interval: "bca" or "percentile".
         seed: Of the resampling.
+        nan_policy: NaN, the score of an instance that was never looked at: "raise" an error that
+            names array and row, or "omit" the instance from all arrays; `count` says how many are
+            left.
 
     Returns:
         Estimate, value in [-1, 1]; positive where both rise together. Instances are taken as
@@ -71,7 +76,7 @@ def rank_correlation(
         interval describe these data and not other trainings.
 
     Raises:
-        ValueError: Lengths that differ, no instance, NaN (names the first row).
+        ValueError: Lengths that differ, no instance, NaN (names the first row), or none left.
 
     Edge cases (first match wins):
         score or target constant   value NaN: there is nothing to rank
@@ -83,7 +88,7 @@ def rank_correlation(
     >>> rank_correlation([1.0, 2.0, 3.0, 4.0], target=[10.0, 20.0, 40.0, 30.0]).value
     0.8
     """
-    a, b = _columns({"score": score, "target": target})
+    a, b = complete_cases([("score", score), ("target", target)], nan_policy=nan_policy)
     (estimate,) = bootstrap_each(
         _correlations([a], b, method), count=len(a), level=level, resamples=resamples,
         interval=interval, seed=seed,
@@ -101,6 +106,7 @@ def correlation_difference(
     resamples: int = RESAMPLES,
     interval: str = "bca",
     seed: int = 0,
+    nan_policy: str = "raise",
 ) -> Estimate:
     """Return how much better one score ranks a target than another, by a paired bootstrap.
 
@@ -110,7 +116,7 @@ def correlation_difference(
         score: Shape (instances,).
         other: Shape (instances,).
         target: Shape (instances,).
-        method, level, resamples, interval, seed: As in `rank_correlation`.
+        method, level, resamples, interval, seed, nan_policy: As in `rank_correlation`.
 
     Returns:
         Estimate of correlation(score, target) − correlation(other, target), in [-2, 2].
@@ -125,7 +131,9 @@ def correlation_difference(
     Source: paired bootstrap of two correlations with one variable in common; see `bootstrap`.
     Privacy: as in `rank_correlation`.
     """
-    a, b, t = _columns({"score": score, "other": other, "target": target})
+    a, b, t = complete_cases(
+        [("score", score), ("other", other), ("target", target)], nan_policy=nan_policy
+    )
     both = _correlations([a, b], t, method)
 
     def difference(taken: IntArray) -> FloatArray:
@@ -147,6 +155,7 @@ def compare_scores(
     resamples: int = RESAMPLES,
     interval: str = "bca",
     seed: int = 0,
+    nan_policy: str = "omit",
 ) -> dict[str, ScoreComparison]:
     """Put every score beside a reference score: who ranks the target better.
 
@@ -155,6 +164,9 @@ def compare_scores(
         target: Shape (instances,).
         reference: The name all others are compared with, for example "privacy_loss".
         method, level, resamples, interval, seed: As in `rank_correlation`.
+        nan_policy: As in `rank_correlation`, but "omit" unless said: among several scores it is the
+            rule that one does not know some instance. All are compared on the instances that every
+            score and the target know, and the `count` of each Estimate is their number.
 
     Returns:
         Name -> ScoreComparison, in the order of `scores`. That the reference is not worse than
@@ -168,7 +180,7 @@ def compare_scores(
     Privacy: as in `rank_correlation`.
     """
     check.choice("reference", reference, list(scores), "Name one of the scores.")
-    columns = _columns({**scores, "target": target})
+    columns = complete_cases([*scores.items(), ("target", target)], nan_policy=nan_policy)
     correlations = _correlations(columns[:-1], columns[-1], method)
     base = list(scores).index(reference)
 
@@ -185,20 +197,6 @@ def compare_scores(
         name: ScoreComparison(correlation, difference)
         for name, (correlation, difference) in zip(scores, pairs, strict=True)
     }
-
-
-def _columns(named: Mapping[str, npt.ArrayLike]) -> list[FloatArray]:
-    """Return finite or infinite vectors of one length."""
-    columns: list[FloatArray] = []
-    for name, values in named.items():
-        column = check.real_array(
-            name, values, allow_infinite=True, cure="Leave such instances out of every array."
-        )
-        size = len(columns[0]) if columns else column.size
-        check.same_length(name, column, next(iter(named)), size)
-        columns.append(column)
-    check.integer("number of instances", len(columns[0]), low=1)
-    return columns
 
 
 def _correlations(scores: list[FloatArray], target: FloatArray, method: str) -> Statistic:

@@ -116,7 +116,10 @@ def score_claim(
             the verdict.
     """
     shown = {**scores, **(variants or {})}
-    how: dict[str, Any] = {"reference": REFERENCE, "resamples": resamples, "seed": seed}
+    how: dict[str, Any] = {
+        "reference": REFERENCE, "resamples": resamples, "seed": seed,
+        "nan_policy": "raise",  # full passes look at everybody
+    }  # fmt: skip
     ranked = compare_scores(shown, target=hardness, **how)
     groups = compare_groups(shown, hardness=hardness, **how)
     others = [name for name in scores if name != REFERENCE]

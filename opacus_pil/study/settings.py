@@ -28,6 +28,7 @@ class Condition:
         epochs: Of training.
         complete: All forget sets and seeds; else quantile sets and fewer seeds.
         top_sets: A complete condition also forgets the top decile of each score.
+        step_size: Learning rate of training and of fine-tuning.
     """
 
     name: str

@@ -71,7 +71,7 @@ class Bench:
         sizes = self.settings.sizes
         data = trials.parts(self.settings.dataset, sizes.train, sizes.test, self.seed)
         return {
-            name: dataset_fingerprint(_Rows(part.images, part.labels))
+            name: dict(dataset_fingerprint(_Rows(part.images, part.labels)))
             for name, part in data.items()
         }
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .._validate import IntArray
 from ..capture import sweep
 from ..privacy_engine import PerInstancePrivacyEngine
+from .optimizer_copy import fresh_optimizer
 
 AfterStep = Callable[[int], bool]  # told how many steps were taken; True: stop here
 ExtraTerm = Callable[[nn.Module], torch.Tensor]
@@ -47,16 +48,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
 def optimizer_like(
     optimizer: torch.optim.Optimizer, module: nn.Module, twin: nn.Module
 ) -> torch.optim.Optimizer:
-    """Return an optimizer of the same kind and settings for `twin`, without any state.
-
-    Momentum and the like were computed with the instances that are to be forgotten.
-    """
-    partner = dict(zip(module.parameters(), twin.parameters(), strict=True))
-    groups = [
-        {**group, "params": [partner[parameter] for parameter in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    return type(optimizer)(groups, **optimizer.defaults)
+    """Return an optimizer of the same kind and settings for `twin`, without what it computed."""
+    return fresh_optimizer(optimizer, module=plain_module(module), twin=twin)
 
 
 def noisy_steps(

@@ -433,7 +433,8 @@ def test_instances_together_are_instances_one_by_one(instances, runs, steps, see
 
 def test_one_run_is_an_estimate_and_two_are_an_expectation_bound():
     def labels(runs):
-        return compose_per_instance(lambda a: np.full((runs, 3), a), order=2.0).guarantee
+        values = np.linspace(1, 2, runs)[:, None] * np.ones(3)
+        return compose_per_instance(lambda a: a * values, order=2.0).guarantee
 
     assert [labels(runs) for runs in (1, 2, 5)] == [
         "estimate",

@@ -23,6 +23,7 @@ from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilo
 from .accounting.instance_ids import InstanceIds
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
+from .dataset_fingerprint import Fingerprint, dataset_fingerprint
 from .distributed import gathered
 from .errors import CertificateError, LedgerError, UnsupportedError
 from .norm_policy import Charger, checked_policy
@@ -51,6 +52,7 @@ class LedgerEngine(PrivacyEngine):
         budget: Any = None,
         history: bool = False,
         instance_ids: npt.ArrayLike | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         ids = InstanceIds(instance_ids)
         policy, every = checked_policy(
@@ -67,6 +69,8 @@ class LedgerEngine(PrivacyEngine):
         self._budget = budget
         self._history = history
         self._ids = ids
+        self._given_fingerprint = fingerprint
+        self._fingerprint: Fingerprint | None = None  # of the data set when training began
         self._kernels: list[TrainingKernel] = []
         self._charger: Charger | None = None
         self._shard: Shard | None = None  # rows of this process among several; None: all rows
@@ -168,6 +172,17 @@ class LedgerEngine(PrivacyEngine):
                 twice.
         """
         return self.per_instance.get_epsilon(delta, indices=self._asked(indices, rows))
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """What the data set held when the training was made private; None: nothing was trained."""
+        if self._fingerprint is None and self._accountings:
+            self._fingerprint = self.fingerprint_of(self._accountings[-1].dataset)
+        return self._fingerprint
+
+    def fingerprint_of(self, dataset: Any) -> Fingerprint:
+        """Return what a data set holds now, or the name that the caller gave its contents."""
+        return dataset_fingerprint(dataset, given=self._given_fingerprint)
 
     @property
     def instance_ids(self) -> InstanceIds:

@@ -76,6 +76,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
         history: As in PerInstanceAccountant: log levels, so that `per_instance.group_rdp` works.
         instance_ids: Shape (instances,), your own ids of the data set's rows, texts or integers, in
             their order. With ids every call that names instances takes ids, and rows by `rows=`.
+        fingerprint: Your own name for the data set's contents (a version, a file's checksum), where
+            they are not in memory and cannot be read here; see `dataset_fingerprint`.
 
     Raises:
         ValueError: Arguments that do not fit each other.

@@ -376,6 +376,9 @@ class RecordingEngine(LedgerEngine):
             named = {"criterion": self._task.criterion, "own_loss": self._task.own_loss}
             task = replace(task, **named)
         self._task = task
+        certifiable = self._charges().claims_as in ("worst_case", "capped")
+        if certifiable and self._fingerprint is None and population is None:
+            self._fingerprint = self.fingerprint_of(dataset)  # before anybody changes it
         self._accountings.append(
             StepAccounting(
                 module=module,

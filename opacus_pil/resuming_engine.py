@@ -18,7 +18,6 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 from .checkpoint import arrays, load_entries, save_entries
-from .dataset_fingerprint import dataset_fingerprint
 from .errors import LedgerError, UnsupportedError
 from .plain_checkpoint import checked_history, other_data_ledger, worst_case_ledger
 from .recording_engine import RecordingEngine
@@ -102,7 +101,7 @@ class ResumingEngine(RecordingEngine):
                 entries[f"{name}_state_dict"] = state
         state = {
             "engine": self._engine_settings(),
-            "dataset": self._fingerprint(),
+            "dataset": self._data_now(),
             "ledger": ledgers["per_instance"],
             "caps": self._caps,
             "training": None if optimizer is None else self._training_state(optimizer),
@@ -240,8 +239,10 @@ class ResumingEngine(RecordingEngine):
             "budget": self._budget is not None,
         }
 
-    def _fingerprint(self) -> dict[str, Any] | None:
-        return dataset_fingerprint(self._accountings[-1].dataset) if self._accountings else None
+    def _data_now(self) -> dict[str, Any] | None:
+        if not self._accountings:
+            return None
+        return dict(self.fingerprint_of(self._accountings[-1].dataset))
 
     def _require_same_engine(self, state: Mapping[str, Any]) -> None:
         here = self._engine_settings()
@@ -254,13 +255,13 @@ class ResumingEngine(RecordingEngine):
 
     def _other_data(self, state: Mapping[str, Any]) -> str:
         """Return how the data of a checkpoint are not this engine's; "": nothing says so."""
-        found, saved = self._fingerprint(), state["dataset"]
-        if found is None or saved in (None, found):
+        saved = state["dataset"]
+        if saved is None or not self._accountings:
             return ""
-        return (
-            f"Expected a checkpoint of this data set of {found['length']} instances, got one of "
-            f"{saved['length']} instances or other contents."
-        )
+        differs = self.fingerprint_of(self._accountings[-1].dataset).differs(saved)
+        return f"Expected a checkpoint of this data set, got one of another: {differs}." if (
+            differs
+        ) else ""  # fmt: skip
 
     def _stays_live(self, module: Any, training: StepAccounting | None) -> str:
         """Return why the ledgers stay with a training that goes on; "": they follow the file.

@@ -107,7 +107,7 @@ def _moves(parameter: torch.Tensor) -> bool:
     return parameter.grad is not None and bool((parameter.grad != 0).any())
 
 
-class _PlainStep:
+class PlainStep:
     """Called before every step of the plain optimizer; reports one that no noise was added for.
 
     Holds nothing alive, and a copy of the optimizer does not report to this training.
@@ -116,15 +116,18 @@ class _PlainStep:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder: Any = weakref.ref(recorder)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PlainStep:
-        twin = _PlainStep.__new__(_PlainStep)
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainStep:
+        """Copy without the recorder: a copy reports to nobody."""
+        twin = PlainStep.__new__(PlainStep)
         twin._recorder = _nobody
         return twin
 
     def __reduce__(self) -> Any:
+        """Pickle likewise."""
         return _inert_plain_step, ()
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Look at one step of the plain optimizer before it is made."""
         recorder = self._recorder()
         if recorder is None:
             return
@@ -138,8 +141,8 @@ def _nobody() -> None:
     """Stand for a recorder that is gone."""
 
 
-def _inert_plain_step() -> _PlainStep:
-    twin = _PlainStep.__new__(_PlainStep)
+def _inert_plain_step() -> PlainStep:
+    twin = PlainStep.__new__(PlainStep)
     twin._recorder = _nobody
     return twin
 
@@ -334,7 +337,7 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
     optimizer.recorder = recorder
     plain = optimizer.original_optimizer
     if isinstance(plain, torch.optim.Optimizer):
-        plain.register_step_pre_hook(_PlainStep(recorder))
+        plain.register_step_pre_hook(PlainStep(recorder))
 
 
 def require_splittable(optimizer: Any) -> None:

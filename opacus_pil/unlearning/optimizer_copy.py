@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from ..capture.norms import PlainStep  # reports to its own training only; a copy is silent
 from ..errors import UnsupportedError
 
 _SETTINGS = ("defaults", "param_groups")
@@ -176,7 +177,7 @@ def _reachable(value: Any, known: dict[int, Any] | None = None) -> Iterator[Any]
             todo += [thing.func, thing.args, thing.keywords]
         elif isinstance(thing, weakref.ref):
             todo.append(thing())
-        elif not isinstance(thing, type | types.ModuleType | torch.Tensor):
+        elif not isinstance(thing, type | types.ModuleType | torch.Tensor | PlainStep):
             todo.append(getattr(thing, "__dict__", None))
 
 

@@ -409,6 +409,35 @@ def test_a_hook_that_uses_the_optimizer_it_is_called_with_comes_along():
     assert id(new) in seen
 
 
+class Namespace(types.SimpleNamespace):
+    """Anything that can be referred to weakly."""
+
+
+class Watch:
+    """A hook that reports to somebody, and whose copy reports to nobody."""
+
+    def __init__(self, owner):
+        self.owner = weakref.ref(owner)
+
+    def __deepcopy__(self, memo):
+        return Watch(Watch)
+
+    def __call__(self, optimizer, args, kwargs):
+        pass
+
+
+def test_a_hook_that_knows_how_to_copy_itself_is_asked_to():
+    module = net()
+    old = torch.optim.Adam(module.parameters(), lr=0.1)
+    training = Namespace(optimizer=Lookahead(old, 5), norms=np.ones(7))
+    old.register_step_pre_hook(Watch(training))
+    steps(old, module)
+    new = fresh_optimizer(old, module=module, twin=twin_of(module))
+    (hook,) = new._optimizer_step_pre_hooks.values()
+    assert hook.owner() is Watch
+    assert_apart(new, old, module)
+
+
 # --- parameters ----------------------------------------------------------------------------------
 
 

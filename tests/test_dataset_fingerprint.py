@@ -437,7 +437,7 @@ def test_two_records_without_the_data_set_cannot_be_compared_by_the_old_rule():
     assert "only the data set itself" in read.differs(old_form(TensorDataset(torch.ones(3))))
 
 
-def test_a_checkpoint_of_before_is_loaded_for_its_data_set_and_refused_for_another(
+def test_a_checkpoint_of_before_is_known_to_be_of_its_data_set_and_of_no_other(
     tmp_path, monkeypatch
 ):
     with monkeypatch.context() as before:
@@ -447,7 +447,8 @@ def test_a_checkpoint_of_before_is_loaded_for_its_data_set_and_refused_for_anoth
     loaded = Loop(seed=9).load(tmp_path / "old")
     assert loaded.engine.per_instance.steps == 2
     shifted = TensorDataset(images(SIZE).tensors[0] + 1, images(SIZE).tensors[1])
-    with pytest.raises(LedgerError, match="Expected a checkpoint of this data set"):
+    # refused, or gone on with at the worst case and a warning: in no case taken for its own
+    with pytest.raises((LedgerError, UserWarning), match="Expected a checkpoint of this data set"):
         Loop(seed=9, dataset=shifted).load(tmp_path / "old")
 
 

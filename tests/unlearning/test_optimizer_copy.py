@@ -430,7 +430,7 @@ class Watch:
 def test_a_hook_that_knows_how_to_copy_itself_is_asked_to(hold):
     module = net()
     old = torch.optim.Adam(module.parameters(), lr=0.1)
-    training = Namespace(optimizer=Lookahead(old, 5), norms=np.ones(7))
+    training = Namespace(optimizer=Anchored(module.parameters()), norms=np.ones(7))
     old.register_step_pre_hook(Watch(hold(training)))
     steps(old, module)
     new = fresh_optimizer(old, module=module, twin=twin_of(module))

@@ -89,9 +89,11 @@ class StepAccounting:
             )
         if charger.claims_as == "participation":
             watch_forward(module._module, recorder)
+        self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
         self._clipped_at: tuple[float, float] | None = None
         self._buffers = Buffers(module._module)
+        self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
@@ -146,17 +148,7 @@ class StepAccounting:
             )
         if self.evaluated is None:
             self.evaluated = evaluated_parts(self.module._module)
-        self._charger.note_update(
-            described_update(
-                optimizer.original_optimizer,
-                clip_bound=record.max_grad_norm,
-                noise_std=std or 0.0,
-                divisor=optimizer.expected_batch_size,
-                loss_reduction=optimizer.loss_reduction,
-                batches=batches,
-                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
-            )
-        )
+        self._charger.note_update(self._update(record.max_grad_norm, std or 0.0, batches))
         self._charger.charge(step)
         self.steps += 1
 
@@ -186,10 +178,7 @@ class StepAccounting:
 
     def random_forward(self) -> bool:
         """Whether the training's forward pass draws dropout masks."""
-        return any(
-            isinstance(part, _DropoutNd) and part.training and part.p > 0
-            for part in self.module._module.modules()
-        )
+        return any(part.training and part.p > 0 for part in self._dropouts)
 
     def measure(self) -> Sweep:
         """Run a full pass over the instances in training.
@@ -221,6 +210,25 @@ class StepAccounting:
         return replace(found, indices=members)
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _update(self, clip_bound: float, noise_std: float, batches: int) -> str:
+        """Return `described_update` of this step; most steps are like the one before."""
+        plain = self.optimizer.original_optimizer
+        settings = [
+            (name, value) for group in plain.param_groups for name, value in group.items()
+            if name not in ("params", "initial_lr")
+        ]  # fmt: skip
+        divisor, reduction = self.optimizer.expected_batch_size, self.optimizer.loss_reduction
+        now = (clip_bound, noise_std, batches, divisor, reduction, settings)
+        simple = not any(isinstance(value, torch.Tensor | list) for _, value in settings)
+        if self._described is None or not simple or self._described[0] != now:
+            words = described_update(
+                plain, clip_bound=clip_bound, noise_std=noise_std, divisor=divisor,
+                loss_reduction=reduction, batches=batches,
+                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
+            )  # fmt: skip
+            self._described = (now, words)
+        return self._described[1]
 
     def _facts(self, record: StepRecord, released_count: float) -> list[Fact]:
         """Return everything that takes away from what may be claimed for this step."""
@@ -300,7 +308,11 @@ class Buffers:
     """Notices whether buffers of a module change, by their versions."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+        self._places = [
+            (f"{name}.{own}".lstrip("."), part, own)
+            for name, part in module.named_modules()
+            for own in part._buffers
+        ]
         self._seen = self._versions()
 
     def changed(self) -> str:
@@ -309,7 +321,8 @@ class Buffers:
         return next((name for name, v in self._seen.items() if before.get(name) != v), "")
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        return {n: (b.data_ptr(), b._version) for n, b in self._module.named_buffers()}
+        found = ((name, part._buffers.get(own)) for name, part, own in self._places)
+        return {name: (b.data_ptr(), b._version) for name, b in found if b is not None}
 
 
 def described_update(

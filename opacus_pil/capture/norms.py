@@ -95,11 +95,12 @@ class _Recording:
         self.recorder.noise(self.noise_std())
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
-        noised = {id(p) for p in parameters}
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        raw = [p for p in held if id(p) not in noised and _moves(p)]
-        if raw:
-            self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
+        if len(held) > len(parameters):  # else all of them were noised
+            noised = {id(p) for p in parameters}
+            raw = [p for p in held if id(p) not in noised and _moves(p)]
+            if raw:
+                self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
 
 
 def _moves(parameter: torch.Tensor) -> bool:

@@ -194,7 +194,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
         )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
-        kept = None if caps is None or bool((caps > 0).all()) else caps > 0
+        kept = None if caps is None or self.recorder.everyone_in else caps > 0
         if kept is not None:
             factors = factors[kept]
         for p in self.params:

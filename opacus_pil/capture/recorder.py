@@ -129,6 +129,7 @@ class Recorder:
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
         self.guards: list[Callable[[], None]] = []  # each may refuse the step that begins
         self.guarded = False  # True once the accounting hook is attached and must stay
+        self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
         self._caps_rounding = caps_rounding
@@ -202,10 +203,12 @@ class Recorder:
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
             self._require_enforceable(rows, draw, coarsest, mismatch)
             if phantom:
+                self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
             else:
                 assert rows is not None
                 limits = self.caps(rows)
+                self.everyone_in = bool((limits > 0.0).all())
                 caps = torch.as_tensor(limits, device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))

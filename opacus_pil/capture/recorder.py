@@ -208,7 +208,7 @@ class Recorder:
             else:
                 assert rows is not None
                 limits = self.caps(rows)
-                self.everyone_in = bool((limits > 0.0).all())
+                self.everyone_in = bool((limits.astype(np.float32) > 0.0).all())
                 caps = torch.as_tensor(limits, device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))

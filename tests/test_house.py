@@ -59,6 +59,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "accounting.levels",
         "accounting.offsets",
         "accounting.readings",
+        "accounting.shards",
         "certificates",
         "certificates.assumptions",
         "certificates.batch_laws",

@@ -22,6 +22,7 @@ from .guarantee import GUARANTEES, weakest
 from .history import History
 from .ledger import Ledger
 from .levels import LevelGrid
+from .shards import merged, same_sums, settled
 
 MOST_REASONS = 64  # different ones are kept; a run that goes wrong in more ways needs no more
 
@@ -39,7 +40,7 @@ class AccountState:
         caps: Shape (instances,), enforced clipping bounds, or None.
         privacy_filter: Budgets, or None.
         history: Who stood on which level at which step, or None.
-        source: Where the levels come from, a key of `ledger.STRONGEST_LABEL`.
+        source: Where the levels come from, a key of `guarantee.STRONGEST_LABEL`.
         steps: Number of steps charged.
         unattributed: Number of steps in which everyone was charged the highest level.
         guarantee: The weakest label of any step so far.
@@ -105,7 +106,8 @@ class AccountState:
 
     def weaken(self, label: str) -> None:
         """Lower the guarantee to `label`, unless it is that weak already."""
-        self.guarantee = weakest([self.guarantee, label])
+        if label != self.guarantee:
+            self.guarantee = weakest([self.guarantee, label])
 
     def count_reasons(self, reasons: Iterable[str]) -> None:
         """Count the reasons of one step's label, each once."""
@@ -206,14 +208,14 @@ class AccountState:
         """Take in the instances of a shard that was charged the same steps.
 
         Raises:
-            LedgerError: As `Ledger.merged`; this account is left as it was.
+            LedgerError: As `shards.merged`; this account is left as it was.
         """
         mine, theirs = self.to_ledger(), other.to_ledger()
-        if not mine.same_sums(theirs):
-            mine, theirs = self._settled(mine), other._settled(theirs)
-        self.adopt(mine.merged(theirs))
+        if not same_sums(mine, theirs):
+            mine, theirs = self._settled_ledger(), other._settled_ledger()
+        self.adopt(merged(mine, theirs))
 
-    def _settled(self, ledger: Ledger) -> Ledger:
-        """Return this account's `ledger` with its pending steps in the sums."""
-        pending = self.balances.pending
-        return ledger if pending is None else ledger.settled(pending.table)
+    def _settled_ledger(self) -> Ledger:
+        """Return the saved form with pending steps in the sums."""
+        ledger, pending = self.to_ledger(), self.balances.pending
+        return ledger if pending is None else settled(ledger, pending.table)

@@ -16,9 +16,8 @@ from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from .account_state import AccountState
 from .balances import Kernel
-from .guarantee import weakest
+from .guarantee import STRONGEST_LABEL, weakest
 from .instance_ids import InstanceIds
-from .ledger import STRONGEST_LABEL
 from .levels import LevelGrid
 
 

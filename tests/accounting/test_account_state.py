@@ -155,3 +155,11 @@ class TestState:
         state.count_reasons(str(number) for number in range(2 * MOST_REASONS))
         state.count_reasons(["b"])  # known ones are counted further on
         assert (len(state.reasons), state.reasons["b"]) == (MOST_REASONS, 2)
+
+
+def test_a_set_with_a_member_that_lost_everything_has_lost_everything():
+    accountant = used("history")  # whose history tells finite steps only
+    accountant.lose_everything([0])
+    assert np.isinf(accountant.group_rdp([0, 2])).all()
+    assert accountant.tight_epsilon([0, 2], delta=1e-3).epsilon.tolist() == [np.inf]
+    assert np.isfinite(accountant.group_rdp([1, 2])).all()

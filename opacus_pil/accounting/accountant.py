@@ -302,7 +302,7 @@ class PerInstanceAccountant:
         """Give the instances other ids, in their order.
 
         Args:
-            instance_ids: Shape (instances,), each once.
+            instance_ids: Shape (instances,), unique.
 
         Raises:
             ValueError: Not one id per instance.

@@ -21,7 +21,6 @@ from .. import _validate as check
 from .._validate import FloatArray
 from . import charging, readings
 from .account_state import AccountState
-from .balances import Balances
 from .charge_checks import checked_caps, checked_grid, checked_ids
 from .filter import PrivacyFilter
 from .ledger import Ledger
@@ -343,8 +342,3 @@ class PerInstanceAccountant:
                 or their number). The accountant is left as it was.
         """
         self._state.merge(other._state)
-
-    @property
-    def _balances(self) -> Balances:
-        """For tests/test_norm_policies.py, which looks at the pending kernel."""
-        return self._state.balances

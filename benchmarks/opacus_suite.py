@@ -257,7 +257,8 @@ def main() -> None:
 
     report = {
         "torch": torch.__version__, "opacus": opacus.__version__, "examples": options.examples,
-        "only": options.only, "processor_seconds": seconds, "files": rows, "passed_only_with_opacus": lost,
+        "only": options.only, "processor_seconds": seconds, "files": rows,
+        "passed_only_with_opacus": lost,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -123,6 +123,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "training.evidence",
         "training.probe",
         "training.task",
+        "training.weights",
         "training_kernel",
         "training_state",
         "unlearning",

@@ -21,7 +21,9 @@ import torch.nn as nn
 
 from ..capture.norms import PlainStep  # reports to its own training only; a copy is silent
 from ..errors import UnsupportedError
+from ..training.weights import NoteWeights  # likewise
 
+_NOT_ENTERED = (type, types.ModuleType, torch.Tensor, PlainStep, NoteWeights)
 _SETTINGS = ("defaults", "param_groups")
 _SCHEDULER = ("step", "_opt_called")  # how a scheduler follows its optimizer: by its own `step`
 
@@ -177,7 +179,7 @@ def _reachable(value: Any, known: dict[int, Any] | None = None) -> Iterator[Any]
             todo += [thing.func, thing.args, thing.keywords]
         elif isinstance(thing, weakref.ref):
             todo.append(thing())
-        elif not isinstance(thing, type | types.ModuleType | torch.Tensor | PlainStep):
+        elif not isinstance(thing, _NOT_ENTERED):
             todo.append(getattr(thing, "__dict__", None))
 
 

@@ -246,7 +246,7 @@ class _Asked:
         summed = getattr(task.criterion, "reduction", task.reduction) == "sum"
         own = float(rows.sum() if summed else rows.mean())
         scale = float(rows.abs().sum() if summed else rows.abs().mean())
-        if abs(joint - own) <= _SAME * scale + 1e-6:
+        if abs(joint - own) <= self.tolerance() * scale + 1e-6:
             return ""
         return (
             f"the criterion's value for a batch ({joint:.4g}) is not the "

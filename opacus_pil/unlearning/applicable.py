@@ -35,6 +35,7 @@ def certificates_for(
     evidence: Callable[[], None],
     random_rows: Callable[[], bool],
     dataset: Dataset,
+    present: IntArray,
     privacy_engine: PerInstancePrivacyEngine | None,
     feature_norm: float | None,
     phases: Sequence[Phase],
@@ -47,6 +48,7 @@ def certificates_for(
         adaptive: The request was chosen after a look at released models.
         evidence: Raises where no certificate may rest on the ledger.
         random_rows: Says whether items are drawn anew whenever they are asked for.
+        present: Rows that were not forgotten before.
         phases: What has run.
         forgotten: Rows forgotten so far.
 
@@ -86,6 +88,7 @@ def certificates_for(
         optimizer=optimizer,
         task=task,
         dataset=dataset,
+        present=present,
         privacy_engine=privacy_engine,
         feature_norm=feature_norm,
         measured=measured,

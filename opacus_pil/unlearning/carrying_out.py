@@ -164,6 +164,7 @@ def _require_counted(
             optimizer=optimizer,
             task=engine._task,
             dataset=engine._dataset,
+            present=engine.retain_set,
             privacy_engine=ledger,
             feature_norm=engine._feature_norm,
         )
@@ -220,6 +221,8 @@ def _settle(
     phase = Phase(run.done, engine._forgotten, plan.method, private_length)
     # What was there before a retraining left nothing in the model.
     retrained = plan.method == "retraining"
+    if retrained:  # whatever was edited before is gone
+        engine._weights = None if ledger is None else True
     engine._phases = [phase] if retrained else [*engine._phases, phase]
     engine._requests_served += 1
     engine._note_ledger()

@@ -301,6 +301,7 @@ class UnlearningEngine(QueuedModel):
                 evidence=evidence,
                 random_rows=lambda: self._rehearsed(rows, seen).random_rows,
                 dataset=self._dataset,
+                present=self.retain_set,
                 privacy_engine=self._engine,
                 feature_norm=self._feature_norm,
                 phases=self._phases,
@@ -310,7 +311,7 @@ class UnlearningEngine(QueuedModel):
         def run_codes() -> tuple[str, ...]:
             rehearsal = self._rehearsed(rows, seen)
             rehearsal.require_independent_rows()
-            return (*self._data.codes(), *(("augmentation_random",) * rehearsal.random_rows))
+            return (*self._data.codes(), *rehearsal.codes)
 
         def training_codes(*, rests_on_ledger: bool) -> tuple[str, ...]:
             return trained_codes(

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from .. import _validate as check
+from .._validate import IntArray
 from ..errors import CertificateError
 
 _CHUNK = 1 << 12  # rows looked at together: bounds the memory
@@ -33,12 +34,15 @@ def require_contracting(holds: bool, domain: str, found: str, cure: str) -> None
         )
 
 
-def checked_feature_norm(feature_norm: float | None, dataset: Dataset, *, bias: bool) -> float:
+def checked_feature_norm(
+    feature_norm: float | None, dataset: Dataset, *, rows: IntArray, bias: bool
+) -> float:
     """Hold every record against the bound; return it with the bias counted as a feature.
 
     Args:
         feature_norm: Public bound on the norm of every feature vector.
         dataset: Yields (features, target).
+        rows: That are still there, ascending; the others were looked at while they were.
         bias: Whether the model has one.
 
     Raises:
@@ -52,11 +56,11 @@ def checked_feature_norm(feature_norm: float | None, dataset: Dataset, *, bias: 
     )
     bound = check.real("feature_norm", feature_norm, low=0.0, open_low=True)
     start = 0
-    for features in _chunks(dataset):
+    for features in _chunks(dataset, rows):
         require_contracting(
             features.ndim == 2,
             "one vector of features per instance",
-            f"shape {tuple(features.shape[1:])} (row {start})",
+            f"shape {tuple(features.shape[1:])} (row {rows[start]})",
             "Each further dimension gives an instance several outputs. Flatten the features.",
         )
         norms = features.detach().double().norm(dim=1)
@@ -65,27 +69,27 @@ def checked_feature_norm(feature_norm: float | None, dataset: Dataset, *, bias: 
         require_contracting(
             not len(above),
             f"every feature vector within feature_norm={bound:g}",
-            f"norm {float(norms[first]) if len(norms) else 0.0:.8g} (row {start + first})",
+            f"norm {float(norms[first]) if len(norms) else 0.0:.8g} (row {rows[start + first]})",
             "Scale each record by public constants, or raise the bound.",
         )
         start += len(features)
     return math.sqrt((bound * _ROUNDING) ** 2 + (1.0 if bias else 0.0))
 
 
-def _chunks(dataset: Any) -> Iterator[torch.Tensor]:
-    """Yield all rows' features, shape (rows, ...), some thousand rows at a time."""
+def _chunks(dataset: Any, rows: IntArray) -> Iterator[torch.Tensor]:
+    """Yield the rows' features, shape (rows, ...), some thousand rows at a time."""
     held = _in_memory(dataset)
-    for start in range(0, len(dataset), _CHUNK):
-        rows = range(start, min(start + _CHUNK, len(dataset)))
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows[start : start + _CHUNK]
         if held is not None:
-            yield held[rows.start : rows.stop]
+            yield held[torch.as_tensor(chunk)]
             continue
-        found = [torch.as_tensor(dataset[row][0]) for row in rows]
+        found = [torch.as_tensor(dataset[int(row)][0]) for row in chunk]
         other = next((k for k, one in enumerate(found) if one.shape != found[0].shape), 0)
         require_contracting(
             not other,
             "feature vectors of one length",
-            f"shapes {tuple(found[0].shape)} and {tuple(found[other].shape)} (row {start + other})",
+            f"shapes {tuple(found[0].shape)} and {tuple(found[other].shape)} (row {chunk[other]})",
             "Pad the features, or use method='dp_sgd'.",
         )
         yield torch.stack(found)

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from .._validate import FloatArray
+from .._validate import FloatArray, IntArray
 from ..certificates import Certificate, ContractionCertificate, PoissonContractionCertificate
 from ..certificates.contraction import SHIFT_ROUND_UP
 from ..privacy_engine import PerInstancePrivacyEngine
@@ -39,7 +39,8 @@ class OneOutputRun:
         optimizer: The plain inner optimizer: SGD without momentum. Its weight decay acts after
             clipping and noise, hence is decoupled from them.
         task: Of training and unlearning: nn.BCEWithLogitsLoss with reduction "mean" and no weights.
-        dataset: Yields (features, target); every feature vector is held against `feature_norm`.
+        dataset: Yields (features, target).
+        present: Its rows that are still there; each one's features are held against `feature_norm`.
         privacy_engine: Made the run private with caps fixed before it, or at the worst case.
         feature_norm: Public bound on the norm of every feature vector, without the bias.
         measured: Take the sensitivities the ledger stands at for caps, whatever its label. What
@@ -57,6 +58,7 @@ class OneOutputRun:
         optimizer: torch.optim.Optimizer,
         task: Task,
         dataset: Dataset,
+        present: IntArray,
         privacy_engine: PerInstancePrivacyEngine,
         feature_norm: float | None,
         measured: bool = False,
@@ -101,7 +103,7 @@ class OneOutputRun:
         )
         assert isinstance(module, nn.Linear)
         self.feature_norm = checked_feature_norm(
-            feature_norm, dataset, bias=module.bias is not None
+            feature_norm, dataset, rows=present, bias=module.bias is not None
         )
         evidence = evidence or privacy_engine.require_evidence
         if not measured:

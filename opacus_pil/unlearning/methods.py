@@ -6,6 +6,7 @@ clipping and sampling are Opacus's own: there is no second implementation here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from .._validate import IntArray
 from ..capture import sweep
+from ..capture.randomness import untouched_generators
 from ..capture.row_losses import moved_to, typed_pair
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..training.task import Task, training_mode
@@ -119,6 +121,8 @@ def noisy_steps(
     wrapped, private_optimizer, loader = made[0], made[1], made[-1]
     ghost = len(made) == 4
     device = next(module.parameters()).device
+    with untouched_generators():
+        _show_a_batch(loader, task, dataset[int(retain_set[0])])
     batches = iter(loader)  # draws a base seed that the batches do not depend on
     if sampler_state is not None and sampler_generator is not None:
         sampler_generator.set_state(sampler_state)
@@ -139,6 +143,12 @@ def noisy_steps(
             break
     if hasattr(wrapped, "to_standard_module"):
         wrapped.to_standard_module()
+
+
+def _show_a_batch(loader: Any, task: Task, item: Any) -> None:
+    """Let Opacus's loader know what a batch looks like: the first draw may be an empty one."""
+    with contextlib.suppress(Exception):  # one row alone may be no batch: then it is as in Opacus
+        loader.collate_fn.first_batch = task.collate([item])
 
 
 def plain_steps(

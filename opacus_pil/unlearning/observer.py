@@ -14,7 +14,7 @@ from .methods import plain_copy
 class Observer:
     """Calls the caller's functions with a copy of a module, refreshed in place before each call.
 
-    What they do to the copy, to its modes and to torch's global generator stays without effect.
+    What they do to the copy, to its modes and to torch's global generators stays without effect.
 
     Args:
         module: The model of the run, plain.
@@ -26,13 +26,11 @@ class Observer:
 
     def call(self, look: Callable[[int, nn.Module], Any], step: int) -> Any:
         """Return look(step, copy in evaluation mode)."""
-        state = torch.random.get_rng_state()
-        twin = self._refreshed()
-        twin.eval()
-        try:
+        device = next(self._module.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            twin = self._refreshed()
+            twin.eval()
             return look(step, twin)
-        finally:
-            torch.random.set_rng_state(state)
 
     @torch.no_grad()
     def _refreshed(self) -> nn.Module:

@@ -38,11 +38,19 @@ class Rehearsal:
     Attributes:
         random_rows: Items are others when they are asked for again, by augmentation for one.
         coupling: How rows of a batch depend on each other, or why that could not be seen; "": each
-            one's loss is its own.
+            one's loss is its own, as far as it was compared.
+        compared: Rows alone were held against rows in a batch; a random forward pass shows nothing.
     """
 
     random_rows: bool
     coupling: str
+    compared: bool
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """What a certificate takes for granted about the rows: codes of its context."""
+        codes = () if self.compared else ("rows_independent_not_checked",)
+        return (*codes, "augmentation_random") if self.random_rows else codes
 
     def require_independent_rows(self) -> None:
         """Raise where no certificate can speak of single rows.
@@ -113,14 +121,15 @@ def rehearsed(
                         f"{tuple(losses.shape)}, which ghost clipping would multiply by all rows' "
                         f"factors: nothing would be clipped. Squeeze outputs or targets. {_CURE}"
                     )
-        twin.eval()  # what dropout draws is no coupling
-        coupling = task.coupling() or task.ignores(batch)
-        if not coupling:
-            try:
-                coupling = _coupling(task, twin, batch, again)
-            except Exception as error:  # a foreign function may fail on one row in any way
-                coupling = f"the loss of single rows could not be asked for: {_first_line(error)}"
-    return Rehearsal(bool(random), coupling)
+    twin.eval()  # what dropout draws is no coupling
+    with untouched_generators(device) as moved:
+        try:
+            found = _coupling(task, twin, batch, again)
+        except Exception as error:  # a foreign function may fail on one row in any way
+            found = f"the loss of single rows could not be asked for: {_first_line(error)}"
+        compared = not moved()
+    coupling = task.coupling() or task.ignores(batch) or (found if compared else "")
+    return Rehearsal(bool(random), coupling, compared)
 
 
 def _clipped_losses(task: Task, twin: nn.Module, batch: Any) -> torch.Tensor:

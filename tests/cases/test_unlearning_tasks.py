@@ -1,5 +1,7 @@
 """C2, C10: what the training did is what unlearning does, or it is refused beforehand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -246,11 +248,15 @@ def test_batches_that_nobody_described_are_refused_before_anything_runs(kind):
         unlearning.plan([0], steps=2, method="finetuning")
 
 
-def test_a_first_draw_that_is_empty_is_a_batch_like_the_others():
-    trained = trained_on("records", "hooks", batch_size=1, steps=3)
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_first_draw_that_is_empty_is_a_batch_like_the_others(kind, seed, caplog):
+    trained = trained_on(kind, "hooks", batch_size=1, steps=2)
+    trained.engine._kernels[:] = [replace(trained.engine.kernel, sample_rate=1e-6)]
     unlearning = trained.unlearning()
-    unlearning.unlearn(unlearning.plan([2], steps=12), seed=4)  # rate 1 / 32: many are empty
+    unlearning.unlearn(unlearning.plan([2], steps=2), seed=seed)  # nobody is ever drawn
     assert unlearning.forgotten == {2}
+    assert "First batch is empty" not in caplog.text
 
 
 # --- C10: a loop that squeezes --------------------------------------------------------------------
@@ -350,3 +356,71 @@ def test_a_rehearsal_leaves_no_trace():
     assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert modes == [part.training for part in unlearning.module.modules()]
     assert all(torch.equal(v, before[k]) for k, v in unlearning.module.state_dict().items())
+
+
+class Shaken(nn.Module):
+    """Random in evaluation mode too, as functional dropout is."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.last(x), 0.5)
+
+
+def test_what_could_not_be_compared_is_named():
+    trained = network(module=Shaken(), policy="last_seen")
+    plan = trained.unlearning().plan([0], **METHODS[5])
+    assert plan.certificate.context == ("rows_independent_not_checked",)
+
+
+class Augmented(Dataset):
+    """Adds its own noise to a row whenever it is asked for."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.data, self.targets = classes().tensors
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, row):
+        return self.data[row] + 1e-3 * torch.randn(5), self.targets[row]
+
+
+def test_random_items_are_named_and_carry_no_contraction():
+    plan = network(dataset=Augmented()).unlearning().plan([0], **METHODS[1])
+    assert "augmentation_random" in plan.certificate.context
+    trained = logistic()
+
+    class Noisy(TensorDataset):
+        def __getitem__(self, row):
+            x, y = super().__getitem__(row)
+            return x * torch.rand(()), y
+
+    trained.dataset = Noisy(*trained.dataset.tensors)
+    with pytest.raises(CertificateError, match="random ones"):
+        trained.unlearning().plan([0], **LANGEVIN)
+
+
+def test_rows_that_left_need_not_be_there_any_more():
+    trained = logistic()
+    inner = trained.dataset
+
+    class Files(Dataset):
+        gone = frozenset()
+
+        def __len__(self):
+            return SIZE
+
+        def __getitem__(self, row):
+            assert row not in self.gone
+            return inner[row]
+
+    trained.dataset = Files()
+    unlearning = trained.unlearning()
+    unlearning.unlearn(unlearning.plan([3], **LANGEVIN))
+    Files.gone = frozenset({3})
+    unlearning.unlearn(unlearning.plan([7], **LANGEVIN))
+    assert unlearning.forgotten == {3, 7}

@@ -7,7 +7,7 @@ parameters the step was computed at.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,10 @@ from .norm_policy import Charger, Step
 from .training.evidence import judged
 from .training.probe import Probe
 from .training.task import Task, evaluated_parts
+from .training.weights import NoteWeights, WeightsLeft
 from .training_kernel import TrainingKernel
 
+CERTIFIABLE = ("worst_case", "capped")  # policies whose label can carry a certificate
 # Policies whose label a probe can take away; the others are estimates whatever it finds.
 PROBED = ("worst_case", "capped", "full", "participation")
 
@@ -95,6 +97,10 @@ class StepAccounting:
         self._buffers = Buffers(module._module)
         self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
+        self.weights = WeightsLeft(module._module)
+        plain = optimizer.original_optimizer
+        if charger.claims_as in CERTIFIABLE and isinstance(plain, Optimizer):
+            plain.register_step_post_hook(NoteWeights(self.weights))
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
@@ -208,6 +214,17 @@ class StepAccounting:
             infinite=True,
         )
         return replace(found, indices=members)
+
+    def left(self) -> dict[str, Any]:
+        """Return how the last step left the model, for a file: plain values."""
+        evaluated = None if self.evaluated is None else sorted(self.evaluated)
+        return {"weights": self.weights.state(), "evaluated": evaluated}
+
+    def load_left(self, state: Mapping[str, Any]) -> None:
+        """Take over what `left` returned in an earlier process; {}: nothing is known."""
+        self.weights.load(state.get("weights"))
+        names = state.get("evaluated")
+        self.evaluated = None if names is None else frozenset(names)
 
     # --- inside -------------------------------------------------------------------------------
 

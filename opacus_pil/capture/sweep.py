@@ -233,7 +233,7 @@ class _Measure:
         norms = self._wrapped.get_norm_sample()
         for parameter in self._module.parameters():
             parameter.grad = None
-        check.same_length("norms", norms.cpu().numpy(), "instances", size)
+        check.same_length("norms", _float64(norms), "instances", size)
         return _float64(norms), _float64(losses), seen.array(size)
 
 
@@ -254,7 +254,10 @@ class _LastOutput:
     def array(self, size: int) -> npt.NDArray[Any]:
         """The output as an array; of a record with logits (transformers) these."""
         output = getattr(self._output, "logits", self._output)
-        return output.detach().cpu().numpy() if torch.is_tensor(output) else np.empty(size)
+        if not torch.is_tensor(output):
+            return np.empty(size)
+        coarse = output.dtype is torch.bfloat16  # which numpy does not have
+        return (output.float() if coarse else output).detach().cpu().numpy()
 
 
 def _float64(values: torch.Tensor) -> FloatArray:

@@ -198,7 +198,10 @@ class _Asked:
 
     def alone(self, row: int) -> list[torch.Tensor]:
         """Return the gradients of one row's own loss."""
-        batch = self._task.collate([self._dataset[row]], device=self.device)
+        return self._of_item(self._dataset[row])
+
+    def _of_item(self, item: Any) -> list[torch.Tensor]:
+        batch = self._task.collate([item], device=self.device)
         with torch.enable_grad():
             return self._gradients(self._task.loss_of(self._inner, batch).sum(), keep=False)
 
@@ -222,7 +225,7 @@ class _Asked:
         if joint:
             return "loss_couples_rows", joint
         for position, k in enumerate(order):
-            alone = self.alone(int(rows[k]))
+            alone = self._of_item(items[int(k)])  # the very draw, where items are random
             size = max(_norm(alone), _norm(together[position]))
             apart = _norm([a - b for a, b in zip(alone, together[position], strict=True)])
             if not apart <= self.tolerance() * (size + bound):
@@ -246,7 +249,7 @@ class _Asked:
         summed = getattr(task.criterion, "reduction", task.reduction) == "sum"
         own = float(rows.sum() if summed else rows.mean())
         scale = float(rows.abs().sum() if summed else rows.abs().mean())
-        if abs(joint - own) <= _SAME * scale + 1e-6:
+        if abs(joint - own) <= self.tolerance() * scale + 1e-6:
             return ""
         return (
             f"the criterion's value for a batch ({joint:.4g}) is not the "

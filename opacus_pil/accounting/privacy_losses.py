@@ -352,6 +352,9 @@ class PrivacyLosses:
     def rename(self, instance_ids: npt.NDArray[Any]) -> None:
         """Give the instances other ids, in their order.
 
+        Args:
+            instance_ids: Shape (instances,), unique.
+
         Raises:
             ValueError: Not one id per instance.
         """

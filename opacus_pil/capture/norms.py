@@ -41,6 +41,22 @@ class _Recording:
 
     recorder: Recorder
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refuse: torch would leave the copy without its plain optimizer, and this class broken.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "Expected one private optimizer for one accounted training, got a copy of it, whose "
+            "steps nobody would charge. Copy the plain module and build a plain optimizer for it, "
+            "or save optimizer.state_dict()."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, for the same reason."""
+        return self.__deepcopy__({})
+
     def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
         """Attach a hook; once privacy is accounted, add it after the accounting, with a warning."""
         if not self.recorder.guarded:

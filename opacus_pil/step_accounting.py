@@ -85,8 +85,9 @@ class StepAccounting:
         if charger.claims_as in PROBED:
             measured = charger.claims_as in ("full", "participation")
             self.probe = Probe(
-                task, dataset, random_rows=measured, dimension=0 if kernel.batch_first else 1
-            )
+                task, dataset, module=module._module, random_rows=measured,
+                dimension=0 if kernel.batch_first else 1,
+            )  # fmt: skip
         if charger.claims_as == "participation":
             watch_forward(module._module, recorder)
         self.steps = 0  # of this training in this process
@@ -108,9 +109,11 @@ class StepAccounting:
         """
         record = self.recorder.take(max_grad_norm=self.clip_bound)
         if self.probe is not None:
+            clipped = self._clipped()
             self.probe.look(
-                record, module=self.module, parameters=self._clipped(), clipped_norm=self._norm
-            )
+                record, module=self.module, parameters=clipped, clipped_norm=self._norm,
+                sums=[getattr(p, "summed_grad", None) for p in clipped],
+            )  # fmt: skip
         std = record.noise_std
         # An instance is in at least one of k summed draws with probability at most k·q, and then
         # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.

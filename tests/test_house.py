@@ -122,6 +122,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "training",
         "training.evidence",
         "training.probe",
+        "training.row_gradients",
         "training.task",
         "training_kernel",
         "training_state",

@@ -30,6 +30,15 @@ def same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return same_torch and bool(one[2] == other[2]) and same_numpy
 
 
+def set_generator_states(states: tuple[Any, ...], device: torch.device = _CPU) -> None:
+    """Put every global generator where it was when `generator_states` was called."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    random.setstate(states[2])
+    np.random.set_state(states[3])  # noqa: NPY002
+
+
 @contextmanager
 def untouched_generators(device: torch.device = _CPU) -> Iterator[Callable[[], bool]]:
     """Restore every global generator on exit; yields a question: has any moved meanwhile?"""
@@ -37,11 +46,7 @@ def untouched_generators(device: torch.device = _CPU) -> Iterator[Callable[[], b
     try:
         yield lambda: not same_states(before, generator_states(device))
     finally:
-        torch.set_rng_state(before[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(before[1], device)
-        random.setstate(before[2])
-        np.random.set_state(before[3])  # noqa: NPY002
+        set_generator_states(before, device)
 
 
 class Notes(Protocol):
@@ -56,6 +61,51 @@ def watch_forward(module: nn.Module, notes: Notes) -> None:
     watch = _Watch(notes)
     module.register_forward_pre_hook(watch.before)
     module.register_forward_hook(watch.after)
+
+
+class ForwardStates:
+    """Keeps where the generators stood when a module's training forward passes began.
+
+    With them a pass can be run again with the same dropout masks. A copied model keeps nothing.
+
+    Args:
+        module: To watch.
+
+    Attributes:
+        wanted: Whether coming passes are kept.
+        replayed: State that the next pass is to begin with, once; None: as it comes.
+    """
+
+    _MOST = 64  # passes between two steps; more are not told apart
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self.wanted = False
+        self.replayed: tuple[Any, ...] | None = None
+        self._states: list[tuple[Any, ...]] = []
+        if module is not None:
+            module.register_forward_pre_hook(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardStates:
+        return ForwardStates()
+
+    def __reduce__(self) -> Any:
+        return ForwardStates, ()
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        """Look at one forward pass before it is made."""
+        if not (self.wanted or self.replayed):
+            return
+        device = next(module.parameters()).device
+        if self.replayed is not None:
+            state, self.replayed = self.replayed, None
+            set_generator_states(state, device)
+        elif module.training and torch.is_grad_enabled() and len(self._states) <= self._MOST:
+            self._states.append(generator_states(device))
+
+    def take(self) -> list[tuple[Any, ...]]:
+        """Return the states that were kept since the last call."""
+        states, self._states = self._states, []
+        return states
 
 
 class _Watch:

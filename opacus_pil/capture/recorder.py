@@ -61,6 +61,9 @@ class StepRecord:
         noise_std: Standard deviation of the noise on the sum, as it was when it was added; None: no
             noise was seen.
         unfinite: Shape (batch,), rows whose gradient was not finite.
+        factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
+            None: layers were clipped one by one.
+        parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
 
@@ -75,6 +78,8 @@ class StepRecord:
     copies: int = 1
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
+    factors: FloatArray | None = None
+    parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
 
 
@@ -92,6 +97,7 @@ class _Capture:
     passes: int
     foreign: bool  # a batch that no loader had just handed out
     allowed: torch.Tensor  # most that the sum can be, over all layers or of each
+    bounds: FloatArray | float | None  # that each row was clipped to; None: layers one by one
 
 
 class Recorder:
@@ -193,6 +199,7 @@ class Recorder:
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
             rows = None
         caps = dropped = None
+        row_bounds: FloatArray | float | None = max_grad_norm if allowed is None else None
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
@@ -201,7 +208,9 @@ class Recorder:
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
             else:
                 assert rows is not None
-                caps = torch.as_tensor(self.caps(rows), device=norms.device, dtype=norms.dtype)
+                enforced = self.caps(rows)
+                row_bounds = enforced * max_grad_norm
+                caps = torch.as_tensor(enforced, device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
         if allowed is None:
@@ -212,7 +221,7 @@ class Recorder:
         self._captures.append(
             _Capture(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, allowed.detach(),
+                claim.unclaimed, passes, passes > claim.fresh, allowed.detach(), row_bounds,
             )
         )  # fmt: skip
         return caps
@@ -293,6 +302,8 @@ class Recorder:
             copies=copies,
             noise_std=std,
             unfinite=~np.isfinite(norms),
+            factors=_factors(captures, unclipped),
+            parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )
 
@@ -364,6 +375,15 @@ def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
     parts = [c.draw.rows for c in captures[:1] if c.draw is not None]
     whole = len(draws) == 1 and all(c.draw is not None and c.passes == 1 for c in captures)
     return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
+
+
+def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
+    """Return what Opacus multiplied each gradient with; None: no one number per row."""
+    if any(c.bounds is None for c in captures):
+        return None
+    parts = [np.broadcast_to(np.asarray(c.bounds, float), len(c.norms)) for c in captures]
+    bounds = np.concatenate(parts) if parts else np.empty(0)
+    return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
 
 
 def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:

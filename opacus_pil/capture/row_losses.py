@@ -32,12 +32,21 @@ def pair_loss(criterion: Callable[..., torch.Tensor], *, reduction: str) -> Loss
     losses_of = _per_row(criterion, reduction)
 
     def loss_of(module: Any, batch: Any) -> torch.Tensor:
-        inputs, targets = as_pair(batch)
-        dtype = _floating_dtype(module)
-        outputs = module(_cast(inputs, dtype))
-        return losses_of(outputs, _cast(targets, dtype))
+        inputs, targets = fitting_pair(module, batch)
+        return losses_of(module(inputs), targets)
 
     return loss_of
+
+
+def fitting_pair(module: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets of a batch, floating ones in the dtype of the parameters.
+
+    Raises:
+        UnsupportedError: A batch that is no pair of tensors.
+    """
+    inputs, targets = as_pair(batch)
+    dtype = _floating_dtype(module)
+    return _cast(inputs, dtype), _cast(targets, dtype)
 
 
 def as_pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

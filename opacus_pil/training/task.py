@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from ..capture.row_losses import LossOf, as_pair, moved_to, pair_loss
+from ..capture.row_losses import LossOf, fitting_pair, moved_to, pair_loss
 from ..errors import UnsupportedError
 
 Collate = Callable[[list[Any]], Any]
@@ -74,7 +74,7 @@ class Task:
     def batch_loss(self, module: Any, batch: Any) -> torch.Tensor:
         """Return the scalar that a plain training step would call backward() on."""
         if self.own_loss is None and self.criterion is not None:
-            inputs, targets = as_pair(batch)
+            inputs, targets = fitting_pair(module, batch)
             found: torch.Tensor = self.criterion(module(inputs), targets)
             return found
         losses = self.loss_of(module, batch)

@@ -31,6 +31,8 @@ from .training.probe import Probe
 from .training.task import Task, evaluated_parts
 from .training_kernel import TrainingKernel
 
+_COARSE = 1e-4  # float32 and its sequences are far below, half precisions above
+
 # Policies whose label a probe can take away; the others are estimates whatever it finds.
 PROBED = ("worst_case", "capped", "full", "participation")
 
@@ -76,7 +78,7 @@ class StepAccounting:
         self.kernel = kernel
         self.dataset = dataset
         self._population = population
-        self.sample_rate = sample_rate
+        self._sample_rate = sample_rate
         self._shard = shard
         self._loaded = loaded
         self._opacus_hook = optimizer.step_hook
@@ -92,12 +94,13 @@ class StepAccounting:
             watch_forward(module._module, recorder)
         self.steps = 0  # of this training in this process
         self._clipped_at: tuple[float, float] | None = None
-        self._buffers = Buffers(module._module)
+        self._unheld = Unheld(module._module, optimizer)
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.tracker.skipped_at_end = self._note_skipped
         recorder.guarded = True
 
     def __call__(self, optimizer: DPOptimizer) -> None:
@@ -147,6 +150,13 @@ class StepAccounting:
                 f"{noised_to:g}. Instances are charged for what happened; Opacus's own epsilon is "
                 "not.",
             )
+        if self.sample_rate > self._sample_rate:
+            self._charger.warn(
+                "sample rate",
+                f"Rows are drawn at rate {self.sample_rate:g}, Opacus accounts for "
+                f"{self._sample_rate:g}. Instances are charged for what happened; Opacus's own "
+                "epsilon is not.",
+            )
         if self.evaluated is None:
             self.evaluated = evaluated_parts(self.module._module)
         self._charger.note_update(
@@ -162,6 +172,20 @@ class StepAccounting:
         )
         self._charger.charge(step)
         self.steps += 1
+
+    @property
+    def sample_rate(self) -> float:
+        """Largest rate that rows were drawn or accounted at: whoever raises it is charged for it.
+
+        It never sinks, since batches are drawn ahead of their steps.
+        """
+        return max(self._sample_rate, self.tracker.rate)
+
+    def taken_over(self) -> None:
+        """A checkpoint was loaded: generators, buffers and ledgers went back together."""
+        self.recorder.noise_seen.forget()
+        self.tracker.forget_randomness()
+        self._unheld.changed()
 
     @property
     def clip_bound(self) -> float:
@@ -244,7 +268,12 @@ class StepAccounting:
             facts.append(Fact("random_instance_on_empty"))
         if released_count:
             facts.append(Fact("count_released"))
-        changed = self._buffers.changed()
+        if record.rounding > _COARSE:
+            facts.append(Fact("coarse_rounding", f"rounded to {record.rounding:.1g}"))
+        divisor, named = self.optimizer.expected_batch_size, self.kernel.expected_batch_size
+        if divisor != named and self.kernel.loss_reduction == "mean":
+            facts.append(Fact("divisor_changed", f"{divisor} instead of {named}"))
+        changed = self._unheld.changed()
         if changed:
             facts.append(Fact("buffer_changed", changed))
         return facts
@@ -286,6 +315,10 @@ class StepAccounting:
         if self._clipped_at != self.coming_kernel():
             raise UnsupportedError(_OTHER_SETTINGS)
 
+    def _note_skipped(self) -> None:
+        """A pass ended with draws that made no step, and there may be no further one."""
+        self._charger.find_later(Fact("draw_skipped"))
+
     def _charge_without_noise(self) -> None:
         """The plain optimizer is about to step by gradients that nobody noised."""
         facts = [Fact("not_noised", "the plain optimizer stepped by itself")]
@@ -299,20 +332,32 @@ _OTHER_SETTINGS = (
 )
 
 
-class Buffers:
-    """Notices whether buffers of a module change, by their versions."""
+class Unheld:
+    """Notices, by their versions, whether buffers of a module change, and parameters that train
+    and that an optimizer does not hold.
+    """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: torch.nn.Module, optimizer: Optimizer) -> None:
+        self._module, self._optimizer = module, optimizer
         self._seen = self._versions()
 
     def changed(self) -> str:
-        """Return the name of a buffer that has changed since it was asked last; "": none."""
+        """Return the name of one that has changed since it was asked last; "": none."""
         before, self._seen = self._seen, self._versions()
-        return next((name for name, v in self._seen.items() if before.get(name) != v), "")
+        changed = (name for name, v in self._seen.items() if before.get(name, v) != v)
+        return next(changed, "")
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        return {n: (b.data_ptr(), b._version) for n, b in self._module.named_buffers()}
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        named = [
+            *self._module.named_buffers(),
+            *(
+                (name, p)
+                for name, p in self._module.named_parameters()
+                if p.requires_grad and id(p) not in held
+            ),
+        ]
+        return {name: (t.data_ptr(), t._version) for name, t in named}
 
 
 def described_update(

@@ -33,6 +33,7 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from ..errors import UnsupportedError
 from .clipping import clip_factors
 from .ghost import GhostSeam
+from .randomness import generator_mark
 from .recorder import Recorder
 
 
@@ -102,6 +103,12 @@ class _Recording:
         optimizer: Any = self
         return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
 
+    def _noise_mark(self) -> int | None:
+        optimizer: Any = self
+        if optimizer.secure_mode or not optimizer.params:
+            return None
+        return generator_mark(optimizer.generator, optimizer.params[0].device)
+
     def add_noise(self) -> None:
         """Add noise as Opacus does, noting how much, to what, and whether the clip has held."""
         optimizer: Any = self
@@ -109,8 +116,14 @@ class _Recording:
         sums = [p.summed_grad for p in parameters]
         self.recorder.before_noise([s for s in sums if s is not None])
         self.recorder.noise(self.noise_std())
+        before = self._noise_mark()
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
+        drawn = (
+            self._noise_mark() != before
+        )  # not without noise, nor on another rank than the first
+        if drawn and self.recorder.noise_seen.again(before):
+            self.recorder.note("noise_repeated")
         noised = {id(p) for p in parameters}
         held = [p for group in optimizer.param_groups for p in group["params"]]
         raw = [p for p in held if id(p) not in noised and _moves(p)]

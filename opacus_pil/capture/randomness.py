@@ -63,6 +63,43 @@ def watch_forward(module: nn.Module, notes: Notes) -> None:
     module.register_forward_hook(watch.after)
 
 
+class Seen:
+    """Remembers where a generator stood when somebody drew from it: no draw may be repeated."""
+
+    def __init__(self) -> None:
+        self._marks: set[int] = set()
+
+    def again(self, mark: int | None) -> bool:
+        """Whether somebody drew from here before; None, a generator without a state, never."""
+        known = mark in self._marks
+        if mark is not None:
+            self._marks.add(mark)
+        return known
+
+    def forget(self) -> None:
+        """Start anew: a training was put back to an earlier state, with its ledgers."""
+        self._marks.clear()
+
+
+def generator_mark(generator: Any = None, device: torch.device = _CPU) -> int | None:
+    """Return a mark of where a generator stands; None: it does not say.
+
+    Args:
+        generator: None: torch's global one of `device`.
+        device: Whose global generator.
+    """
+    try:
+        if generator is not None:
+            state = generator.get_state()
+        elif device.type == "cuda":
+            state = torch.cuda.get_rng_state(device)
+        else:
+            state = torch.get_rng_state()
+    except RuntimeError:  # cryptographic generators have no state to be put back to
+        return None
+    return hash(state.numpy().tobytes())
+
+
 class ForwardStates:
     """Keeps where the generators stood when a module's training forward passes began.
 

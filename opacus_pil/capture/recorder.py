@@ -19,6 +19,7 @@ from ..errors import UnsupportedError
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
 from .indices import BatchTracker
+from .randomness import Seen
 
 _OUT_OF_STEP = (
     "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
@@ -134,6 +135,7 @@ class Recorder:
         self.guarded = False  # True once the accounting hook is attached and must stay
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
+        self.noise_seen = Seen()
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
@@ -272,6 +274,8 @@ class Recorder:
         skipped = self.tracker.settle()
         if skipped:
             facts.append(Fact("draw_skipped"))
+        if self.tracker.coins_repeated:
+            facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
         if any(c.foreign for c in captures):

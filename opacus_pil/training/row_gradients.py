@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .._validate import FloatArray, IntArray
 from ..capture.collate import keeps_order, order_of_rows
+from ..capture.row_losses import moved_to
 from .task import Task
 
 _SAME = 1e-3  # relative: float32 gradients by two exact methods agree far better
@@ -103,28 +104,36 @@ class RowGradients:
         if order is None:
             return "loss_not_checked", f"rows are not found in a batch of them: {why}"
         batch = self._task.collate(items, device=self.device)
+        with torch.no_grad():
+            parts = [moved_to(one, self.device) for one in single]
+            own = torch.cat([self._task.loss_of(self._inner, one) for one in parts]).isfinite()
         with torch.enable_grad():
             losses = self._task.loss_of(self._inner, batch)
             if losses.shape != (len(rows),):
                 return "loss_couples_rows", (
                     f"{len(rows)} rows have {tuple(losses.shape)} losses in one batch"
                 )
+            finite = own & losses.isfinite()[np.argsort(order)]
+            if not bool(finite.all()) and bool((finite == own).all()):
+                # Records without a loss, alone or not, are a fact of their own.
+                rest = rows[finite.cpu().numpy()]
+                return self.coupling(rest, bound=bound) if len(rest) > 1 else None
             joint = self._joint_difference(batch, losses.detach())
-            together = [self._gradients(loss, keep=True) for loss in losses]
-        if joint:
-            return "loss_couples_rows", joint
-        for position, k in enumerate(order):
-            alone, within = self.alone(int(rows[k])), together[position]
-            sizes = norm(alone), norm(within)
-            if not np.isfinite(sizes).any():
-                continue  # a record that has no gradient, alone or not: a fact of its own
-            apart = norm([a - b for a, b in zip(alone, within, strict=True)])
-            if not apart <= self.tolerance() * (max(sizes) + bound):
-                far = f"{apart / max(*sizes, 1e-30):.0%}" if np.isfinite(apart) else "infinitely far"
-                return "loss_couples_rows", (
-                    f"a row's gradient in a batch is {far} away from its gradient alone; the loss, "
-                    "the model or the padding mixes rows"
-                )
+            if joint:
+                return "loss_couples_rows", joint
+            for position, k in enumerate(order):
+                within = self._gradients(losses[position], keep=True)
+                alone = self.alone(int(rows[k]))
+                size = max(norm(alone), norm(within))
+                apart = norm([a - b for a, b in zip(alone, within, strict=True)])
+                if not apart <= self.tolerance() * (size + bound):
+                    far = (
+                        f"{apart / max(size, 1e-30):.0%}" if np.isfinite(apart) else "not a number"
+                    )
+                    return "loss_couples_rows", (
+                        f"a row's gradient in a batch is {far} away from its gradient alone; the "
+                        "loss, the model or the padding mixes rows"
+                    )
         return None
 
     def _order(self, batch: Any, items: list[Any]) -> Any:

@@ -169,7 +169,9 @@ def train(
     return training
 
 
-def shifts(loop: Loop, *, row: int = 0, data: Any = None, caps: Any = None, **options: Any) -> np.ndarray:
+def shifts(
+    loop: Loop, *, row: int = 0, data: Any = None, caps: Any = None, **options: Any
+) -> np.ndarray:
     """How far each step's noised sum moves when the row goes, in units of the clip bound."""
     data = points() if data is None else data
     options.setdefault("divisor", len(data))
@@ -178,6 +180,9 @@ def shifts(loop: Loop, *, row: int = 0, data: Any = None, caps: Any = None, **op
     part = train(loop, data=without(data, row), caps=less, **options)
     assert len(whole.moves) == len(part.moves)
     bound = options.get("clip", CLIP)
-    return np.array([
-        float((a - b).norm()) / np.linalg.norm(bound) for a, b in zip(whole.moves, part.moves, strict=True)
-    ])
+    return np.array(
+        [
+            float((a - b).norm()) / np.linalg.norm(bound)
+            for a, b in zip(whole.moves, part.moves, strict=True)
+        ]
+    )

@@ -92,9 +92,11 @@ class StepAccounting:
             )  # fmt: skip
         if charger.claims_as == "participation":
             watch_forward(module._module, recorder)
+        self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
         self._clipped_at: tuple[float, float] | None = None
         self._unheld = Unheld(module._module, optimizer)
+        self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
@@ -159,17 +161,7 @@ class StepAccounting:
             )
         if self.evaluated is None:
             self.evaluated = evaluated_parts(self.module._module)
-        self._charger.note_update(
-            described_update(
-                optimizer.original_optimizer,
-                clip_bound=record.max_grad_norm,
-                noise_std=std or 0.0,
-                divisor=optimizer.expected_batch_size,
-                loss_reduction=optimizer.loss_reduction,
-                batches=batches,
-                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
-            )
-        )
+        self._charger.note_update(self._update(record.max_grad_norm, std or 0.0, batches))
         self._charger.charge(step)
         self.steps += 1
 
@@ -213,10 +205,7 @@ class StepAccounting:
 
     def random_forward(self) -> bool:
         """Whether the training's forward pass draws dropout masks."""
-        return any(
-            isinstance(part, _DropoutNd) and part.training and part.p > 0
-            for part in self.module._module.modules()
-        )
+        return any(part.training and part.p > 0 for part in self._dropouts)
 
     def measure(self) -> Sweep:
         """Run a full pass over the instances in training.
@@ -248,6 +237,25 @@ class StepAccounting:
         return replace(found, indices=members)
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _update(self, clip_bound: float, noise_std: float, batches: int) -> str:
+        """Return `described_update` of this step; most steps are like the one before."""
+        plain = self.optimizer.original_optimizer
+        settings = [
+            (name, value) for group in plain.param_groups for name, value in group.items()
+            if name not in ("params", "initial_lr")
+        ]  # fmt: skip
+        divisor, reduction = self.optimizer.expected_batch_size, self.optimizer.loss_reduction
+        now = (clip_bound, noise_std, batches, divisor, reduction, settings)
+        simple = not any(isinstance(value, torch.Tensor | list) for _, value in settings)
+        if self._described is None or not simple or self._described[0] != now:
+            words = described_update(
+                plain, clip_bound=clip_bound, noise_std=noise_std, divisor=divisor,
+                loss_reduction=reduction, batches=batches,
+                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
+            )  # fmt: skip
+            self._described = (now, words)
+        return self._described[1]
 
     def _facts(self, record: StepRecord, released_count: float) -> list[Fact]:
         """Return everything that takes away from what may be claimed for this step."""
@@ -338,7 +346,14 @@ class Unheld:
     """
 
     def __init__(self, module: torch.nn.Module, optimizer: Optimizer) -> None:
-        self._module, self._optimizer = module, optimizer
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._places = [
+            (f"{name}.{own}".lstrip("."), tensors, own)
+            for name, part in module.named_modules()
+            for tensors in (part._buffers, part._parameters)
+            for own, tensor in tensors.items()
+            if id(tensor) not in held
+        ]
         self._seen = self._versions()
 
     def changed(self) -> str:
@@ -348,16 +363,12 @@ class Unheld:
         return next(changed, "")
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        named = [
-            *self._module.named_buffers(),
-            *(
-                (name, p)
-                for name, p in self._module.named_parameters()
-                if p.requires_grad and id(p) not in held
-            ),
-        ]
-        return {name: (t.data_ptr(), t._version) for name, t in named}
+        found = ((name, tensors.get(own)) for name, tensors, own in self._places)
+        return {
+            name: (t.data_ptr(), t._version)
+            for name, t in found
+            if t is not None and (t.requires_grad or not isinstance(t, torch.nn.Parameter))
+        }
 
 
 def described_update(

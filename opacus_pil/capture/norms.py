@@ -104,8 +104,10 @@ class _Recording:
         return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
 
     def _noise_mark(self) -> int | None:
+        """Return where the noise is drawn from; None: none is, or nobody can say."""
         optimizer: Any = self
-        if optimizer.secure_mode or not optimizer.params:
+        rank = getattr(optimizer, "rank", 0)  # of several processes the first one adds the noise
+        if rank or optimizer.secure_mode or not optimizer.params or not self.noise_std():
             return None
         return generator_mark(optimizer.generator, optimizer.params[0].device)
 
@@ -116,19 +118,16 @@ class _Recording:
         sums = [p.summed_grad for p in parameters]
         self.recorder.before_noise([s for s in sums if s is not None])
         self.recorder.noise(self.noise_std())
-        before = self._noise_mark()
+        if self.recorder.noise_seen.again(self._noise_mark()):
+            self.recorder.note("noise_repeated")
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
-        drawn = (
-            self._noise_mark() != before
-        )  # not without noise, nor on another rank than the first
-        if drawn and self.recorder.noise_seen.again(before):
-            self.recorder.note("noise_repeated")
-        noised = {id(p) for p in parameters}
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        raw = [p for p in held if id(p) not in noised and _moves(p)]
-        if raw:
-            self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
+        if len(held) > len(parameters):  # else all of them were noised
+            noised = {id(p) for p in parameters}
+            raw = [p for p in held if id(p) not in noised and _moves(p)]
+            if raw:
+                self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
 
 
 def _moves(parameter: torch.Tensor) -> bool:
@@ -222,7 +221,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
         )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
-        kept = None if caps is None or bool((caps > 0).all()) else caps > 0
+        kept = None if caps is None or self.recorder.everyone_in else caps > 0
         if kept is not None:
             factors = factors[kept]
         for p in self.params:

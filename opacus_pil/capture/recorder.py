@@ -6,6 +6,7 @@ which label a step has earned is `training/evidence.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,8 +98,9 @@ class _Capture:
     unclaimed: int  # batches that loaders had given since the one before
     passes: int
     foreign: bool  # a batch that no loader had just handed out
-    allowed: torch.Tensor  # most that the sum can be, over all layers or of each
-    bounds: FloatArray | float | None  # that each row was clipped to; None: layers one by one
+    limits: FloatArray | None  # of each row, where caps are in force
+    allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
+    phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
 class Recorder:
@@ -133,6 +135,7 @@ class Recorder:
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
         self.guards: list[Callable[[], None]] = []  # each may refuse the step that begins
         self.guarded = False  # True once the accounting hook is attached and must stay
+        self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
         self.noise_seen = Seen()
@@ -141,7 +144,8 @@ class Recorder:
         self._captures: list[_Capture] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
         self._noise_std: float | None = None
-        self._exceeded: torch.Tensor | None = None
+        self._sums: torch.Tensor | None = None  # norm of each layer's clipped sum
+        self._sum_rounding = 0.0
 
     @property
     def midway(self) -> bool:
@@ -151,7 +155,7 @@ class Recorder:
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
         self._captures, self._facts = [], {}
-        self._noise_std, self._exceeded = None, None
+        self._noise_std, self._sums = None, None
 
     def note(self, code: str, detail: str = "") -> None:
         """Keep a fact about the step under way."""
@@ -200,30 +204,25 @@ class Recorder:
         elif rows is not None and len(rows) != len(norms):
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
             rows = None
-        caps = dropped = None
-        row_bounds: FloatArray | float | None = max_grad_norm if allowed is None else None
+        caps = dropped = limits = None
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
             self._require_enforceable(rows, draw, coarsest, mismatch)
             if phantom:
+                self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
             else:
                 assert rows is not None
-                enforced = self.caps(rows)
-                row_bounds = enforced * max_grad_norm
-                caps = torch.as_tensor(enforced, device=norms.device, dtype=norms.dtype)
+                limits = self.caps(rows)
+                self.everyone_in = bool((limits.astype(np.float32) > 0.0).all())
+                caps = torch.as_tensor(limits, device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
-        if allowed is None:
-            bounds: Any = max_grad_norm if caps is None or phantom else caps * max_grad_norm
-            limits = torch.as_tensor(bounds).to(norms)  # NaN of a row that is left out stays out
-            clipped = torch.where(limits > 0, torch.minimum(norms, limits), 0.0)
-            allowed = clipped.sum() + (max_grad_norm if phantom else 0.0)
         self._captures.append(
             _Capture(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, allowed.detach(), row_bounds,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, phantom,
             )
         )  # fmt: skip
         return caps
@@ -234,7 +233,7 @@ class Recorder:
             guard()
 
     def before_noise(self, sums: Sequence[torch.Tensor]) -> None:
-        """Hold the clipped sums against what their rows allow, on their device.
+        """Keep how large the clipped sums are, on their device, to be held against their rows.
 
         A tripwire: a sum above it shows that clipping did not hold. One below it shows nothing: it
         does not see rows that depend on each other, a batch used twice, or gradients that cancel.
@@ -244,15 +243,11 @@ class Recorder:
         """
         if not sums or not self._captures:
             return
-        device = sums[0].device
-        parts = torch.stack([norm.to(device) for norm in torch._foreach_norm(list(sums))])
-        limits = [c.allowed.to(device, parts.dtype) for c in self._captures]
-        rows = sum(len(c.norms) for c in self._captures)
-        eps = max(torch.finfo(s.dtype).eps for s in sums)
-        slack = 1.0 + _TRIPWIRE_SLACK + rows * eps
-        limit = torch.stack(limits).sum(dim=0) * slack
-        found = parts if limit.ndim else parts.norm(2)
-        self._exceeded = (found > limit + torch.finfo(parts.dtype).tiny).any()
+        norms = list(torch._foreach_norm(list(sums)))
+        if any(s.device != sums[0].device for s in sums):
+            norms = [norm.to(sums[0].device) for norm in norms]
+        self._sums = torch.stack(norms)
+        self._sum_rounding = max(torch.finfo(s.dtype).eps for s in sums)
 
     def noise(self, std: float) -> None:
         """Note the standard deviation of the noise that is being added to the sum.
@@ -269,7 +264,8 @@ class Recorder:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
         captures, facts, std = self._captures, list(self._facts), self._noise_std
-        norms, exceeded = _joined([c.norms for c in captures], self._exceeded)
+        norms, sums, allowed = _joined(captures, self._sums)
+        exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
         self.clear()
         skipped = self.tracker.settle()
         if skipped:
@@ -383,9 +379,10 @@ def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
 
 def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
     """Return what Opacus multiplied each gradient with; None: no one number per row."""
-    if any(c.bounds is None for c in captures):
+    if any(c.allowed is not None for c in captures):
         return None
-    parts = [np.broadcast_to(np.asarray(c.bounds, float), len(c.norms)) for c in captures]
+    ones = [np.ones(len(c.norms)) if c.limits is None else c.limits for c in captures]
+    parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
     bounds = np.concatenate(parts) if parts else np.empty(0)
     return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
 
@@ -396,13 +393,44 @@ def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:
     return max(len(draws) + unknown, passes, sum(c.unclaimed for c in captures), 1)
 
 
-def _joined(parts: list[torch.Tensor], exceeded: torch.Tensor | None) -> tuple[FloatArray, bool]:
-    """Return all norms and whether the tripwire fired, in one transfer from the device."""
+def _joined(
+    captures: list[_Capture], sums: torch.Tensor | None
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """Return norms, layers' sums and what layers allow, in one transfer from the device."""
+    parts = [c.norms for c in captures]
+    layers = [c.allowed for c in captures if c.allowed is not None]
+    rows = sum(map(len, parts))
+    last = rows if sums is None else rows + len(sums)
+    parts = [*parts, *([] if sums is None else [sums]), *layers]
     if not parts:
-        return np.empty(0), exceeded is not None and bool(exceeded)
+        return np.empty(0), np.empty(0), None
+    device = parts[0].device
+    if any(p.device != device for p in parts):
+        parts = [p.to(device) for p in parts]
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if exceeded is None:
-        return together.to("cpu", torch.float64).numpy(), False
-    flag = exceeded.to(together).reshape(1)
-    found = torch.cat([together, flag]).to("cpu", torch.float64).numpy()
-    return found[:-1], bool(found[-1])
+    found: FloatArray = together.to("cpu", torch.float64).numpy()
+    allowed = found[last:].reshape(len(layers), -1).sum(axis=0) if layers else None
+    return found[:rows], found[rows:last], allowed
+
+
+def _exceeds(
+    captures: list[_Capture], norms: FloatArray, sums: FloatArray, layers: FloatArray | None, *,
+    rounding: float,
+) -> bool:  # fmt: skip
+    """Whether clipped sums are larger than their rows allow, over all layers or in one of them."""
+    if not len(sums):
+        return False
+    slack = 1.0 + _TRIPWIRE_SLACK + len(norms) * rounding
+    if layers is not None:
+        return bool((sums > layers * slack).any())
+    limit, start = 0.0, 0
+    for part in captures:
+        own, start = norms[start : start + len(part.norms)], start + len(part.norms)
+        if part.limits is None:
+            limit += float(np.minimum(own, part.max_grad_norm).sum())
+        else:  # a row that caps leave out may hold NaN
+            kept = part.limits > 0.0
+            limit += float(np.minimum(own, part.limits * part.max_grad_norm)[kept].sum())
+        if part.phantom:  # Opacus's random row is in the sum and not here
+            limit += part.max_grad_norm
+    return math.sqrt(float(sums @ sums)) > limit * slack

@@ -52,12 +52,12 @@ def untouched_generators(device: torch.device = _CPU) -> Iterator[Callable[[], b
 class Notes(Protocol):
     """Whoever keeps facts about the step under way."""
 
-    def note(self, code: str, detail: str = "") -> None:
+    def note(self, code: str, detail: str = "", *, lasting: bool = False) -> None:
         """Keep a fact."""
 
 
 def watch_forward(module: nn.Module, notes: Notes) -> None:
-    """Note "random_gradient" whenever a forward pass of the module draws a random number."""
+    """Note "random_gradient", for good, once a forward pass of the module draws a random number."""
     watch = _Watch(notes)
     module.register_forward_pre_hook(watch.before)
     module.register_forward_hook(watch.after)
@@ -169,4 +169,4 @@ class _Watch:
         if states is None or self._notes is None:
             return
         if not same_states(states, generator_states(next(module.parameters()).device)):
-            self._notes.note("random_gradient")
+            self._notes.note("random_gradient", lasting=True)

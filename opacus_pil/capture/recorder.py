@@ -143,6 +143,7 @@ class Recorder:
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
+        self._lasting: dict[Fact, None] = {}
         self._noise_std: float | None = None
         self._sums: torch.Tensor | None = None  # norm of each layer's clipped sum
         self._sum_rounding = 0.0
@@ -157,9 +158,16 @@ class Recorder:
         self._captures, self._facts = [], {}
         self._noise_std, self._sums = None, None
 
-    def note(self, code: str, detail: str = "") -> None:
-        """Keep a fact about the step under way."""
-        self._facts.setdefault(Fact(code, detail))
+    def note(self, code: str, detail: str = "", *, lasting: bool = False) -> None:
+        """Keep a fact about the step under way.
+
+        Args:
+            code: What it is.
+            detail: What was found.
+            lasting: Keep it for all later steps too, and when gradients are dropped, which ghost
+                clipping does between its two backward passes.
+        """
+        (self._lasting if lasting else self._facts).setdefault(Fact(code, detail))
 
     def capture(
         self,
@@ -263,7 +271,7 @@ class Recorder:
         Args:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
-        captures, facts, std = self._captures, list(self._facts), self._noise_std
+        captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
         norms, sums, allowed = _joined(captures, self._sums)
         exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
         self.clear()

@@ -61,9 +61,7 @@ class RowGradients:
 
     def alone(self, row: int) -> Gradients:
         """Return the gradients of one row's own loss."""
-        batch = self._task.collate([self._dataset[row]], device=self.device)
-        with torch.enable_grad():
-            return self._gradients(self._task.loss_of(self._inner, batch).sum(), keep=False)
+        return self._alone(self._task.collate([self._dataset[row]], device=self.device))
 
     def weighted(self, rows: IntArray, factors: FloatArray, *, parts: int = _PARTS) -> Gradients:
         """Return the sum of the rows' gradients, each times its factor.
@@ -104,9 +102,9 @@ class RowGradients:
         if order is None:
             return "loss_not_checked", f"rows are not found in a batch of them: {why}"
         batch = self._task.collate(items, device=self.device)
+        single = [moved_to(one, self.device) for one in single]
         with torch.no_grad():
-            parts = [moved_to(one, self.device) for one in single]
-            own = torch.cat([self._task.loss_of(self._inner, one) for one in parts]).isfinite()
+            own = torch.cat([self._task.loss_of(self._inner, one) for one in single]).isfinite()
         with torch.enable_grad():
             losses = self._task.loss_of(self._inner, batch)
             if losses.shape != (len(rows),):
@@ -123,7 +121,7 @@ class RowGradients:
                 return "loss_couples_rows", joint
             for position, k in enumerate(order):
                 within = self._gradients(losses[position], keep=True)
-                alone = self.alone(int(rows[k]))
+                alone = self._alone(single[k])  # of the same item: asked again it may be another
                 size = max(norm(alone), norm(within))
                 apart = norm([a - b for a, b in zip(alone, within, strict=True)])
                 if not apart <= self.tolerance() * (size + bound):
@@ -135,6 +133,10 @@ class RowGradients:
                         "loss, the model or the padding mixes rows"
                     )
         return None
+
+    def _alone(self, batch: Any) -> Gradients:
+        with torch.enable_grad():
+            return self._gradients(self._task.loss_of(self._inner, batch).sum(), keep=False)
 
     def _order(self, batch: Any, items: list[Any]) -> Any:
         """Return which of the items each row of their batch is."""

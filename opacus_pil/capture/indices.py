@@ -90,6 +90,7 @@ class BatchTracker:
         self.rate = 0.0
         self.coins_repeated = False
         self.coins = Seen()
+        self.midway: Callable[[], bool] = bool  # whether a claimed batch waits for its step
         self.skipped_at_end: Callable[[], None] | None = None  # told of draws that no step follows
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
 
@@ -114,9 +115,9 @@ class BatchTracker:
             self._close(self.handed_out - 1)
 
     def end(self) -> None:
-        """A pass was gone through to its end: what nobody claimed of it was skipped."""
+        """A pass was gone through to its end: what no step has used of it was skipped."""
         if not self._explicit:
-            self._close(self.handed_out)
+            self._close(self.handed_out + self.midway())
 
     def publish(
         self,
@@ -207,7 +208,7 @@ class BatchTracker:
         # Whoever only evaluates, with gradients off, makes no step of any draw of the pass.
         if self._stepped or not self._evaluated:
             self.skipped += max(skipped, 0)
-        if self._stepped and self.skipped and self.skipped_at_end is not None:
+        if self.skipped and self.skipped_at_end is not None:
             self.skipped_at_end()  # there may be no further step to say it at
             self.skipped = 0
         self._rows, self.handed_out = None, 0

@@ -130,6 +130,7 @@ class Recorder:
         publish: Any = None,
     ) -> None:
         self.tracker = tracker
+        tracker.midway = lambda: self.midway
         self.caps = caps
         self.publish = publish
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
@@ -155,6 +156,10 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
+        self.tracker.skipped += bool(self._captures)  # of a draw that was used for nothing
+        self._reset()
+
+    def _reset(self) -> None:
         self._captures, self._facts = [], {}
         self._noise_std, self._sums = None, None
 
@@ -274,7 +279,7 @@ class Recorder:
         captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
         norms, sums, allowed = _joined(captures, self._sums)
         exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
-        self.clear()
+        self._reset()
         skipped = self.tracker.settle()
         if skipped:
             facts.append(Fact("draw_skipped"))

@@ -83,8 +83,8 @@ _TABLE = (
     ),
     Finding(
         "draw_skipped", "estimate",
-        "a drawn batch was skipped while others made steps: how many steps there are then tells "
-        "who was drawn",
+        "a drawn batch made no private step (it was skipped, or another optimizer used it): how "
+        "many steps there are then tells who was drawn",
     ),
     Finding(
         "coins_repeated", "estimate",

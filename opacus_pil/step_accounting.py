@@ -87,7 +87,7 @@ class StepAccounting:
         if charger.claims_as in PROBED:
             measured = charger.claims_as in ("full", "participation")
             self.probe = Probe(
-                task, dataset, module=module._module, random_rows=measured,
+                task, dataset, module=module, random_rows=measured,
                 dimension=0 if kernel.batch_first else 1,
             )  # fmt: skip
         if charger.claims_as == "participation":

@@ -106,38 +106,37 @@ class ForwardStates:
     With them a pass can be run again with the same dropout masks. A copied model keeps nothing.
 
     Args:
-        module: To watch.
+        module: To watch; None: nothing is seen.
+        device: Whose global generator, beside the processor's.
 
     Attributes:
         wanted: Whether coming passes are kept.
-        replayed: State that the next pass is to begin with, once; None: as it comes.
     """
 
     _MOST = 64  # passes between two steps; more are not told apart
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(
+        self, module: nn.Module | None = None, *, device: torch.device = _CPU
+    ) -> None:
         self.wanted = False
-        self.replayed: tuple[Any, ...] | None = None
+        self._device = device
         self._states: list[tuple[Any, ...]] = []
         if module is not None:
             module.register_forward_pre_hook(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardStates:
+        """Copy without what was kept: a copy is asked for nothing."""
         return ForwardStates()
 
     def __reduce__(self) -> Any:
+        """Pickle likewise."""
         return ForwardStates, ()
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Look at one forward pass before it is made."""
-        if not (self.wanted or self.replayed):
-            return
-        device = next(module.parameters()).device
-        if self.replayed is not None:
-            state, self.replayed = self.replayed, None
-            set_generator_states(state, device)
-        elif module.training and torch.is_grad_enabled() and len(self._states) <= self._MOST:
-            self._states.append(generator_states(device))
+        trains = module.training and torch.is_grad_enabled()
+        if self.wanted and trains and len(self._states) <= self._MOST:
+            self._states.append(generator_states(self._device))
 
     def take(self) -> list[tuple[Any, ...]]:
         """Return the states that were kept since the last call."""

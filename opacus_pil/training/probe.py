@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from .._validate import FloatArray, IntArray
 from ..capture.collate import order_of_rows
-from ..capture.randomness import ForwardStates, untouched_generators
+from ..capture.randomness import ForwardStates, set_generator_states, untouched_generators
 from ..capture.recorder import Fact, StepRecord
 from ..capture.sweep import batch_dependent
 from .row_gradients import RowGradients, active_dropout, norm, undisturbed, without_dropout
@@ -48,7 +48,7 @@ class Probe:
     Args:
         task: What the training was said to minimise.
         dataset: Its rows.
-        module: The plain module, to see where its forward passes begin; None: not seen.
+        module: Whose forward passes train, to see where they begin; None: not seen.
         random_rows: Whether it matters that an item is the same when it is asked for again.
         dimension: Of the rows in a batch's tensors that have so many.
     """
@@ -58,7 +58,7 @@ class Probe:
         task: Task,
         dataset: Any,
         *,
-        module: nn.Module | None = None,
+        module: Any = None,
         random_rows: bool = False,
         dimension: int = 0,
     ) -> None:
@@ -70,7 +70,7 @@ class Probe:
         self._steps = 0
         self._random_items: bool | None = False if _in_memory(dataset) else None  # None: not asked
         self._summed = False
-        self._states = ForwardStates(module)
+        self._states = _watched(module)
         self._states.wanted = True
         coupling = task.coupling()
         if coupling:
@@ -111,7 +111,7 @@ class Probe:
                 f"{words[:200]}",
             )
         finally:
-            self._states.replayed, self._states.wanted = None, due(self._steps + 1)
+            self._states.wanted = due(self._steps + 1)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Probe:
         total: list[torch.Tensor] = []
         ends = np.cumsum(record.parts)
         for state, start, end in zip(states, [0, *ends[:-1]], ends, strict=True):
-            self._states.replayed = state
+            set_generator_states(state, asked.device)
             rows, factors = record.indices[start:end], record.factors[start:end]
             if len(rows):
                 found = asked.weighted(rows, factors, parts=1)
@@ -260,6 +260,15 @@ class Probe:
 
     def _keep(self, code: str, detail: str) -> None:
         self._found.setdefault(code, Fact(code, detail))
+
+
+def _watched(module: Any) -> ForwardStates:
+    """Watch what Opacus made of a module; its hooks object has the user's module called instead."""
+    if module is None:
+        return ForwardStates()
+    inner = getattr(module, "_module", module)
+    device = next(inner.parameters()).device
+    return ForwardStates(module if isinstance(module, nn.Module) else inner, device=device)
 
 
 def due(step: int) -> bool:

@@ -49,7 +49,9 @@ def test_norms_of_sequences_are_those_of_the_gradients(size, cancelling, bias):
     for parameter, truth in ((layer.weight, weight), (layer.bias, sums)):
         if parameter is not None:
             # Sixteen roundings of what is left of sequences; and float32 of the terms themselves.
-            terms = activations.double().norm(dim=2).amax(1) * backprops.double().norm(dim=2).amax(1)
+            terms = activations.double().norm(dim=2).amax(1) * backprops.double().norm(dim=2).amax(
+                1
+            )
             slack = 16 * SEQUENCE_ROUNDING * truth + 2.0**-23 * terms * LENGTH
             assert (found[parameter].double() >= truth - slack).all()
             assert (found[parameter].double() <= truth + slack).all()
@@ -155,7 +157,10 @@ class TestGradientsAsTheyWere:
             backward_again = wrapped._module(torch.ones(1, IN)).sum()
             backward_again.backward()
         optimizer.pre_step()
-        assert self.codes(recorder) in (["gradient_changed"], ["gradient_changed", "sum_above_clip"])
+        assert self.codes(recorder) in (
+            ["gradient_changed"],
+            ["gradient_changed", "sum_above_clip"],
+        )
 
     def test_a_step_without_a_backward_pass_is_noted(self):
         wrapped, optimizer, recorder, _ = ghost()

@@ -87,7 +87,9 @@ def test_a_loss_that_is_not_one_per_row_is_refused(module):
         def forward(self, outputs, targets):
             return outputs.flatten()
 
-    with pytest.raises(UnsupportedError, match=r"one loss per instance .* \(5\), got shape \(15,\)"):
+    with pytest.raises(
+        UnsupportedError, match=r"one loss per instance .* \(5\), got shape \(15,\)"
+    ):
         pair_loss(Pairs(), reduction="mean")(module, (INPUTS, LABELS))
 
 

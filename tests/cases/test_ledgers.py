@@ -94,7 +94,7 @@ class TestComposition:
         run = np.random.default_rng(0).random((4, 1, 6))
         for steps in (
             np.repeat(run, copies, axis=1),
-            np.concatenate([run, run.copy() + 0.0][: copies - 1] + [run], axis=1),
+            np.concatenate([run, *[run.copy() + 0.0] * (copies - 1)], axis=1),
         ):
             found = compose_per_instance(lambda order, s=steps: s * order, order=4.0)
             assert found.guarantee == "estimate"
@@ -186,5 +186,5 @@ def test_a_read_in_the_middle_of_training_changes_nothing():
     for one, other in itertools.zip_longest(read.moves, unread.moves):
         assert torch.equal(one, other)
     assert len(ORDERS) == read.spent().size
-    assert SIZE == read.engine.per_instance.num_instances
+    assert read.engine.per_instance.num_instances == SIZE
     assert isinstance(read.plain, nn.Module)

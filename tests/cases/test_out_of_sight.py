@@ -16,7 +16,11 @@ from tests.cases.loops import mixup
 from tests.cases.trainings import SIZE, answer, plain_loop, points
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="steps between two looks of the probe are not compared")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="steps between two looks of the probe are not compared",
+)
 def test_rows_mixed_between_two_looks():
     def loop(training):
         for step in range(1, 12):
@@ -47,14 +51,22 @@ class Neighbours(Dataset):
         return 0.5 * inputs[row] + 0.5 * inputs[row - 1], targets[row]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="what an item is made of is the data set's own affair")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="what an item is made of is the data set's own affair",
+)
 def test_a_data_set_whose_items_hold_several_records(monkeypatch):
     monkeypatch.setattr("tests.cases.trainings.TensorDataset", Neighbours)
     found = answer(plain_loop, row=1, data=Neighbours(*points().tensors))
     assert found.honest
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="whoever writes to parameters between steps is not asked")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="whoever writes to parameters between steps is not asked",
+)
 def test_raw_gradients_applied_by_hand():
     def loop(training):
         for inputs, targets in training.loader:
@@ -74,7 +86,11 @@ def test_raw_gradients_applied_by_hand():
     assert answer(loop).honest
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="a step size may be anything, also what the batch says")
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="a step size may be anything, also what the batch says",
+)
 def test_a_step_size_that_follows_the_batch():
     def loop(training):
         for inputs, targets in training.loader:
@@ -84,7 +100,9 @@ def test_a_step_size_that_follows_the_batch():
     assert answer(loop, batch_size=6, truth=[np.inf] * 3).honest
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="hooks after the accounting may do what they like")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="hooks after the accounting may do what they like"
+)
 def test_a_hook_that_takes_the_noise_away_again():
     def loop(training):
         def bare(optimizer):
@@ -117,4 +135,4 @@ def test_a_loss_that_depends_on_rows_that_nobody_looks_at():
     targets[13] = 5
     found = answer(plain_loop, data=TensorDataset(inputs, targets), criterion=Rare())
     assert found.honest
-    assert SIZE == len(inputs)
+    assert len(inputs) == SIZE

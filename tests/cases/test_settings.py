@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import (
-    BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler, Subset,
-    SubsetRandomSampler, TensorDataset, WeightedRandomSampler, default_collate,
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
 )  # fmt: skip
 
 from opacus_pil import PerInstancePrivacyEngine, UnsupportedError
@@ -225,7 +234,7 @@ def training_norm(training):
 
 
 def squared(training):
-    for inputs, targets in training.loader:
+    for inputs, _ in training.loader:
         training.optimizer.zero_grad()
         training.module(inputs).square().mean().backward()
         training.optimizer.step()

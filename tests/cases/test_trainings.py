@@ -9,7 +9,16 @@ from torch import nn
 
 from opacus_pil.accounting import sampled_gaussian_rdp
 from tests.cases.trainings import (
-    CLIP, MODES, NOISE, ORDERS, SIZE, answer, gaussian_rdp, linear, plain_loop, points,
+    CLIP,
+    MODES,
+    NOISE,
+    ORDERS,
+    SIZE,
+    answer,
+    gaussian_rdp,
+    linear,
+    plain_loop,
+    points,
     shifts,
 )  # fmt: skip
 

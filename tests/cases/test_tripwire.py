@@ -8,7 +8,7 @@ caught      A1 (nothing is clipped), A11 and A20 where the leak is larger than w
 not caught  A2, A8, A9, A10 (bounds and noise are noted elsewhere), A3, A4, A5, A6, A12, A16, A17
             (each gradient is clipped, whosever and however often), A7, A14, A15 (rows that depend
             on each other), A13 (a random gradient is clipped like any other), A18, A21 (no step is
-            made), and gradients that cancel: A11 with a small factor, or against the sum's direction
+            made), and gradients that cancel: A11 with a small factor, or a small sum of large ones
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.cases.loops import (
-    Contrastive, OneOutput, Partly, another_backward, hooked, hooked_a_little, mixup, one_output,
-    scaled, scaled_unseen, several_steps, views,
+    Contrastive,
+    OneOutput,
+    Partly,
+    another_backward,
+    hooked,
+    hooked_a_little,
+    mixup,
+    one_output,
+    scaled,
+    scaled_unseen,
+    several_steps,
+    views,
 )  # fmt: skip
 from tests.cases.trainings import plain_loop, points, shifts, train
 

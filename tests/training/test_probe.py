@@ -253,9 +253,14 @@ class TestLeavingNoTrace:
             _module = nn.Linear(2, 2)
 
         wrapper = Wrapper()
-        with pytest.raises(KeyError), undisturbed(wrapper):
-            assert not wrapper.hooks_enabled
-            raise KeyError
+
+        def failing():
+            with undisturbed(wrapper):
+                assert not wrapper.hooks_enabled
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            failing()
         assert wrapper.hooks_enabled
 
 
@@ -292,7 +297,7 @@ class TestChosenRows:
         assert 1 in chosen_rows(Subset(whole_set, [3, 29, 5]), None)  # row 29 is position 1
 
         class Listed(Dataset):
-            targets = [0] * 40 + [1]  # noqa: RUF012
+            targets = [0] * 40 + [1]
 
             def __len__(self):
                 return 41

@@ -323,9 +323,16 @@ class StepAccounting:
         if self._clipped_at != self.coming_kernel():
             raise UnsupportedError(_OTHER_SETTINGS)
 
-    def _note_skipped(self) -> None:
-        """A pass ended with draws that made no step, and there may be no further one."""
-        self._charger.find_later(Fact("draw_skipped"))
+    def _note_skipped(self, stepped: bool) -> bool:
+        """A pass ended with draws that made no step: note it, unless the loader was only looked at.
+
+        Args:
+            stepped: Whether other draws of the pass did.
+        """
+        trained = stepped or (self.probe is not None and self.probe.model_trains)
+        if trained:
+            self._charger.find_later(Fact("draw_skipped"))
+        return trained
 
     def _charge_without_noise(self) -> None:
         """The plain optimizer is about to step by gradients that nobody noised."""

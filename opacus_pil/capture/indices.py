@@ -91,7 +91,9 @@ class BatchTracker:
         self.coins_repeated = False
         self.coins = Seen()
         self.midway: Callable[[], bool] = bool  # whether a claimed batch waits for its step
-        self.skipped_at_end: Callable[[], None] | None = None  # told of draws that no step follows
+        # Told at the end of a pass of draws that made no step, and whether others did: there may
+        # be no further step to say it at. Answers whether it was taken down.
+        self.skipped_at_end: Callable[[bool], bool] = lambda stepped: False
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
 
     def draws(self, generator: Any, rate: float) -> None:
@@ -208,8 +210,7 @@ class BatchTracker:
         # Whoever only evaluates, with gradients off, makes no step of any draw of the pass.
         if self._stepped or not self._evaluated:
             self.skipped += max(skipped, 0)
-        if self.skipped and self.skipped_at_end is not None:
-            self.skipped_at_end()  # there may be no further step to say it at
+        if self.skipped and self.skipped_at_end(self._stepped):
             self.skipped = 0
         self._rows, self.handed_out = None, 0
         self._stepped, self._evaluated = False, True

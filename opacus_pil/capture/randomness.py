@@ -110,7 +110,8 @@ class ForwardStates:
         device: Whose global generator, beside the processor's.
 
     Attributes:
-        wanted: Whether coming passes are kept.
+        wanted: Whether the states of coming passes are kept.
+        passes: Number of passes since `take`.
     """
 
     _MOST = 64  # passes between two steps; more are not told apart
@@ -119,6 +120,7 @@ class ForwardStates:
         self, module: nn.Module | None = None, *, device: torch.device = _CPU
     ) -> None:
         self.wanted = False
+        self.passes = 0
         self._device = device
         self._states: list[tuple[Any, ...]] = []
         if module is not None:
@@ -134,13 +136,15 @@ class ForwardStates:
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         """Look at one forward pass before it is made."""
-        trains = module.training and torch.is_grad_enabled()
-        if self.wanted and trains and len(self._states) <= self._MOST:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        self.passes += 1
+        if self.wanted and self.passes <= self._MOST:
             self._states.append(generator_states(self._device))
 
     def take(self) -> list[tuple[Any, ...]]:
         """Return the states that were kept since the last call."""
-        states, self._states = self._states, []
+        states, self._states, self.passes = self._states, [], 0
         return states
 
 

@@ -83,6 +83,11 @@ class Probe:
         """What was found so far."""
         return tuple(self._found.values())
 
+    @property
+    def model_trains(self) -> bool:
+        """Whether the model was trained on something since the last step."""
+        return self._states.passes > 0
+
     def look(
         self, record: StepRecord, *, module: Any, parameters: Sequence[nn.Parameter],
         clipped_norm: ClippedNorm, sums: Sequence[torch.Tensor | None],

@@ -123,7 +123,9 @@ class TestForwardStates:
         module.eval()(torch.ones(1, 3))
         copy.deepcopy(module).train()(torch.ones(1, 3))
         pickle.loads(pickle.dumps(module)).train()(torch.ones(1, 3))
+        assert states.passes == 1  # the first one
         assert states.take() == []
+        assert states.passes == 0
 
 
 class TestRepetitions:

@@ -133,6 +133,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
             cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
         )  # fmt: skip
         bound = _checked_bound(max_grad_norm, clipping=options.get("clipping", "flat"))
+        if options.get("clipping") == "per_layer":
+            _require_bound_per_layer(max_grad_norm, optimizer)
         mode = options.get("grad_sample_mode", "hooks")
         poisson = options.get("poisson_sampling", True)
         named = not any(criterion is default for default in _DEFAULT_CRITERIA)
@@ -354,6 +356,16 @@ class PerInstancePrivacyEngine(ResumingEngine):
                 loss_reduction=kernel.loss_reduction,
             )
         return private_module, private_optimizer, private_loss, loader
+
+
+def _require_bound_per_layer(bounds: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless there is a clip bound for each parameter tensor that trains."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if len(bounds) != len(held):
+        raise ValueError(
+            f"Expected max_grad_norm to be one bound per parameter tensor of the optimizer "
+            f"({len(held)}), got {len(bounds)}. With clipping='per_layer' pass a list of as many."
+        )
 
 
 def _checked_bound(max_grad_norm: Any, *, clipping: str) -> float:

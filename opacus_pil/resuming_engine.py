@@ -376,6 +376,7 @@ class ResumingEngine(RecordingEngine):
             checked_pass(saved["pass"], training.tracker.loader),
             checked_generators(saved["generators"], self._generators(training)),
             checked_global_generators(saved["global_generators"]),
+            training.taken_over,
         )
 
     @staticmethod

@@ -126,6 +126,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "training",
         "training.evidence",
         "training.probe",
+        "training.row_gradients",
         "training.task",
         "training.weights",
         "training_kernel",

@@ -45,7 +45,7 @@ class GhostSeam:
         self._gradients: dict[int, tuple[int, int]] | None = None
         module.get_clipping_coef = _Method(self, "factors")
         module.enable_hooks = _Method(self, "after_backward")
-        module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, nn.Linear: self._linear_norms}
+        module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, nn.Linear: _LinearNorms(self)}
 
     def factors(self) -> torch.Tensor:
         """Return each row's clip factor in place of the module's own."""
@@ -96,11 +96,9 @@ class GhostSeam:
             recorder.note("not_clipped", f"{len(unclipped)} of {len(parameters)} tensors")
         self._norms, self._gradients = None, None
 
-    def _linear_norms(
-        self, layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
-    ) -> dict[nn.Parameter, torch.Tensor]:
-        self._sequences |= backprops.ndim == 3
-        return linear_norms(layer, activations, backprops)
+    def note_sequences(self) -> None:
+        """Say that norms of a linear layer were those of sequences."""
+        self._sequences = True
 
     def _capture(self) -> torch.Tensor | None:
         assert self._norms is not None
@@ -121,6 +119,33 @@ class _Method:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._seam._module()))
         return _opacus(copied, self._name) if copied is not None else self
+
+    def __reduce__(self) -> Any:
+        return _opacus, (self._seam._module(), self._name)
+
+
+class _LinearNorms:
+    """`linear_norms`, telling one module's seam of sequences; a copy of the module tells nobody."""
+
+    def __init__(self, seam: GhostSeam) -> None:
+        self._seam = seam
+
+    def __call__(
+        self, layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        if backprops.ndim == 3:
+            self._seam.note_sequences()
+        return linear_norms(layer, activations, backprops)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return linear_norms
+
+    def __reduce__(self) -> Any:
+        return _untold, ()
+
+
+def _untold() -> Any:
+    return linear_norms
 
 
 _ORIGINAL = {"factors": "get_clipping_coef", "after_backward": "enable_hooks"}

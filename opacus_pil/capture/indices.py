@@ -28,6 +28,7 @@ from ..errors import UnsupportedError
 from .collate import DEFAULT, GIVEN, ProvingCollate, RowOrder, keeps_order
 from .draws import Draw, SplitPasses
 from .passes import Pass, Resumable, started
+from .randomness import Seen, generator_mark
 from .shards import RecordingShardSampler
 
 NOT_HANDED_OUT = RowOrder(
@@ -70,6 +71,8 @@ class BatchTracker:
 
     Attributes:
         skipped: Draws that were handed out and made no step while others did, since `settle`.
+        rate: Largest probability that a row was drawn with; 0: nothing was drawn yet.
+        coins_repeated: Whether batches were drawn by coins that had drawn others.
     """
 
     def __init__(self) -> None:
@@ -84,7 +87,24 @@ class BatchTracker:
         self._order = NOT_HANDED_OUT
         self._stepped = False  # a batch of this pass was claimed
         self._evaluated = True  # every batch of this pass was handed out with gradients off
+        self.rate = 0.0
+        self.coins_repeated = False
+        self.coins = Seen()
+        self.midway: Callable[[], bool] = bool  # whether a claimed batch waits for its step
+        # Told at the end of a pass of draws that made no step, and whether others did: there may
+        # be no further step to say it at. Answers whether it was taken down.
+        self.skipped_at_end: Callable[[bool], bool] = lambda stepped: False
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
+
+    def draws(self, generator: Any, rate: float) -> None:
+        """A sampler is about to throw a batch's coins."""
+        self.coins_repeated |= self.coins.again(generator_mark(generator))
+        self.rate = max(self.rate, float(rate))
+
+    def forget_randomness(self) -> None:
+        """The generators were put back on purpose, together with the ledgers."""
+        self.coins.forget()
+        self.coins_repeated = False
 
     def begin(self, running: Pass) -> None:
         """A sampler starts a pass: a batch of an older one is no longer the current batch.
@@ -97,9 +117,9 @@ class BatchTracker:
             self._close(self.handed_out - 1)
 
     def end(self) -> None:
-        """A pass was gone through to its end: what nobody claimed of it was skipped."""
+        """A pass was gone through to its end: what no step has used of it was skipped."""
         if not self._explicit:
-            self._close(self.handed_out)
+            self._close(self.handed_out + self.midway())
 
     def publish(
         self,
@@ -190,6 +210,8 @@ class BatchTracker:
         # Whoever only evaluates, with gradients off, makes no step of any draw of the pass.
         if self._stepped or not self._evaluated:
             self.skipped += max(skipped, 0)
+        if self.skipped and self.skipped_at_end(self._stepped):
+            self.skipped = 0
         self._rows, self.handed_out = None, 0
         self._stepped, self._evaluated = False, True
 
@@ -236,7 +258,12 @@ class RecordingSampler(Resumable, UniformWithReplacementSampler):
         return running
 
     def _draw(self, count: int) -> Iterator[list[int]]:
-        for rows in itertools.islice(super().__iter__(), count):
+        source = super().__iter__()
+        for _ in itertools.repeat(None, count):
+            self._tracker.draws(self.generator, self.sample_rate)
+            rows = next(source, None)
+            if rows is None:
+                return
             if self.population is not None:
                 rows = self.population[rows].tolist() if rows else []
             yield rows

@@ -33,6 +33,7 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from ..errors import UnsupportedError
 from .clipping import clip_factors
 from .ghost import GhostSeam
+from .randomness import generator_mark
 from .recorder import Recorder
 
 
@@ -40,6 +41,22 @@ class _Recording:
     """What all recording optimizers share. Mixed in before the Opacus class."""
 
     recorder: Recorder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refuse: torch would leave the copy without its plain optimizer, and this class broken.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "Expected one private optimizer for one accounted training, got a copy of it, whose "
+            "steps nobody would charge. Copy the plain module and build a plain optimizer for it, "
+            "or save optimizer.state_dict()."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, for the same reason."""
+        return self.__deepcopy__({})
 
     def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
         """Attach a hook; once privacy is accounted, add it after the accounting, with a warning."""
@@ -86,6 +103,14 @@ class _Recording:
         optimizer: Any = self
         return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
 
+    def _noise_mark(self) -> int | None:
+        """Return where the noise is drawn from; None: none is, or nobody can say."""
+        optimizer: Any = self
+        rank = getattr(optimizer, "rank", 0)  # of several processes the first one adds the noise
+        if rank or optimizer.secure_mode or not optimizer.params or not self.noise_std():
+            return None
+        return generator_mark(optimizer.generator, optimizer.params[0].device)
+
     def add_noise(self) -> None:
         """Add noise as Opacus does, noting how much, to what, and whether the clip has held."""
         optimizer: Any = self
@@ -93,6 +118,8 @@ class _Recording:
         sums = [p.summed_grad for p in parameters]
         self.recorder.before_noise([s for s in sums if s is not None])
         self.recorder.noise(self.noise_std())
+        if self.recorder.noise_seen.again(self._noise_mark()):
+            self.recorder.note("noise_repeated")
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
         held = [p for group in optimizer.param_groups for p in group["params"]]

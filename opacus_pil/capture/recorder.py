@@ -20,6 +20,7 @@ from ..errors import UnsupportedError
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
 from .indices import BatchTracker
+from .randomness import Seen
 
 _OUT_OF_STEP = (
     "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
@@ -62,6 +63,9 @@ class StepRecord:
         noise_std: Standard deviation of the noise on the sum, as it was when it was added; None: no
             noise was seen.
         unfinite: Shape (batch,), rows whose gradient was not finite.
+        factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
+            None: layers were clipped one by one.
+        parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
 
@@ -76,6 +80,8 @@ class StepRecord:
     copies: int = 1
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
+    factors: FloatArray | None = None
+    parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
 
 
@@ -124,6 +130,7 @@ class Recorder:
         publish: Any = None,
     ) -> None:
         self.tracker = tracker
+        tracker.midway = lambda: self.midway
         self.caps = caps
         self.publish = publish
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
@@ -132,10 +139,12 @@ class Recorder:
         self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
+        self.noise_seen = Seen()
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
+        self._lasting: dict[Fact, None] = {}
         self._noise_std: float | None = None
         self._sums: torch.Tensor | None = None  # norm of each layer's clipped sum
         self._sum_rounding = 0.0
@@ -147,12 +156,23 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
+        self.tracker.skipped += bool(self._captures)  # of a draw that was used for nothing
+        self._reset()
+
+    def _reset(self) -> None:
         self._captures, self._facts = [], {}
         self._noise_std, self._sums = None, None
 
-    def note(self, code: str, detail: str = "") -> None:
-        """Keep a fact about the step under way."""
-        self._facts.setdefault(Fact(code, detail))
+    def note(self, code: str, detail: str = "", *, lasting: bool = False) -> None:
+        """Keep a fact about the step under way.
+
+        Args:
+            code: What it is.
+            detail: What was found.
+            lasting: Keep it for all later steps too, and when gradients are dropped, which ghost
+                clipping does between its two backward passes.
+        """
+        (self._lasting if lasting else self._facts).setdefault(Fact(code, detail))
 
     def capture(
         self,
@@ -256,13 +276,15 @@ class Recorder:
         Args:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
-        captures, facts, std = self._captures, list(self._facts), self._noise_std
+        captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
         norms, sums, allowed = _joined(captures, self._sums)
         exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
-        self.clear()
+        self._reset()
         skipped = self.tracker.settle()
         if skipped:
             facts.append(Fact("draw_skipped"))
+        if self.tracker.coins_repeated:
+            facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
         if any(c.foreign for c in captures):
@@ -293,6 +315,8 @@ class Recorder:
             copies=copies,
             noise_std=std,
             unfinite=~np.isfinite(norms),
+            factors=_factors(captures, unclipped),
+            parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )
 
@@ -364,6 +388,16 @@ def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
     parts = [c.draw.rows for c in captures[:1] if c.draw is not None]
     whole = len(draws) == 1 and all(c.draw is not None and c.passes == 1 for c in captures)
     return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
+
+
+def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
+    """Return what Opacus multiplied each gradient with; None: no one number per row."""
+    if any(c.allowed is not None for c in captures):
+        return None
+    ones = [np.ones(len(c.norms)) if c.limits is None else c.limits for c in captures]
+    parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
+    bounds = np.concatenate(parts) if parts else np.empty(0)
+    return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
 
 
 def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:

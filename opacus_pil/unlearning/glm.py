@@ -193,9 +193,9 @@ class OneOutputRun:
 
 
 def _of_opacus(hook: Any) -> bool:
-    """Whether a forward hook is one that Opacus hangs on layers to see their inputs."""
-    owner = getattr(hook, "__self__", None)
-    return type(owner).__module__.startswith("opacus.")
+    """Whether a forward hook is one that Opacus, or we, hang on modules to see their inputs."""
+    owner = getattr(hook, "__self__", hook)
+    return type(owner).__module__.startswith(("opacus.", "opacus_pil."))
 
 
 def _plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float]:

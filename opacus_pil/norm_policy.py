@@ -172,6 +172,21 @@ class Charger:
             )
         self._charge_infinitely(verdict)
 
+    def weaken(self, verdict: Verdict) -> None:
+        """Lower the label of the step just charged, by what was seen after its charge.
+
+        Raises:
+            UnsupportedError: Caps or budgets would not hold. The model has not moved.
+        """
+        if self.norm_policy == "capped" and verdict.broken:
+            raise UnsupportedError(
+                "Expected a step that caps and budgets hold for, got one where they do not: "
+                f"{verdict.broken}. It was charged and not made: the model is as it was."
+            )
+        for reason in verdict.reasons:
+            self.accountant.weaken(verdict.label, reason=reason)
+        self._note(verdict)
+
     def set_caps(self, caps: FloatArray) -> None:
         """Charge at other caps from the next step on; they must be enforced from there on too."""
         self.accountant.set_caps(caps)

@@ -99,6 +99,8 @@ class StepAccounting:
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.changed_step = self._note_changed
+        self.tracker.left_out = self._note_left_out
         recorder.guarded = True
 
     def __call__(self, optimizer: DPOptimizer) -> None:
@@ -295,6 +297,18 @@ class StepAccounting:
         """The plain optimizer is about to step by gradients that nobody noised."""
         facts = [Fact("not_noised", "the plain optimizer stepped by itself")]
         self._charger.charge_unnoised(judged(self._charger.claims_as, facts))
+
+    def _note_changed(self) -> None:
+        """The model is about to move by something else than what was noised and charged."""
+        self._weaken(Fact("noised_gradient_changed"))
+
+    def _note_left_out(self) -> None:
+        """A pass in training is over, and its last batches made no step."""
+        self.tracker.settle()
+        self._weaken(Fact("draw_skipped"))
+
+    def _weaken(self, fact: Fact) -> None:
+        self._charger.weaken(judged(self._charger.claims_as, [fact]))
 
 
 _OTHER_SETTINGS = (

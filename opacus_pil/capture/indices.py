@@ -85,6 +85,7 @@ class BatchTracker:
         self._stepped = False  # a batch of this pass was claimed
         self._evaluated = True  # every batch of this pass was handed out with gradients off
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
+        self.left_out: Callable[[], None] | None = None  # told at a pass's end of draws skipped last
 
     def begin(self, running: Pass) -> None:
         """A sampler starts a pass: a batch of an older one is no longer the current batch.
@@ -97,9 +98,22 @@ class BatchTracker:
             self._close(self.handed_out - 1)
 
     def end(self) -> None:
-        """A pass was gone through to its end: what nobody claimed of it was skipped."""
-        if not self._explicit:
-            self._close(self.handed_out)
+        """A pass was gone through to its end: what nobody claimed of it was skipped.
+
+        No step will tell so, if it was the last pass; one without any step is a look at the data.
+        """
+        if self._explicit:
+            return
+        trained = self._stepped
+        self._close(self.handed_out)
+        if trained and self.skipped and self.left_out is not None:
+            self.left_out()
+
+    def exhausted(self) -> None:
+        """The sampler has no more batches; of one that Opacus's manager reads that is the end."""
+        if self.split.left_out and not self._explicit and self.left_out is not None:
+            self.skipped += 1
+            self.left_out()
 
     def publish(
         self,
@@ -230,7 +244,7 @@ class RecordingSampler(Resumable, UniformWithReplacementSampler):
     def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        running = self.begin(self._draw, redrawn=True)
+        running = self.begin(self._draw, redrawn=True, closed=self._tracker.exhausted)
         self._tracker.begin(running)
         self.emitted = running.emitted
         return running

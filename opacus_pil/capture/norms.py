@@ -81,6 +81,21 @@ class _Recording:
         self.recorder.noised = bool(moves) and bool(self.params)  # type: ignore[attr-defined]
         return moves
 
+    def scale_grad(self) -> None:
+        """Divide as Opacus does, and remember the noised gradients: nothing may touch them now."""
+        super().scale_grad()  # type: ignore[misc]
+        self._remember()
+
+    def reduce_gradients(self) -> None:
+        """Join the processes' gradients as Opacus's distributed optimizers do, likewise."""
+        whole = self.recorder.untouched()
+        super().reduce_gradients()  # type: ignore[misc]
+        if whole:
+            self._remember()
+
+    def _remember(self) -> None:
+        self.recorder.remember(self.params)  # type: ignore[attr-defined]
+
     def noise_std(self) -> float:
         """Return the standard deviation of the noise that Opacus adds to the sum right now."""
         optimizer: Any = self
@@ -111,6 +126,8 @@ def _moves(parameter: torch.Tensor) -> bool:
 class PlainStep:
     """Called before every step of the plain optimizer; reports one that no noise was added for.
 
+    Also one whose noised gradients somebody has written to since.
+
     Holds nothing alive, and a copy of the optimizer does not report to this training.
     """
 
@@ -136,6 +153,8 @@ class PlainStep:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not expected and recorder.unnoised_step is not None and any(map(_moves, held)):
             recorder.unnoised_step()
+        elif expected and recorder.changed_step is not None and not recorder.untouched():
+            recorder.changed_step()
 
 
 def _nobody() -> None:
@@ -159,8 +178,8 @@ def _chain(first: Callable[[Any], None], second: Callable[[Any], None], optimize
 
 
 def _norms_of(samples: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return each row's gradient norm for every parameter, as Opacus forms it."""
-    return [g.reshape(len(g), -1).norm(2, dim=-1) for g in samples]
+    """Return each row's gradient norm for every parameter, as Opacus forms it; of no row, none."""
+    return [g.reshape(len(g), math.prod(g.shape[1:])).norm(2, dim=-1) for g in samples]
 
 
 def _norms_over(layers: list[torch.Tensor]) -> torch.Tensor:

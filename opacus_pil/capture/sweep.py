@@ -28,6 +28,7 @@ from torch.utils.data import default_collate
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .collate import keeps_order, order_of_rows
 from .randomness import untouched_generators
 from .row_losses import LossOf, moved_to, pair_loss
 
@@ -88,7 +89,8 @@ def sweep(
             tokens) joins them when the criterion does not say so itself.
         batch_first: As in Opacus: False if the batch is the inputs' second dimension.
         chunk_size: Instances per forward pass; bounds the memory.
-        collate_fn: Joins items to a batch. Default: torch's default_collate.
+        collate_fn: Joins items to a batch. Default: torch's default_collate. One that moves rows,
+            as by sorting them, is asked for each row alone.
         parameters: Names of the parameters that count. Default: all that require a gradient.
         layer_bounds: Clip bound of each parameter by name, where layers are clipped one by one: of
             each layer's norm what is left of it counts. Default: norms are unclipped.
@@ -119,9 +121,9 @@ def sweep(
         measure = _Measure(plain, loss_of, batch_first=batch_first, layer_bounds=layer_bounds)
         parts = []
         for start in range(0, len(rows), chunk_size):
-            chunk = rows[start : start + chunk_size]
-            batch = moved_to(join([dataset[int(row)] for row in chunk]), device)
-            parts.append(measure(batch, len(chunk)))
+            items = [dataset[int(row)] for row in rows[start : start + chunk_size]]
+            for batch, size in joined_in_order(items, join, dimension=0 if batch_first else 1):
+                parts.append(measure(moved_to(batch, device), size))
         deterministic = not moved()
     norms = np.concatenate([part[0] for part in parts]) if parts else np.empty(0)
     losses = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
@@ -132,6 +134,23 @@ def sweep(
             _require_finite(name, values, rows)
     outputs = np.concatenate([part[2] for part in parts]) if parts and keep_outputs else None
     return Sweep(rows, norms, losses, outputs, deterministic)
+
+
+def joined_in_order(
+    items: list[Any], join: Callable[[list[Any]], Any], *, dimension: int
+) -> list[tuple[Any, int]]:
+    """Return batches, with their sizes, whose rows are the items in their order.
+
+    A collate function that moves rows is asked for each item alone.
+    """
+    if keeps_order(join):
+        return [(join(items), len(items))]
+    kept = [copy.copy(item) for item in items]  # a collate function may take items apart
+    batch, alone = join(items), [join([item]) for item in kept]
+    order, _ = order_of_rows(batch, alone, dimension=dimension)
+    if order is not None and bool((order == np.arange(len(items))).all()):
+        return [(batch, len(items))]
+    return [(one, 1) for one in alone]
 
 
 def _linear_norms(

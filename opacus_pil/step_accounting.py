@@ -169,7 +169,12 @@ class StepAccounting:
         return std / self.clip_bound, self.sample_rate  # one batch per step: caps refuse several
 
     def clipping_at(self) -> tuple[float, float]:
-        """Return `coming_kernel` for gradients that are being clipped now."""
+        """Return `coming_kernel` for gradients that are being clipped now.
+
+        Raises:
+            UnsupportedError: Other parts of the step were clipped for other settings.
+        """
+        self._require_unchanged_settings()
         self._clipped_at = self.coming_kernel()
         return self._clipped_at
 

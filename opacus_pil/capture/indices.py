@@ -82,31 +82,35 @@ class BatchTracker:
         self.split = SplitPasses()  # knows the draws when Opacus's BatchMemoryManager loads
         self._draw: Draw | None = None
         self._order = NOT_HANDED_OUT
+        self._trained: weakref.WeakSet[Any] = weakref.WeakSet()  # passes with a claimed batch
         self._stepped = False  # a batch of this pass was claimed
         self._evaluated = True  # every batch of this pass was handed out with gradients off
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
-        self.left_out: Callable[[], None] | None = None  # told at a pass's end of draws skipped last
+        self.left_out: Callable[[], None] | None = (
+            None  # told at a pass's end of draws skipped last
+        )
 
     def begin(self, running: Pass) -> None:
         """A sampler starts a pass: a batch of an older one is no longer the current batch.
 
         A loop may be left where it likes, at a public number of steps: the batch that was in hand
-        then is no skipped draw; those before it are.
+        then is no skipped draw; those before it are. A loop that looks through the data in between
+        is not left.
         """
         self.split.begin(running)
         if not self._explicit:
-            self._close(self.handed_out - 1)
+            left = self._owner is None or self._owner() is None
+            self._close(self.handed_out - int(left))
 
-    def end(self) -> None:
+    def end(self, owner: object) -> None:
         """A pass was gone through to its end: what nobody claimed of it was skipped.
 
         No step will tell so, if it was the last pass; one without any step is a look at the data.
         """
         if self._explicit:
             return
-        trained = self._stepped
         self._close(self.handed_out)
-        if trained and self.skipped and self.left_out is not None:
+        if owner in self._trained and self.skipped and self.left_out is not None:
             self.left_out()
 
     def exhausted(self) -> None:
@@ -154,6 +158,9 @@ class BatchTracker:
             order = GIVEN if rows is not None else NOT_HANDED_OUT
             fresh = int(rows is not None)
         self.skipped += max(fresh - passes, 0)
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            self._trained.add(owner)
         self._rows, self._owner, self.handed_out, self.unclaimed = None, None, 0, 0
         self._stepped = True
         if rows is not None and not self._explicit and self.split.interfering:
@@ -309,7 +316,7 @@ class Batches:
             batch = next(self._batches)
         except StopIteration:
             if not self.finished:
-                self._loader.tracker.end()
+                self._loader.tracker.end(self)
             self.finished = True
             raise
         except BaseException:

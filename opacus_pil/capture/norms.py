@@ -69,8 +69,17 @@ class _Recording:
         super().signal_skip_step(do_skip)  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Clear gradients as Opacus does, and the captures that belonged to them."""
+        """Clear gradients as Opacus does, and the captures that belonged to them.
+
+        Those of frozen parameters too, which Opacus keeps: unfrozen later, they would be in the sum
+        of a step that their rows were not drawn for.
+        """
         super().zero_grad(set_to_none)  # type: ignore[misc]
+        for p in held(self):
+            if not p.requires_grad and getattr(p, "grad_sample", None) is not None:
+                p.grad_sample = None
+            if not p.requires_grad and not self._is_last_step_skipped:  # type: ignore[attr-defined]
+                p.summed_grad = None
         if not self._is_last_step_skipped:  # type: ignore[attr-defined]
             self.recorder.clear()
 
@@ -110,12 +119,18 @@ class _Recording:
         self.recorder.noise(self.noise_std())
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if len(held) > len(parameters):  # else all of them were noised
+        everything = held(optimizer)
+        if len(everything) > len(parameters):  # else all of them were noised
             noised = {id(p) for p in parameters}
-            raw = [p for p in held if id(p) not in noised and _moves(p)]
+            raw = [p for p in everything if id(p) not in noised and _moves(p)]
             if raw:
-                self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
+                found = f"{len(raw)} of {len(everything)} parameter tensors"
+                self.recorder.note("not_noised", found)
+
+
+def held(optimizer: Any) -> list[Any]:
+    """Return every parameter of an optimizer, the frozen ones included."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _moves(parameter: torch.Tensor) -> bool:
@@ -150,11 +165,11 @@ class PlainStep:
         if recorder is None:
             return
         expected, recorder.noised = recorder.noised, False
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if not expected and recorder.unnoised_step is not None and any(map(_moves, held)):
+        if expected:
+            if recorder.changed_step is not None and not recorder.untouched():
+                recorder.changed_step()
+        elif recorder.unnoised_step is not None and any(map(_moves, held(optimizer))):
             recorder.unnoised_step()
-        elif expected and recorder.changed_step is not None and not recorder.untouched():
-            recorder.changed_step()
 
 
 def _nobody() -> None:

@@ -132,7 +132,9 @@ class Recorder:
         self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
-        self.changed_step: Callable[[], None] | None = None  # and of one by something else than that
+        self.changed_step: Callable[[], None] | None = (
+            None  # and of one by something else than that
+        )
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []

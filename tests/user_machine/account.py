@@ -1,8 +1,8 @@
 """The account of what really happened: who was in what was noised, by which coins, in which noise.
 
-Every row's gradient has a coordinate of its own, so that what a row contributed is read off the sum.
-Whoever was not drawn would have contributed what the step's arithmetic says, which is held against
-what the drawn rows did contribute. Knows draws, sums and noise; nothing of opacus_pil.
+Every row's gradient has a coordinate of its own, so that what a row contributed is read off the
+sum. Whoever was not drawn would have contributed what the step's arithmetic says, which is held
+against what the drawn rows did contribute. Knows draws, sums and noise; nothing of opacus_pil.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Exact Rényi divergences between what is released with a row and without it, by quadrature.
 
-A row is in a batch or not by coins; if it is, it shifts what is noised. In units of the noise that is
-a mixture of N(m, 1), one m for each outcome of the coins, against N(0, 1). Knows shifts and coins;
-nothing of opacus_pil, and no bound: the integrals as they stand in the definition.
+A row is in a batch or not by coins; if it is, it shifts what is noised. In units of the noise that
+is a mixture of N(m, 1), one m for each outcome of the coins, against N(0, 1). Knows shifts and
+coins; nothing of opacus_pil, and no bound: the integrals as they stand in the definition.
 """
 
 from __future__ import annotations
@@ -47,9 +47,13 @@ def skipped_if_empty(rate: float, others: int, order: float) -> tuple[float, flo
     With the row it is empty if neither it nor one of `others` was drawn.
     """
     alone = (1.0 - rate) ** others
-    a, b = np.array([(1.0 - rate) * alone, 1.0 - (1.0 - rate) * alone]), np.array([alone, 1 - alone])
-    one = math.log(float((a**order * b ** (1.0 - order)).sum()))
-    two = math.log(float((b**order * a ** (1.0 - order)).sum()))
+    a, b = (
+        np.array([(1.0 - rate) * alone, 1.0 - (1.0 - rate) * alone]),
+        np.array([alone, 1 - alone]),
+    )
+    with np.errstate(divide="ignore"):  # an outcome that one of the two never has
+        one = math.log(float((a**order * b ** (1.0 - order)).sum()))
+        two = math.log(float((b**order * a ** (1.0 - order)).sum()))
     return max(one, 0.0) / (order - 1.0), max(two, 0.0) / (order - 1.0)
 
 
@@ -80,15 +84,11 @@ def _outcomes(coins: tuple[Coin, ...]) -> tuple[NDArray[np.float64], NDArray[np.
         )
         if weight > 0.0:
             weights.append(weight)
-            means.append(
-                sum(shift for here, (_, shift) in zip(drawn, coins, strict=True) if here)
-            )
+            means.append(sum(shift for here, (_, shift) in zip(drawn, coins, strict=True) if here))
     return np.array(weights), np.array(means, dtype=np.float64)
 
 
-def _log_moment(
-    weights: NDArray[np.float64], means: NDArray[np.float64], power: float
-) -> float:
+def _log_moment(weights: NDArray[np.float64], means: NDArray[np.float64], power: float) -> float:
     """Return log E_{t~N(0,1)}[ L(t)^power ], L the likelihood ratio of the mixture to N(0, 1)."""
     largest = float(np.abs(means).max())
     if largest == 0.0:

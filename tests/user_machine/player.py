@@ -1,7 +1,7 @@
-"""Plays the user: calls Opacus and the package as a training loop does, and keeps the true account.
+"""Plays the user: calls Opacus and the package as loops do, and keeps the true account.
 
-What was noised and by how much is taken from Opacus's own noise function, which rows were drawn from
-Opacus's own sampler, and what moved the model from the plain optimizer, all watched from outside.
+What was noised and by how much is taken from Opacus's own noise function, which rows were drawn
+from Opacus's own sampler, what moved the model from the plain optimizer: all watched from outside.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from tests.user_machine.account import Account, Draw, MachineError, Part, Term
-from tests.user_machine.world import COORDINATES, COUPLED, GRADIENTS, PHYSICAL, ROWS, WEIGHTS
-from tests.user_machine.world import Setting, World, copies, rows_of
+from tests.user_machine.world import (
+    COORDINATES,
+    COUPLED,
+    GRADIENTS,
+    PHYSICAL,
+    ROWS,
+    WEIGHTS,
+    Setting,
+    World,
+    copies,
+    rows_of,
+)
 
 _NOISY = (
     "opacus.optimizers.optimizer",
@@ -207,10 +217,7 @@ class Player:
         world, setting = self.world, self.setting
         hand.used = True
         outputs = world.module(hand.x)
-        if private:
-            loss = world.criterion(outputs, hand.y)
-        else:
-            loss = outputs.mean()
+        loss = world.criterion(outputs, hand.y) if private else outputs.mean()
         if setting.loss in COUPLED and setting.ghost and private and len(hand.y):
             loss = loss * (hand.y * len(hand.y) / hand.y.sum())
         factor *= 3.0 if setting.loss == "scaled" else 1.0
@@ -266,14 +273,14 @@ class Player:
 
     def train(self, hand: Hand, *, factor: float = 1.0, strange: bool = False) -> None:
         """One step as everybody writes it; `strange`: its sum need not be explained."""
-        with self._named(hand):
+        with self.named(hand):
             self.zero_grad()
             self.backward(hand, factor=factor)
             self.strange |= strange
             self.step()
 
     @contextlib.contextmanager
-    def _named(self, hand: Hand) -> Iterator[None]:
+    def named(self, hand: Hand) -> Iterator[None]:
         if hand.named is None:
             yield
             return

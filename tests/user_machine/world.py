@@ -1,7 +1,7 @@
 """One user's training: a model whose gradients are the data, made private in one of many ways.
 
-A row's loss is θ·x, so that its gradient is its data whatever θ is, and every row has a coordinate of
-its own. Knows how users set trainings up; no account and no rule.
+A row's loss is θ·x, so that its gradient is its data whatever θ is, and every row has a coordinate
+of its own. Knows how users set trainings up; no account and no rule.
 """
 
 from __future__ import annotations

@@ -181,6 +181,11 @@ class BatchTracker:
         skipped, self.skipped = self.skipped, 0
         return skipped
 
+    def resume(self, skipped: int) -> None:
+        """Go on where another training stood: nothing in hand, so many draws skipped."""
+        self._close(0)
+        self._owner, self.unclaimed, self.skipped = None, 0, skipped
+
     @property
     def in_hand(self) -> bool:
         """Whether a batch may be in hand that no step has claimed; its rows may be unknown.

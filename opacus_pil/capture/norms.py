@@ -213,6 +213,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip and sum with Opacus's arithmetic, bit for bit, keeping the norms."""
+        passes = self.accumulated_iterations  # first: Opacus says so where parameters disagree
         samples = self.grad_samples
         if len(samples[0]) == 0:
             norms = torch.zeros((0,), device=samples[0].device)
@@ -224,7 +225,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
         )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
@@ -252,6 +253,7 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
         The bounds in force are the list that clips; `max_grad_norm`, which the noise follows, is
         another attribute, and a schedule of Opacus changes that one only.
         """
+        passes = self.accumulated_iterations
         samples = self.grad_samples
         # Opacus pairs parameters and bounds up to the shorter list: who has none is not clipped.
         bounds = [*map(float, self.max_grad_norms), *[math.inf] * len(samples)][: len(samples)]
@@ -264,7 +266,7 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
             _norms_over(clipped),
             max_grad_norm=math.hypot(*bounds),
             rounding=_coarsest(samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
             allowed=torch.stack([norm.sum().to(device) for norm in clipped]),
         )
         super().clip_and_accumulate()
@@ -275,12 +277,13 @@ class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Record the norms, then clip, count and sum as Opacus does."""
+        passes = self.accumulated_iterations
         norms = _norms_over(_norms_of(self.grad_samples))
         self.recorder.capture(
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(self.grad_samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
         )
         super().clip_and_accumulate()
 

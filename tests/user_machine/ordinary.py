@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import opacus
@@ -184,7 +185,7 @@ class OrdinaryUser(JudgedUser):
         def call() -> None:
             file, world = io.BytesIO(), self.player.world
             world.engine.save_checkpoint(path=file, module=world.module, optimizer=world.optimizer)
-            state = (self.player.account.copy(), self.player.caps, self.player.steady())
+            state = (self.player.account.copy(), self.player.caps, self.player.draw)
             self.saved = (file.getvalue(), state)
 
         self.attempt("save", call)
@@ -197,7 +198,10 @@ class OrdinaryUser(JudgedUser):
             player = self.player
             if where == "copy":
                 twin = opacus.GradSampleModule(Heads())
+                begun = player.world.engine.per_instance.steps > 0
                 player.world.engine.load_checkpoint(path=io.BytesIO(data), module=twin)
+                if not begun:  # nothing goes on yet: the ledgers are the file's
+                    self._take_over(player, state)
                 return
             if where == "other engine":
                 player = Player(self.setting, self.watch)
@@ -206,12 +210,16 @@ class OrdinaryUser(JudgedUser):
             world.engine.load_checkpoint(
                 path=io.BytesIO(data), module=world.module, optimizer=optimizer
             )
-            player.account, player.caps = state[0].copy(), state[1]
-            player.resume(state[2] if optimizer is not None else None)
             if where == "other engine":
                 self.other = None
-            elif self.other is not None:
-                self.other.account, self.other.caps = player.account, player.caps
+            player.resume(state[2] if optimizer is not None else None)
+            self._take_over(player, state)
             self.player = player
 
         self.attempt(f"load {where}", call)
+
+    def _take_over(self, player: Player, state: tuple[Any, ...]) -> None:
+        """The ledgers are those of a file, and so is the account."""
+        player.account, player.caps = state[0].copy(), state[1]
+        if self.other is not None:
+            self.other.account, self.other.caps = player.account, player.caps

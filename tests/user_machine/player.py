@@ -116,6 +116,7 @@ class Player:
         self.iterator: Any = None
         self.before_pass = 0  # noisy steps when it began
         self.draw: Draw | None = None  # that the pass is handing out
+        self.carried: Draw | None = None  # that a loaded file may hand out again
         self.piece = 0
         self.hand: Hand | None = None
         self.pending: list[Term] = []  # backward passes that no step has taken up
@@ -155,6 +156,8 @@ class Player:
             drawn = self.watch.drawn[-1]
             rate = float(self.world.loader.batch_sampler.sample_rate)
             self.draw, self.piece = Draw(rate, frozenset(drawn), self._pieces(len(drawn))), 0
+        elif self.draw is None:
+            self.draw, self.piece = self.carried, 0
         else:
             self.piece += 1
         if self.draw is None or not set(rows) <= self.draw.rows:
@@ -196,14 +199,11 @@ class Player:
         self.iterator = None
         self.account.waiting.clear()  # left at a public number of steps, as documented
 
-    def steady(self) -> tuple[Any, ...]:
-        """Where the pass stands, to be taken up after a file was loaded."""
-        return self.draw, self.piece
-
-    def resume(self, state: tuple[Any, ...] | None) -> None:
-        """A file was loaded: gradients are gone; the pass is the file's, where it was loaded."""
+    def resume(self, carried: Draw | None) -> None:
+        """A file was loaded: gradients are gone, and a draw that was not through is drawn again."""
         self.iterator = None
         self.hand = None
+        self.carried = carried
         self.pending, self.summed, self.left_over = [], [], []
 
     # --- calls --------------------------------------------------------------------------------
@@ -256,7 +256,6 @@ class Player:
             for term in self.pending:
                 bounds = getattr(optimizer, "max_grad_norms", optimizer.max_grad_norm)
                 self._clip(term, bounds)
-        self.watch.noise.clear()
         new = self.pending
         self._histories = [self.summed + new, new, self.left_over + new, self.summed]
         self.left_over = self.summed + new
@@ -291,6 +290,7 @@ class Player:
         self.pending = []
         if not self.world.optimizer._is_last_step_skipped:
             self.summed, self.left_over, self.strange = [], [], False
+            self.watch.noise.clear()
 
     # --- what moved the model -----------------------------------------------------------------
 

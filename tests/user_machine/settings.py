@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -9,11 +10,11 @@ from hypothesis import strategies as st
 from tests.user_machine.world import Setting
 
 TROUBLES = (
-    "reuse", "skip", "foreign", "coins", "join", "rows", "passes", "ahead", "scale", "spare",
+    "reuse", "reuse", "skip", "skip", "foreign", "foreign", "coins", "join", "rows", "passes", "ahead", "scale", "spare",
     "plain step", "noise", "second backward", "signal", "hook", "clip grad", "one bound",
     "caps in hand", "second model",
 )  # fmt: skip
-_POLICIES = ("worst_case",) * 5 + ("capped",) * 5 + ("full",) * 2 + ("participation",) * 2
+_POLICIES = ("worst_case",) * 6 + ("capped",) * 6 + ("full",) * 3 + ("participation",) * 2
 _POLICIES += ("last_seen", "refresh")
 _CAPS = ((1.0,) * 6, (0.5,) * 6, (1.0, 0.5, 0.2, 0.0, 0.9, 0.3))
 
@@ -26,7 +27,7 @@ def settings(draw: Any) -> Setting:
         return draw(st.sampled_from((plain,) * often * len(others) + others))
 
     policy = draw(st.sampled_from(_POLICIES))
-    mode = draw(st.sampled_from(("hooks", "hooks", "ghost", "ghost", "functorch", "ew")))
+    mode = draw(st.sampled_from(("hooks", "hooks", "ghost", "ghost", "functorch")))
     clipping = "flat"
     if mode != "ghost" and policy != "capped":
         clipping = draw(st.sampled_from(("flat", "per_layer")))
@@ -59,3 +60,12 @@ def settings(draw: Any) -> Setting:
         accumulation=pick(False, True) and mode != "ghost",
         history=pick(False, True), seed=draw(st.integers(0, 999)),
     )  # fmt: skip
+
+
+def without_trouble(setting: Setting) -> Setting:
+    """The same without what would take its label away by itself."""
+    loss = setting.loss if setting.loss in ("unnamed", "loss_of") else "plain"
+    if setting.policy != "worst_case":
+        loss = "plain"  # stronger labels than its need a named loss
+    collate = "default" if setting.collate in ("twice", "dropping") else setting.collate
+    return replace(setting, loss=loss, collate=collate)

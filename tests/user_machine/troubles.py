@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -187,9 +188,11 @@ class UserMachine(OrdinaryUser):
 
             def add_noise(self: Any) -> None:
                 for p in self.params:
+                    opacus_optimizer._check_processed_flag(p.summed_grad)
                     std = share * self.noise_multiplier * self.max_grad_norm
                     made = opacus_optimizer._generate_noise(std=std, reference=p.summed_grad)
                     p.grad = (p.summed_grad + made).view_as(p)
+                    opacus_optimizer._mark_as_processed(p.summed_grad)
 
             optimizer.add_noise = types.MethodType(add_noise, optimizer)
 
@@ -274,6 +277,57 @@ class UserMachine(OrdinaryUser):
                 self.clip_to(np.where(here, 1.0, 0.0))
 
         self.attempt("caps-in-hand", call)
+
+    def finish(self) -> None:
+        """Make the sequence's one kind of trouble once more: its rule may not have been called."""
+        if len(self.trouble) == 1 and self.player is not None and not self.over:
+            (kind,) = self.trouble
+            self._once_more(kind, number=self.setting.seed)
+            self.numbers_are_not_below_the_truth()
+        super().finish()
+
+    def _once_more(self, kind: str, *, number: int) -> None:
+        def one(*values: Any) -> Any:
+            return values[number % len(values)]
+
+        acts: dict[str, Callable[[], None]] = {
+            "skip": lambda: self.skip(why=one("row 0", "empty", "row 0")),
+            "foreign": lambda: self.train_on_rows_of_my_own(rows=one([3, 4], [2, 2], [4])),
+            "coins": self.train_on_coins_of_my_own,
+            "join": self.join_two_batches,
+            "rows": lambda: self.change_rows(how=one("twice", "backwards", "without row 3")),
+            "passes": lambda: self.two_passes_side_by_side(use=one("new", "old", "both")),
+            "ahead": lambda: self.fetch_ahead(order=one("first", "second", "both")),
+            "scale": lambda: self.scale_the_loss_once(factor=one(50.0, 0.01)),
+            "spare": lambda: self.train_spare(on=True),
+            "plain step": self.plain_step,
+            "noise": lambda: self.replace_the_noise(share=one(0.5, 0.0)),
+            "signal": self.signal_skip,
+            "hook": lambda: self.attach_a_hook(what=one("denoise", "halve", "double noise")),
+            "one bound": lambda: self.change_one_of_two_bounds(
+                value=one(0.1, 3.0), where=one("noise", "clip", "noise", "clip", "clip")
+            ),
+            "second model": self.go_to_the_other_model,
+        }
+        if self.setting.policy == "capped":
+            acts["caps in hand"] = self.set_caps_by_who_is_in_hand
+        self.train(count=1)
+        if self.hand is not None:
+            acts["reuse"] = self.reuse
+            acts["second backward"] = lambda: self._second(private=one(True, False))
+            acts["clip grad"] = self._clip_in_between
+        for _ in range(4 if kind in ("reuse", "skip", "caps in hand") else 1):
+            acts.get(kind, lambda: None)()
+
+    def _second(self, *, private: bool) -> None:
+        self.backward()
+        self.second_backward(private=private)
+        self.step()
+
+    def _clip_in_between(self) -> None:
+        self.backward()
+        self.clip_the_whole_gradient()
+        self.step()
 
 
 def twin(**options: Any) -> type[UserMachine]:

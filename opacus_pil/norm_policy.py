@@ -160,8 +160,17 @@ class Charger:
         self._lose(record)
 
     def find_later(self, fact: Fact) -> None:
-        """Lower the label of the steps that were charged, by what showed after them."""
+        """Lower the label of the steps that were charged, by what showed after them.
+
+        Raises:
+            UnsupportedError: Caps or budgets would not hold. The model has not moved.
+        """
         verdict = judged(self.claims_as, [fact])
+        if self.norm_policy == "capped" and verdict.broken:
+            raise UnsupportedError(
+                "Expected a step that caps and budgets hold for, got one where they do not: "
+                f"{verdict.broken}. It was charged and not made: the model is as it was."
+            )
         for reason in verdict.reasons:
             if reason != BEST[self.claims_as][1]:
                 self.accountant.weaken(verdict.label, reason=reason)

@@ -318,11 +318,12 @@ class ResumingEngine(RecordingEngine):
             )
         tracker = training.tracker
         left = pass_state(tracker.loader)
-        if left is not None and left["left"] is not None and tracker.handed_out:
+        unused = tracker.handed_out if left is not None and left["left"] is not None else 0
+        if unused:
             warnings.warn(
-                f"{tracker.handed_out} of the batches handed out were not stepped on yet: a "
-                "training that goes on from this checkpoint will not see them. Save right after "
-                "optimizer.step().",
+                f"{unused} of the batches handed out were not stepped on yet: a training that goes "
+                "on from this checkpoint will not see them, and takes them for skipped. Save right "
+                "after optimizer.step().",
                 stacklevel=3,
             )
         return {
@@ -330,6 +331,7 @@ class ResumingEngine(RecordingEngine):
             "kernels": [asdict(kernel) for kernel in self._kernels],  # of earlier parts of the run
             "sample_rate": float(training.sample_rate),
             "pass": left,
+            "skipped": tracker.skipped + unused,
             "optimizer": private_attributes(optimizer),
             "module_clip_bound": training.clip_bound,
             "generators": generator_states(self._generators(training)),
@@ -368,6 +370,7 @@ class ResumingEngine(RecordingEngine):
             if training.kernel.grad_sample_mode == "ghost":
                 training.module.max_grad_norm = saved["module_clip_bound"]
             self._kernels += [kernel for kernel in earlier if kernel not in self._kernels]
+            training.tracker.resume(int(saved.get("skipped", 0)))
 
         kept = {"noise_multiplier"} if own_noise else set()
         return both(

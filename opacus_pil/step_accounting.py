@@ -108,6 +108,7 @@ class StepAccounting:
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.changed_step = self._note_changed
         recorder.tracker.skipped_at_end = self._note_skipped
         recorder.guarded = True
 
@@ -200,7 +201,12 @@ class StepAccounting:
         return std / self.clip_bound, self.sample_rate  # one batch per step: caps refuse several
 
     def clipping_at(self) -> tuple[float, float]:
-        """Return `coming_kernel` for gradients that are being clipped now."""
+        """Return `coming_kernel` for gradients that are being clipped now.
+
+        Raises:
+            UnsupportedError: Other parts of the step were clipped for other settings.
+        """
+        self._require_unchanged_settings()
         self._clipped_at = self.coming_kernel()
         return self._clipped_at
 
@@ -355,6 +361,10 @@ class StepAccounting:
         """The plain optimizer is about to step by gradients that nobody noised."""
         facts = [Fact("not_noised", "the plain optimizer stepped by itself")]
         self._charger.charge_unnoised(judged(self._charger.claims_as, facts))
+
+    def _note_changed(self) -> None:
+        """The model is about to move by something else than what was noised and charged."""
+        self._charger.find_later(Fact("noised_gradient_changed"))
 
 
 _OTHER_SETTINGS = (

@@ -16,7 +16,7 @@ from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear
 from torch import nn
 
 from .clipping import clip_factors
-from .recorder import Recorder
+from .recorder import Recorder, written
 
 # Float32 Gram matrices of a sequence lose the norm of a small sum of large terms. The rounding
 # error of the squared norm is about eps · Σ ‖activation‖²‖backprop‖² over the sequence; where
@@ -72,7 +72,7 @@ class GhostSeam:
         type(module).enable_hooks(module)
         if self._norms is not None and self._gradients is None:
             self._gradients = {
-                id(p): _version(p.grad)
+                id(p): written(p.grad)
                 for p in module._module.parameters()
                 if p.grad is not None
             }  # fmt: skip
@@ -87,7 +87,7 @@ class GhostSeam:
                 self._capture()
             touched = [
                 p for p in parameters
-                if noted is None or p.grad is None or noted.get(id(p)) != _version(p.grad)
+                if noted is None or p.grad is None or noted.get(id(p)) != written(p.grad)
             ]  # fmt: skip
             if touched:
                 recorder.note("gradient_changed")
@@ -153,11 +153,6 @@ _ORIGINAL = {"factors": "get_clipping_coef", "after_backward": "enable_hooks"}
 
 def _opacus(module: Any, name: str) -> Any:
     return types.MethodType(getattr(type(module), _ORIGINAL[name]), module)
-
-
-def _version(gradient: torch.Tensor) -> tuple[int, int]:
-    """What changes when somebody replaces a tensor or writes to it."""
-    return gradient.data_ptr(), gradient._version
 
 
 class ClipFactors(torch.Tensor):

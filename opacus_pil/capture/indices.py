@@ -85,6 +85,7 @@ class BatchTracker:
         self.split = SplitPasses()  # knows the draws when Opacus's BatchMemoryManager loads
         self._draw: Draw | None = None
         self._order = NOT_HANDED_OUT
+        self._trained: weakref.WeakSet[Any] = weakref.WeakSet()  # passes with a claimed batch
         self._stepped = False  # a batch of this pass was claimed
         self._evaluated = True  # every batch of this pass was handed out with gradients off
         self.rate = 0.0
@@ -110,16 +111,25 @@ class BatchTracker:
         """A sampler starts a pass: a batch of an older one is no longer the current batch.
 
         A loop may be left where it likes, at a public number of steps: the batch that was in hand
-        then is no skipped draw; those before it are.
+        then is no skipped draw; those before it are. A loop that looks through the data in between
+        is not left.
         """
         self.split.begin(running)
         if not self._explicit:
-            self._close(self.handed_out - 1)
+            left = self._owner is None or self._owner() is None
+            self._close(self.handed_out - int(left))
 
-    def end(self) -> None:
+    def end(self, owner: object) -> None:
         """A pass was gone through to its end: what no step has used of it was skipped."""
         if not self._explicit:
+            self._stepped |= owner in self._trained
             self._close(self.handed_out + self.midway())
+
+    def exhausted(self) -> None:
+        """The sampler has no more batches; of one that Opacus's manager reads that is the end."""
+        if self.split.left_out and not self._explicit:
+            self.skipped += 1
+            self._tell(stepped=True)
 
     def publish(
         self,
@@ -160,6 +170,9 @@ class BatchTracker:
             order = GIVEN if rows is not None else NOT_HANDED_OUT
             fresh = int(rows is not None)
         self.skipped += max(fresh - passes, 0)
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            self._trained.add(owner)
         self._rows, self._owner, self.handed_out, self.unclaimed = None, None, 0, 0
         self._stepped = True
         if rows is not None and not self._explicit and self.split.interfering:
@@ -179,6 +192,12 @@ class BatchTracker:
         """Return the number of skipped draws and count anew."""
         skipped, self.skipped = self.skipped, 0
         return skipped
+
+    def resume(self, skipped: int) -> None:
+        """Go on where another training stood: nothing in hand, so many draws skipped."""
+        self.skipped = 0
+        self._close(0)
+        self._owner, self.unclaimed, self.skipped = None, 0, skipped
 
     @property
     def in_hand(self) -> bool:
@@ -210,10 +229,13 @@ class BatchTracker:
         # Whoever only evaluates, with gradients off, makes no step of any draw of the pass.
         if self._stepped or not self._evaluated:
             self.skipped += max(skipped, 0)
-        if self.skipped and self.skipped_at_end(self._stepped):
-            self.skipped = 0
+        self._tell(stepped=self._stepped)
         self._rows, self.handed_out = None, 0
         self._stepped, self._evaluated = False, True
+
+    def _tell(self, *, stepped: bool) -> None:
+        if self.skipped and self.skipped_at_end(stepped):
+            self.skipped = 0
 
 
 class RecordingSampler(Resumable, UniformWithReplacementSampler):
@@ -252,7 +274,7 @@ class RecordingSampler(Resumable, UniformWithReplacementSampler):
     def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        running = self.begin(self._draw, redrawn=True)
+        running = self.begin(self._draw, redrawn=True, closed=self._tracker.exhausted)
         self._tracker.begin(running)
         self.emitted = running.emitted
         return running
@@ -322,7 +344,7 @@ class Batches:
             batch = next(self._batches)
         except StopIteration:
             if not self.finished:
-                self._loader.tracker.end()
+                self._loader.tracker.end(self)
             self.finished = True
             raise
         except BaseException:

@@ -140,6 +140,7 @@ class Recorder:
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
         self.noise_seen = Seen()
+        self.changed_step: Callable[[], None] | None = None  # and of one by a changed gradient
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
@@ -148,6 +149,7 @@ class Recorder:
         self._noise_std: float | None = None
         self._sums: torch.Tensor | None = None  # norm of each layer's clipped sum
         self._sum_rounding = 0.0
+        self._noised: list[tuple[Any, tuple[int, int]]] = []  # parameters, and what they step by
 
     @property
     def midway(self) -> bool:
@@ -262,6 +264,14 @@ class Recorder:
         self._sums = torch.stack(norms)
         self._sum_rounding = max(torch.finfo(s.dtype).eps for s in sums)
 
+    def remember(self, parameters: Sequence[Any]) -> None:
+        """Note the noised gradients as they are, by which the model is to move."""
+        self._noised = [(p, written(p.grad)) for p in parameters if p.grad is not None]
+
+    def untouched(self) -> bool:
+        """Whether the gradients noted by `remember` are as they were then."""
+        return all(p.grad is not None and written(p.grad) == seen for p, seen in self._noised)
+
     def noise(self, std: float) -> None:
         """Note the standard deviation of the noise that is being added to the sum.
 
@@ -346,6 +356,11 @@ class Recorder:
             )
 
 
+def written(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when somebody replaces a tensor or writes to it."""
+    return tensor.data_ptr(), tensor._version
+
+
 def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) -> None:
     """Raise where a row that is not left out has a gradient that no cap bounds."""
     bad = ~torch.isfinite(norms) & ~dropped
@@ -422,8 +437,18 @@ def _joined(
         parts = [p.to(device) for p in parts]
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
     found: FloatArray = together.to("cpu", torch.float64).numpy()
-    allowed = found[last:].reshape(len(layers), -1).sum(axis=0) if layers else None
-    return found[:rows], found[rows:last], allowed
+    return found[:rows], found[rows:last], _allowed(found[last:], [len(a) for a in layers])
+
+
+def _allowed(found: FloatArray, sizes: list[int]) -> FloatArray | None:
+    """Return what each layer's sum may be; over all layers, if parts of the step trained others."""
+    if not sizes:
+        return None
+    parts = np.split(found, np.cumsum(sizes)[:-1])
+    if len(set(sizes)) > 1:
+        return np.array([sum(math.sqrt(float(part @ part)) for part in parts)])
+    together: FloatArray = np.sum(parts, axis=0)
+    return together
 
 
 def _exceeds(
@@ -434,8 +459,10 @@ def _exceeds(
     if not len(sums):
         return False
     slack = 1.0 + _TRIPWIRE_SLACK + len(norms) * rounding
-    if layers is not None:
+    if layers is not None and len(layers) == len(sums):
         return bool((sums > layers * slack).any())
+    if layers is not None:  # one limit, or parameters frozen since
+        return math.sqrt(float(sums @ sums)) > float(layers.sum()) * slack
     limit, start = 0.0, 0
     for part in captures:
         own, start = norms[start : start + len(part.norms)], start + len(part.norms)

@@ -7,6 +7,7 @@ caller's own `loss_of(module, batch)`. Knows no data set and no optimizer.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ def _per_row(
                 f"Expected criterion to give one loss per instance with reduction='none' ({size}), "
                 f"got shape {tuple(losses.shape)}. Reshape outputs and targets to (batch, ...)."
             )
-        return _joined_terms(losses.reshape(size, -1), how)
+        return _joined_terms(losses.reshape(size, math.prod(losses.shape[1:])), how)
 
     return together
 

@@ -89,7 +89,8 @@ def sweep(
             tokens) joins them when the criterion does not say so itself.
         batch_first: As in Opacus: False if the batch is the inputs' second dimension.
         chunk_size: Instances per forward pass; bounds the memory.
-        collate_fn: Joins items to a batch. Default: torch's default_collate.
+        collate_fn: Joins items to a batch. Default: torch's default_collate. One that moves rows,
+            as by sorting them, is asked for each row alone.
         parameters: Names of the parameters that count. Default: all that require a gradient.
         layer_bounds: Clip bound of each parameter by name, where layers are clipped one by one: of
             each layer's norm what is left of it counts. Default: norms are unclipped.

@@ -170,6 +170,12 @@ _TABLE = (
         unbounded=True, breaks_caps=True,
     ),
     Finding(
+        "noised_gradient_changed", "estimate",
+        "a gradient was changed after its noise was added and before the model moved by it (by a "
+        "step hook, or between pre_step and the plain optimizer's step)",
+        breaks_caps=True,
+    ),
+    Finding(
         "buffer_changed", "estimate",
         "a buffer of the model, or a parameter that the private optimizer does not hold, changed "
         "during training, which adds no noise to it ({detail})",

@@ -135,6 +135,18 @@ class TestNoise:
         assert found.honest
         assert "adds no noise" in found.words or found.label == "refused"
 
+    @pytest.mark.parametrize("policy", PROBED)
+    def test_a_hook_that_takes_the_noise_away_again(self, policy):
+        def loop(training):
+            def bare(optimizer):
+                for p in optimizer.params:
+                    p.grad = p.summed_grad.view_as(p) / optimizer.expected_batch_size
+
+            training.optimizer.attach_step_hook(bare)
+            plain_loop(training)
+
+        assert answer(loop, policy=policy, truth=[np.inf] * 3).honest
+
     @pytest.mark.parametrize("mode", ["hooks", "ghost"])
     @pytest.mark.parametrize("policy", PROBED)
     def test_the_same_noise_twice_is_no_noise_on_the_difference(self, policy, mode):

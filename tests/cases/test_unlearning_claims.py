@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from opacus_pil.errors import CertificateError, LedgerError
 from opacus_pil.unlearning import CertifiedPlan
@@ -296,12 +296,24 @@ def test_no_certificate_rests_on_a_ledger_without_evidence_and_the_cause_is_told
     assert "not certified because" in str(plan)
 
 
+class Augmented(TensorDataset):
+    def __getitem__(self, row):
+        x, y = super().__getitem__(row)
+        return x * (1 - 0.1 * torch.rand(())), y
+
+
 def test_a_plan_repeats_the_reasons_of_its_label():
     plan = network(policy="last_seen").unlearning().plan([0], steps=2)
     assert any("last batch" in reason for reason in plan.reasons)
     assert any("steps alone" in reason for reason in plan.reasons)
-    dropped = network(module=network_module(nn.Dropout(0.3))).unlearning().plan([0], **CERTIFIED)
-    assert any("random" in reason for reason in dropped.reasons)
-    assert all(reason in str(dropped) for reason in dropped.reasons)
-    json.dumps(dropped.reasons)
-    assert np.isfinite(dropped.epsilon)
+    augmented = network(dataset=Augmented(*classes().tensors)).unlearning().plan([0], **CERTIFIED)
+    assert any("random" in reason for reason in augmented.reasons)
+    assert all(reason in str(augmented) for reason in augmented.reasons)
+    json.dumps(augmented.reasons)
+    assert np.isfinite(augmented.epsilon)
+
+
+def test_dropout_is_compared_with_the_masks_of_the_training_and_leaves_nothing_to_assume():
+    plan = network(module=network_module(nn.Dropout(0.3))).unlearning().plan([0], **CERTIFIED)
+    assert plan.certificate is not None
+    assert not any("random" in reason for reason in plan.reasons)

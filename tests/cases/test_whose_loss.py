@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from tests.cases.loops import Contrastive, OneOutput, mixup, one_output
-from tests.cases.trainings import answer, plain_loop, points, train
+from tests.cases.trainings import SIZE, answer, plain_loop, points, train
 
 PROBED = ("worst_case", "budget", "full", "participation")
 
@@ -329,3 +329,26 @@ class TestRegularisers:
         found = answer(self.loop, row=1)
         assert found.label == "bound"
         assert found.honest
+
+
+def test_a_loss_that_depends_on_rows_that_nobody_looks_at():
+    """Only together with one rare token do rows of this loss depend on each other, and it is rare.
+
+    The sum of the step is formed again in eight parts: there it shows.
+    """
+
+    class Rare(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs, targets):
+            losses = nn.functional.cross_entropy(outputs, targets % 3, reduction="none")
+            if (targets == 5).any():
+                losses = losses * len(targets)
+            return losses if self.reduction == "none" else losses.mean()
+
+    inputs, targets = points().tensors
+    targets = targets.clone()
+    targets[13] = 5
+    found = answer(plain_loop, data=TensorDataset(inputs, targets), criterion=Rare())
+    assert found.honest
+    assert len(inputs) == SIZE

@@ -13,8 +13,9 @@ the second.
 
 Both runs draw the same examples where Opacus's tests use hypothesis (derandomised). Their number is
 what Opacus's own runs have, hypothesis's 100, unless --examples says another, for a first look: one
-example per test has hidden 15 failures. Two of the files import torchvision. Where it is missing, install the
-release that belongs to your torch, without its dependencies, into an environment of its own:
+example per test has hidden 15 failures. Two of the files import torchvision. Where it is missing,
+install the release that belongs to your torch, without its dependencies, into an environment of its
+own:
 
     pip install --no-deps torchvision==0.28.0        # torch 2.13.0
 

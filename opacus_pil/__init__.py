@@ -52,4 +52,4 @@ def __dir__() -> list[str]:
 # Opacus looks accountants up by name. Where Opacus is loaded already, "per_instance_rdp" is there
 # from now on; otherwise from the first use of a name above.
 if "opacus" in sys.modules:
-    importlib.import_module(".worst_case_accountant", __name__)
+    importlib.import_module(".training.worst_case_accountant", __name__)

@@ -234,7 +234,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             key_path = beside
     model = None
     if arguments.model is not None:
-        from .unlearning.model_hash import model_file_hash  # needs torch
+        from .files.model_hash import model_file_hash  # needs torch
 
         model = model_file_hash(arguments.model)
     asked = arguments.signed_by

@@ -17,20 +17,20 @@ import torch
 from opacus import PrivacyEngine
 
 from . import _validate as check
-from . import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
 from ._validate import IntArray
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
 from .accounting.instance_ids import InstanceIds
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
-from .dataset_fingerprint import Fingerprint, dataset_fingerprint
-from .distributed import gathered
 from .errors import CertificateError, LedgerError, UnsupportedError
-from .norm_policy import Charger, checked_policy
-from .step_accounting import StepAccounting, described_update
+from .files.fingerprint import Fingerprint, dataset_fingerprint
+from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
+from .training.charger import Charger, checked_policy
+from .training.distributed import gathered
 from .training.evidence import uncertifiable
+from .training.kernel import TrainingKernel
 from .training.task import Task
-from .training_kernel import TrainingKernel
+from .training.training import StepAccounting, described_update
 
 
 class LedgerEngine(PrivacyEngine):

@@ -27,10 +27,9 @@ from .capture.fixed_batches import recording_copy
 from .capture.indices import record_indices
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
-from .distributed import require_same_arguments, separate_coins
 from .resuming_engine import ResumingEngine
-from .training.task import Task
-from .training_kernel import (
+from .training.distributed import require_same_arguments, separate_coins
+from .training.kernel import (
     TrainingKernel,
     is_distributed,
     require_known_options,
@@ -39,6 +38,7 @@ from .training_kernel import (
     require_supported,
     require_uniform_batches,
 )
+from .training.task import Task
 
 # What Opacus returns. Its classes are Any to a type checker for as long as it ships no types; the
 # number of values, and the loader, are known.

@@ -37,18 +37,18 @@ from .capture.recorder import Recorder
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
-from .distributed import separate_coins
 from .errors import UnsupportedError
 from .ledgers import LedgerEngine
-from .norm_policy import Charger, raised
-from .step_accounting import StepAccounting, adaptive_noise
-from .training.task import Task
-from .training_kernel import (
+from .training.charger import Charger, raised
+from .training.distributed import separate_coins
+from .training.kernel import (
     TrainingKernel,
     is_distributed,
     require_map_style,
     require_supported,
 )
+from .training.task import Task
+from .training.training import StepAccounting, adaptive_noise
 
 
 class RecordingEngine(LedgerEngine):

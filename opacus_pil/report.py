@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from . import _validate as check
-from .checkpoint import write_atomic
+from .files.container import write_atomic
 from .plots import rounded_up, to_png
 
 try:

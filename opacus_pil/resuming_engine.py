@@ -17,13 +17,12 @@ from typing import IO, Any
 import torch
 from opacus.optimizers import DPOptimizer
 
-from .checkpoint import arrays, load_entries, save_entries
 from .errors import LedgerError, UnsupportedError
-from .plain_checkpoint import checked_history, other_data_ledger, worst_case_ledger
+from .files.container import arrays, load_entries, save_entries
 from .recording_engine import RecordingEngine
-from .step_accounting import StepAccounting
-from .training_kernel import TrainingKernel
-from .training_state import (
+from .training.kernel import TrainingKernel
+from .training.plain_checkpoint import checked_history, other_data_ledger, worst_case_ledger
+from .training.position import (
     Apply,
     both,
     checked_attributes,
@@ -36,6 +35,7 @@ from .training_state import (
     pass_state,
     private_attributes,
 )
+from .training.training import StepAccounting
 
 _KIND = "training checkpoint"
 _SCHEDULERS = ("noise_scheduler", "grad_clip_scheduler")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pil import PerInstancePrivacyEngine, UnsupportedError
 from opacus_pil.accounting import sampled_gaussian_rdp
-from opacus_pil.step_accounting import adaptive_noise
+from opacus_pil.training.training import adaptive_noise
 from tests.capture.models import convolutional, images, one_by_one_norms
 
 SIZE, BATCH, DELTA = 60, 12, 1e-2

@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__, datasets
 from .. import _validate as check
-from ..checkpoint import write_atomic
+from ..files.container import write_atomic
 from ..plots import to_png
 from ..report import Illustration, Section, write_report
 from . import figures

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..dataset_fingerprint import dataset_fingerprint
 from ..evaluation import rank_correlation, run_trials
 from ..evaluation.ensemble import trial_key
+from ..files.fingerprint import dataset_fingerprint
 from . import claims, trials
 from .forget_sets import ForgetSet, quantile_sets, random_sets, top_sets
 from .measures import SetMeasure, gaps_of_random_sets, measure_set

@@ -23,10 +23,10 @@ from ..certificates import (
     PoissonContractionCertificate,
 )
 from ..errors import CertificateError
+from ..files.model_hash import model_hash
 from ..privacy_engine import PerInstancePrivacyEngine
 from .glm import OneOutputRun
 from .methods import optimizer_like, plain_copy
-from .model_hash import model_hash
 from .observer import Observer
 from .phase import Phase
 from .plan import NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import arrays, tensors
 from ..errors import LedgerError
+from ..files.container import arrays, tensors
 from .methods import optimizer_like, plain_copy
 from .phase import Phase
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..checkpoint import arrays, load_state, save_state
 from ..errors import LedgerError
+from ..files.container import arrays, load_state, save_state
 from ..privacy_engine import PerInstancePrivacyEngine
 from .plan import UnlearningPlan
 

@@ -23,11 +23,11 @@ import torch
 
 from ..certificates import write_certificate
 from ..certificates.fields import rebuilt
-from ..checkpoint import load_state, state_bytes, write_atomic
 from ..errors import CertificateError, LedgerError, UnsupportedError
+from ..files.container import load_state, state_bytes, write_atomic
+from ..files.model_hash import model_hash
 from .certified_record import certified_record
 from .engine_state import engine_state, load_engine_state
-from .model_hash import model_hash
 from .plan import CertifiedPlan, RetrainPlan, UnlearningPlan
 from .request_server import Batch, Server
 from .requests import Request, RequestQueue

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..accounting.instance_ids import InstanceIds
-from ..dataset_fingerprint import Fingerprint
 from ..errors import LedgerError
+from ..files.fingerprint import Fingerprint
 
 _AUGMENTED = "random augmentation"  # in a fingerprint's notes, of a transform
 

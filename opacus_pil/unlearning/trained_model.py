@@ -22,17 +22,17 @@ from .. import _validate as check
 from .._validate import IntArray
 from ..accounting.instance_ids import InstanceIds
 from ..capture.row_losses import LossOf
-from ..dataset_fingerprint import dataset_fingerprint
 from ..errors import CertificateError, LedgerError, UnsupportedError
+from ..files.fingerprint import dataset_fingerprint
+from ..files.model_hash import model_hash
 from ..privacy_engine import PerInstancePrivacyEngine
-from ..step_accounting import described_groups
 from ..training.task import Collate, Task
+from ..training.training import described_groups
 from .calibration import mean_log_loss
 from .described import described_task, evaluated_in_training, optimizer_of, require_own_engine
 from .engine_state import engine_state, load_engine_state
 from .grounds import require_no_running_statistics, weights_left
 from .methods import plain_module, with_still_statistics
-from .model_hash import model_hash
 from .phase import Phase
 from .plan import NOISE_FREE_METHODS, CertifiedPlan, UnlearningPlan
 from .rehearsal import Rehearsal, rehearsed

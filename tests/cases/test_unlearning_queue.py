@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, TensorDataset
 from opacus_pil.certificates import read_certificate, read_key, verify_certificate
 from opacus_pil.cli import main
 from opacus_pil.errors import LedgerError, OpacusPilError
+from opacus_pil.files.model_hash import model_hash
 from opacus_pil.unlearning import RequestQueue
-from opacus_pil.unlearning.model_hash import model_hash
 
 from .unlearning_models import DELTA, LANGEVIN, SIZE, classes, logistic, network, train
 

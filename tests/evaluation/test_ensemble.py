@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from opacus_pil.checkpoint import save_state
 from opacus_pil.evaluation.ensemble import retrained_ensemble, run_trials, trial_key
+from opacus_pil.files.container import save_state
 from tests.evaluation.sweeps import configs, sweep_in_own_group, tiny_trial
 
 

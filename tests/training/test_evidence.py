@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import opacus_pil
 from opacus_pil.accounting.guarantee import GUARANTEES, weakest
 from opacus_pil.capture.recorder import Fact
-from opacus_pil.norm_policy import NORM_POLICIES
+from opacus_pil.training.charger import NORM_POLICIES
 from opacus_pil.training.evidence import BEST, joined, judged, table, uncertifiable
 from opacus_pil.training.probe import explained
 from opacus_pil.training.row_gradients import RowGradients

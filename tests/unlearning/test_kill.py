@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from opacus_pil.checkpoint import load_state
+from opacus_pil.files.container import load_state
 from opacus_pil.unlearning.requests import RequestQueue
 
 from . import kill_target

@@ -17,10 +17,10 @@ from opacus_pil.certificates import (
     read_certificate,
     verify_certificate,
 )
-from opacus_pil.checkpoint import load_state
 from opacus_pil.errors import LedgerError
+from opacus_pil.files.container import load_state
+from opacus_pil.files.model_hash import model_hash
 from opacus_pil.unlearning import serving
-from opacus_pil.unlearning.model_hash import model_hash
 from opacus_pil.unlearning.requests import RequestQueue
 
 from . import kill_target

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
-from . import _validate as check
+from .. import _validate as check
 from .content_digest import ContentDigest, RowNumbers, joined, without_order
 
 _ATTRIBUTES = ("data", "targets", "labels")  # where torchvision and its like keep their rows

@@ -17,8 +17,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from .atomic_file import atomic_file
-from .errors import LedgerError
+from ..atomic_file import atomic_file
+from ..errors import LedgerError
 
 _FORMAT = "opacus_pil"
 _VERSION = 1

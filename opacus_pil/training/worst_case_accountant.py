@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from opacus.accountants import RDPAccountant, register_accountant
 
-from . import _validate as check
-from .accounting import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
+from .. import _validate as check
+from ..accounting import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
 
 MECHANISM = "per_instance_rdp"
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 
-from .capture.indices import RecordingSampler
-from .capture.norms import held
-from .capture.passes import Remainder
-from .capture.shards import RecordingShardSampler
-from .errors import LedgerError
+from ..capture.indices import RecordingSampler
+from ..capture.norms import held
+from ..capture.passes import Remainder
+from ..capture.shards import RecordingShardSampler
+from ..errors import LedgerError
 
 Apply = Callable[[], None]
 

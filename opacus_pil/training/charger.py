@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from . import _validate as check
-from ._validate import FloatArray, IntArray
-from .accounting import PerInstanceAccountant
-from .capture.recorder import Fact, StepRecord
-from .capture.sweep import Sweep
-from .errors import LedgerError, UnsupportedError
-from .training.evidence import BEST, Verdict, joined, judged
-from .training.probe import explained
+from .. import _validate as check
+from .._validate import FloatArray, IntArray
+from ..accounting import PerInstanceAccountant
+from ..capture.recorder import Fact, StepRecord
+from ..capture.sweep import Sweep
+from ..errors import LedgerError, UnsupportedError
+from .evidence import BEST, Verdict, joined, judged
+from .probe import explained
 
 NORM_POLICIES = ("worst_case", "last_seen", "refresh", "full", "capped", "participation")
 

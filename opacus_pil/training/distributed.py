@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .accounting import PerInstanceAccountant
-from .errors import LedgerError, UnsupportedError
+from ..accounting import PerInstanceAccountant
+from ..errors import LedgerError, UnsupportedError
 
 
 def said_by_all(value: Any) -> list[Any]:

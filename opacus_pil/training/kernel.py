@@ -31,9 +31,9 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from . import _validate as check
-from .capture.indices import require_in_order
-from .errors import UnsupportedError
+from .. import _validate as check
+from ..capture.indices import require_in_order
+from ..errors import UnsupportedError
 
 GRAD_SAMPLE_MODES = ("hooks", "functorch", "ew", "ghost", "no_op")
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .accounting import PerInstanceAccountant
-from .checkpoint import arrays
-from .errors import LedgerError
-from .norm_policy import Charger
-from .training_kernel import TrainingKernel
+from ..accounting import PerInstanceAccountant
+from ..errors import LedgerError
+from ..files.container import arrays
+from .charger import Charger
+from .kernel import TrainingKernel
 
 
 def checked_history(accountant: Any) -> dict[str, Any]:

@@ -18,19 +18,19 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
-from ._validate import IntArray
-from .capture.norms import record_norms
-from .capture.randomness import watch_forward
-from .capture.recorder import Fact, Recorder, StepRecord
-from .capture.shards import Shard
-from .capture.sweep import Sweep, sweep
-from .errors import UnsupportedError
-from .norm_policy import Charger, Step
-from .training.evidence import judged
-from .training.probe import Probe
-from .training.task import Task, evaluated_parts
-from .training.weights import NoteWeights, WeightsLeft
-from .training_kernel import TrainingKernel
+from .._validate import IntArray
+from ..capture.norms import record_norms
+from ..capture.randomness import watch_forward
+from ..capture.recorder import Fact, Recorder, StepRecord
+from ..capture.shards import Shard
+from ..capture.sweep import Sweep, sweep
+from ..errors import UnsupportedError
+from .charger import Charger, Step
+from .evidence import judged
+from .kernel import TrainingKernel
+from .probe import Probe
+from .task import Task, evaluated_parts
+from .weights import NoteWeights, WeightsLeft
 
 CERTIFIABLE = ("worst_case", "capped")  # policies whose label can carry a certificate
 _COARSE = 1e-4  # float32 and its sequences are far below, half precisions above

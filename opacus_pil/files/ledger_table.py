@@ -16,9 +16,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from . import _validate as check
-from .accounting.ledger_rows import ROWS_VERSION, VERSION_KEY
-from .errors import LedgerError
+from .. import _validate as check
+from ..accounting.ledger_rows import ROWS_VERSION, VERSION_KEY
+from ..errors import LedgerError
 
 
 class LedgerTable:

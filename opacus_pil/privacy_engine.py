@@ -1,17 +1,19 @@
 """PerInstancePrivacyEngine: Opacus's PrivacyEngine that also knows each instance's privacy loss.
 
-Training is Opacus's, bit for bit (except with caps, which clip more). Watching and charging it is
-`recording_engine.py`, saving it and going on `resuming_engine.py`.
+Training is Opacus's, bit for bit (except with caps, which clip more). Composed of an `Account`,
+both ledgers, and the `Trainings` that charge it; says in which order they are asked.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, Literal, Self, overload
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from opacus import PrivacyEngine
@@ -23,14 +25,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from . import _validate as check
+from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .accounting.instance_ids import InstanceIds
 from .capture.fixed_batches import recording_copy
-from .capture.indices import record_indices
+from .capture.indices import BatchTracker, record_indices
+from .capture.norms import chained
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
-from .resuming_engine import ResumingEngine
+from .capture.sweep import Sweep
+from .errors import UnsupportedError
+from .files.fingerprint import Fingerprint
+from .training import checkpoint
+from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
+from .training.account import Account, Terms
+from .training.attached import attached, attached_shard
 from .training.distributed import require_same_arguments, separate_coins
-from .training.kernel import (
-    TrainingKernel,
+from .training.kernel import TrainingKernel
+from .training.support import (
+    asked,
+    checked_arguments,
     is_distributed,
     require_known_options,
     require_map_style,
@@ -39,6 +52,8 @@ from .training.kernel import (
     require_uniform_batches,
 )
 from .training.task import Task
+from .training.training import Training
+from .training.trainings import Trainings
 
 # What Opacus returns. Its classes are Any to a type checker for as long as it ships no types; the
 # number of values, and the loader, are known.
@@ -55,7 +70,7 @@ _DEFAULT_CRITERIA = tuple(
 )
 
 
-class PerInstancePrivacyEngine(ResumingEngine):
+class PerInstancePrivacyEngine(PrivacyEngine):
     """Opacus's PrivacyEngine with a second ledger: the privacy loss of every training instance.
 
     Guarantee: `get_epsilon` is Opacus's. Per-instance values hold for adding or removing one
@@ -104,6 +119,187 @@ class PerInstancePrivacyEngine(ResumingEngine):
     """
 
     _loss_of: LossOf | None = None  # on its way through Opacus's make_private_with_epsilon
+
+    def __init__(
+        self,
+        *,
+        accountant: str = "prv",
+        secure_mode: bool = False,
+        norm_policy: str | None = None,
+        refresh_every: int | None = None,
+        orders: Sequence[float] = DEFAULT_ORDERS,
+        levels: int = 1024,
+        caps: npt.ArrayLike | None = None,
+        budget: Any = None,
+        history: bool = False,
+        instance_ids: npt.ArrayLike | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        terms = Terms.checked(
+            norm_policy, refresh_every=refresh_every, orders=orders, levels=levels, caps=caps,
+            budget=budget, history=history, instance_ids=instance_ids,
+        )  # fmt: skip
+        super().__init__(accountant=accountant, secure_mode=secure_mode)
+        self.account = Account(self.accountant, terms, caps=caps)
+        self._trainings = Trainings(fingerprint)
+
+    # --- what it knows ------------------------------------------------------------------------
+
+    @property
+    def norm_policy(self) -> str:
+        """How an instance's sensitivity at a step is found.
+
+        Unless it was named: "last_seen" before make_private, after it the default for its batches.
+        """
+        return self.account.norm_policy
+
+    @property
+    def kernel(self) -> TrainingKernel:
+        """Constants of the training recorded by make_private.
+
+        Raises:
+            ValueError: make_private was not called yet.
+            UnsupportedError: It was called several times with different constants, with other
+                than flat clipping, without Poisson sampling, or in several processes.
+        """
+        return self._trainings.kernel
+
+    @property
+    def per_instance(self) -> PerInstanceAccountant:
+        """The per-instance ledger; in a distributed training that of this process's shard.
+
+        Its `instance_ids` are rows of the data set; `gather_per_instance` joins the shards.
+
+        Raises:
+            ValueError: make_private was not called yet, so the number of instances is unknown.
+        """
+        return self.account.per_instance
+
+    @property
+    def task(self) -> Task:
+        """What the last training minimises and how its batches are joined, as far as named."""
+        return self._trainings.task
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """What is known of each training that this engine made private, oldest first."""
+        return self._trainings.all
+
+    @property
+    def instance_ids(self) -> InstanceIds:
+        """The ids of the data set's rows."""
+        return self.account.terms.ids
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """What the data set held when the training was made private; None: nothing was trained."""
+        return self._trainings.fingerprint
+
+    def fingerprint_of(self, dataset: Any) -> Fingerprint:
+        """Return what a data set holds now, or the name that the caller gave its contents."""
+        return self._trainings.fingerprint_of(dataset)
+
+    def task_with(
+        self, *, criterion: Any = None, loss_of: LossOf | None = None, collate_fn: Any = None
+    ) -> Task:
+        """Return the training's task with what is given in place of its own."""
+        return self._trainings.task_with(
+            criterion=criterion, loss_of=loss_of, collate_fn=collate_fn
+        )
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return Opacus's worst-case epsilon.
+
+        Edge cases (first match wins):
+            before the first step    0
+            noise-free steps         inf
+            a gradient that was not finite   inf from then on: no clip bounds it. Opacus goes on
+                                     with its own number; this is the one departure from it
+            poisson_sampling=False   Opacus's value too, and it is no bound: it takes batches as
+                                     drawn by independent coins and claims the amplification, which
+                                     fixed or shuffled batches do not have. The per-instance values
+                                     of such a training claim none.
+        """
+        if not self.accountant.history:
+            check.delta(delta)
+            return 0.0
+        return float("inf") if self.account.unbounded else super().get_epsilon(delta)
+
+    def get_per_instance_epsilon(
+        self,
+        delta: float,
+        *,
+        indices: npt.ArrayLike | None = None,
+        rows: npt.ArrayLike | None = None,
+    ) -> PerInstanceEpsilon:
+        """Return each instance's epsilon at `delta`, with its guarantee and why not a stronger one.
+
+        Args:
+            delta: In (0, 1).
+            indices: Instances to read, by their ids if the engine was given `instance_ids`, else by
+                row. None: all.
+            rows: Rows in their place.
+
+        Raises:
+            TypeError, ValueError: δ outside (0, 1), or an instance that is not there or named
+                twice.
+        """
+        return self.per_instance.get_epsilon(delta, indices=self.account.positions(indices, rows))
+
+    def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
+        """Return one ledger of all instances of a distributed training, in order of the data set.
+
+        Every process must call it; what each has charged is left as it is.
+
+        Guarantee: that of the shards, weakest label first. An instance's numbers are those that a
+            single process would have charged for the same draws and norms.
+
+        Args:
+            dst: Rank that gets the ledger; the others get None. Default: every rank gets it.
+
+        Returns:
+            A new accountant over the whole data set. In one process a copy of `per_instance`.
+
+        Raises:
+            LedgerError: On every rank: the ranks counted other steps, other noise or other rates.
+            ValueError: make_private was not called yet.
+            UnsupportedError: The process group is gone.
+        """
+        return self.account.gathered(dst=dst)
+
+    def require_constant_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise unless all steps so far were alike, and are those that `optimizer` takes now.
+
+        Raises:
+            CertificateError: A schedule, other settings now, or steps that nothing is known about.
+        """
+        self.account.require_constant_steps(optimizer, kernel=self.kernel)
+
+    def fork(self, *, norm_policy: str | None = None) -> Self:
+        """Return an engine with copies of both ledgers, the same kernel and the same caps.
+
+        What it trains charges the copies only; `adopt` takes them over.
+
+        Args:
+            norm_policy: Policy of the fork; default: this engine's. A ledger with caps keeps
+                "capped", another cannot become it.
+
+        Raises:
+            ValueError: The policy does not fit this engine's caps or refresh interval.
+        """
+        fork = copy.copy(self)  # Opacus's own settings, its secure generator among them
+        fork.account = self.account.fork(norm_policy=norm_policy)
+        fork.accountant, fork._trainings = fork.account.opacus, self._trainings.forked()
+        return fork
+
+    def adopt(self, other: PerInstancePrivacyEngine) -> None:
+        """Take over the ledgers of a fork of this engine.
+
+        Raises:
+            LedgerError: `other` is no fork of this engine, or this engine was charged since the
+                fork, which the fork's ledgers would forget. Nothing is changed.
+        """
+        self.account.adopt(other.account)
 
     # --- training -----------------------------------------------------------------------------
 
@@ -156,39 +352,26 @@ class PerInstancePrivacyEngine(ResumingEngine):
             UnsupportedError, TypeError, ValueError: A use without a sound per-instance number, or a
                 keyword that nobody knows; nothing was changed.
         """
-        require_known_options(options)
-        loss_of = self._loss_of if loss_of is None else loss_of
-        noise = check.real(
-            "noise_multiplier", noise_multiplier, low=0.0,
-            cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
-        )  # fmt: skip
-        bound = _checked_bound(max_grad_norm, clipping=options.get("clipping", "flat"))
-        if options.get("clipping") == "per_layer":
-            _require_bound_per_layer(max_grad_norm, optimizer)
-        mode = options.get("grad_sample_mode", "hooks")
         poisson = options.get("poisson_sampling", True)
-        named = not any(criterion is default for default in _DEFAULT_CRITERIA)
-        require_map_style(data_loader)
-        policy = self._policy_for(poisson_sampling=poisson)
-        require_supported(module, options, norm_policy=policy)
-        distributed = is_distributed(module)
-        if poisson:
-            require_uniform_batches(data_loader, distributed=distributed)
-        size = len(data_loader.dataset)  # type: ignore[arg-type]
-        shard = Shard.of_process(size) if distributed else None
-        charger = self._ready_charger(
-            module,
-            data_loader.dataset,
-            options,
-            shard=shard,
+        policy = self.account.policy_for(poisson_sampling=poisson)
+        found = checked_arguments(
+            module, optimizer=optimizer, data_loader=data_loader,
+            noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, options=options,
             policy=policy,
-            noise_multiplier=noise,
-            loss_known=named or mode == "ghost" or loss_of is not None,
+        )  # fmt: skip
+        loss_of = self._loss_of if loss_of is None else loss_of
+        ghost = found.grad_sample_mode == "ghost"
+        named = not any(criterion is default for default in _DEFAULT_CRITERIA)
+        shard = Shard.of_process(found.size) if found.distributed else None
+        ready = self.account.prepared(
+            found, shard=shard, policy=policy, loss_known=named or ghost or loss_of is not None
         )
-        if distributed:
+        if found.distributed:
             require_same_arguments(
-                noise_multiplier=noise, max_grad_norm=bound, norm_policy=policy, instances=size,
-                batches=len(data_loader), grad_sample_mode=mode, policy_settings=self._settings(),
+                noise_multiplier=found.noise_multiplier, max_grad_norm=found.max_grad_norm,
+                norm_policy=policy.name, instances=found.size, batches=len(data_loader),
+                grad_sample_mode=found.grad_sample_mode,
+                policy_settings=self.account.terms.shared,
             )  # fmt: skip
         made = super().make_private(
             module=module,
@@ -202,29 +385,28 @@ class PerInstancePrivacyEngine(ResumingEngine):
         private_module, private_optimizer, loader = made[0], made[1], made[-1]
         if poisson:
             tracker = record_indices(loader)
-            collate = loader.collate_fn.wrapped_collator_fn
-            drawn_rate = float(loader.batch_sampler.sample_rate)
+            collate, drawn = loader.collate_fn.wrapped_collator_fn, loader.batch_sampler.sample_rate
         else:
             loader, tracker = recording_copy(loader)
             made = (*made[:-1], loader)
-            collate, drawn_rate = loader.collate_fn, 1.0
+            collate, drawn = loader.collate_fn, 1.0
         kernel = TrainingKernel(
-            sample_rate=drawn_rate,
+            sample_rate=float(drawn),
             expected_batch_size=private_optimizer.expected_batch_size,
-            noise_multiplier=noise,
-            max_grad_norm=bound,
+            noise_multiplier=found.noise_multiplier,
+            max_grad_norm=found.max_grad_norm,
             loss_reduction=private_optimizer.loss_reduction,
-            grad_sample_mode=mode,
+            grad_sample_mode=found.grad_sample_mode,
             batch_first=options.get("batch_first", True),
             num_instances=len(loader.dataset),
-            clipping=options.get("clipping", "flat"),
+            clipping=found.clipping,
             poisson_sampling=poisson,
             world_size=1 if shard is None else shard.world_size,
             rand_on_empty=bool(options.get("rand_on_empty", False)),
         )
         if shard is not None and not self.secure_mode:
             separate_coins(loader.batch_sampler)
-        if policy == "participation" and not self._policy_named:
+        if policy.fixed_batches and not self.account.terms.named:
             warnings.warn(
                 "poisson_sampling=False: fixed batches are charged by norm_policy='participation', "
                 "without amplification by sampling and for zero-out neighbours (an instance's slot "
@@ -232,23 +414,23 @@ class PerInstancePrivacyEngine(ResumingEngine):
                 "claims the amplification. Name the policy to accept this.",
                 stacklevel=2,
             )
-        self._settle(charger, shard)
-        self._kernels.append(kernel)
-        self._account(
-            private_module,
-            private_optimizer,
-            tracker,
+        self.account.settle(ready, shard)
+        self._trainings.begin(
+            self.account,
+            module=private_module,
+            optimizer=private_optimizer,
+            tracker=tracker,
             kernel=kernel,
             dataset=loader.dataset,
             task=Task(
-                criterion=criterion if named or mode == "ghost" else None,
+                criterion=criterion if named or ghost else None,
                 own_loss=loss_of,
                 collate_fn=collate,
                 reduction=kernel.loss_reduction,
-                per_row=mode == "ghost",
+                per_row=ghost,
             ),
             # Opacus may account at 1 / (n - 1) while drawing at 1 / n: the larger counts.
-            sample_rate=max(1 / len(loader), drawn_rate),
+            sample_rate=max(1 / len(loader), float(drawn)),
         )
         return made
 
@@ -286,7 +468,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
         require_known_options(options)
         require_map_style(data_loader)
         poisson = options.get("poisson_sampling", True)
-        require_supported(module, options, norm_policy=self._policy_for(poisson_sampling=poisson))
+        policy = self.account.policy_for(poisson_sampling=poisson)
+        require_supported(module, options, policy=policy)
         if poisson:
             require_uniform_batches(data_loader, distributed=is_distributed(module))
         # Opacus hands its options to the accountant's conversion too, which knows no loss.
@@ -349,16 +532,15 @@ class PerInstancePrivacyEngine(ResumingEngine):
         require_plain(module, optimizer)
         task = self.task_with(criterion=criterion, loss_of=loss_of, collate_fn=collate_fn)
         ghost = kernel.grad_sample_mode == "ghost"
-        if not task.named and (ghost or self._refresh_every):
+        if not task.named and (ghost or self.account.terms.policy.refresh_every):
             raise ValueError(
                 "Expected criterion to be the loss to train with, got criterion=None. Pass it."
             )
-        generator = self.secure_rng if self.secure_mode else sampler_generator
         loader = DPDataLoader(
             dataset,
             sample_rate=kernel.sample_rate,
             collate_fn=task.collate_fn,
-            generator=generator,
+            generator=self.secure_rng if self.secure_mode else sampler_generator,
             batch_first=kernel.batch_first,
         )
         private_module = self._prepare_model(
@@ -381,10 +563,11 @@ class PerInstancePrivacyEngine(ResumingEngine):
         private_optimizer.attach_step_hook(
             self.accountant.get_optimizer_hook_fn(sample_rate=kernel.sample_rate)
         )
-        self._account(
-            private_module,
-            private_optimizer,
-            record_indices(loader, population=rows, steps=count),
+        self._trainings.begin(
+            self.account,
+            module=private_module,
+            optimizer=private_optimizer,
+            tracker=record_indices(loader, population=rows, steps=count),
             kernel=kernel,
             dataset=dataset,
             task=task,
@@ -403,23 +586,257 @@ class PerInstancePrivacyEngine(ResumingEngine):
             )
         return private_module, private_optimizer, private_loss, loader
 
+    def attach(
+        self,
+        *,
+        module: Any,
+        optimizer: DPOptimizer,
+        data_loader: DataLoader[Any] | None = None,
+        dataset: Any = None,
+        sample_rate: float | None = None,
+        criterion: Any = None,
+        loss_of: LossOf | None = None,
+    ) -> None:
+        """Account for a training that was made private elsewhere, before its first step.
 
-def _require_bound_per_layer(bounds: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise unless there is a clip bound for each parameter tensor that trains."""
-    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if len(bounds) != len(held):
-        raise ValueError(
-            f"Expected max_grad_norm to be one bound per parameter tensor of the optimizer "
-            f"({len(held)}), got {len(bounds)}. With clipping='per_layer' pass a list of as many."
+        For loops whose framework calls Opacus itself. A step hook that is attached already stays,
+        and is called first; this engine's own worst-case ledger counts beside it.
+
+        Args:
+            module: What Opacus's make_private returned first.
+            optimizer: Opacus's optimizer, flat, per-layer, adaptive or ghost clipping.
+            data_loader: Opacus's DPDataLoader, not yet iterated. None: rows come from
+                `batch(indices=...)`; then `dataset` and `sample_rate` are needed.
+            dataset: The training set, without a `data_loader`.
+            sample_rate: Probability that an instance is drawn, without a `data_loader`.
+            criterion: The loss trained with; as in make_private, name it.
+            loss_of: In its place, as in make_private.
+
+        Raises:
+            UnsupportedError, TypeError, ValueError: A training without a sound per-instance number;
+                nothing was changed.
+        """
+        theirs = attached(
+            optimizer=optimizer, data_loader=data_loader, dataset=dataset, sample_rate=sample_rate
         )
+        policy = self.account.policy_for(poisson_sampling=True)
+        require_supported(module, theirs.options, policy=policy)
+        shard = attached_shard(module, data_loader)
+        found = asked(
+            module, theirs.options, size=len(theirs.dataset),
+            noise_multiplier=float(optimizer.noise_multiplier),
+            max_grad_norm=float(optimizer.max_grad_norm),
+        )  # fmt: skip
+        known = criterion is not None or loss_of is not None
+        ready = self.account.prepared(found, shard=shard, policy=policy, loss_known=known)
+        kernel = TrainingKernel(
+            sample_rate=theirs.sample_rate,
+            expected_batch_size=optimizer.expected_batch_size,
+            noise_multiplier=found.noise_multiplier,
+            max_grad_norm=found.max_grad_norm,
+            loss_reduction=optimizer.loss_reduction,
+            grad_sample_mode=found.grad_sample_mode,
+            batch_first=getattr(module, "batch_first", True),
+            num_instances=found.size,
+            clipping=found.clipping,
+            world_size=1 if shard is None else shard.world_size,
+            rand_on_empty=theirs.rand_on_empty,
+        )
+        tracker = BatchTracker() if data_loader is None else record_indices(data_loader)
+        if shard is not None and not optimizer.secure_mode:
+            separate_coins(data_loader.batch_sampler)  # type: ignore[union-attr]
+        counts = self.accountant.get_optimizer_hook_fn(sample_rate=theirs.sample_rate)
+        previous = optimizer.step_hook
+        optimizer.step_hook = counts if previous is None else chained(previous, counts)
+        self.account.settle(ready, shard)
+        self._trainings.begin(
+            self.account,
+            module=module,
+            optimizer=optimizer,
+            tracker=tracker,
+            kernel=kernel,
+            dataset=theirs.dataset,
+            task=Task(
+                criterion=criterion, own_loss=loss_of, collate_fn=theirs.collate_fn,
+                reduction=kernel.loss_reduction, per_row=found.grad_sample_mode == "ghost",
+            ),
+            sample_rate=theirs.sample_rate,
+            loaded=data_loader is not None,
+        )  # fmt: skip
 
+    # --- during training ----------------------------------------------------------------------
 
-def _checked_bound(max_grad_norm: Any, *, clipping: str) -> float:
-    """Return the clip bound on a whole gradient; one bound per layer with per-layer clipping."""
-    cure = "Pass a positive number; with clipping='per_layer' a list of one per parameter."
-    if clipping != "per_layer":
-        return check.real("max_grad_norm", max_grad_norm, low=0.0, open_low=True, cure=cure)
-    bounds = check.real_array("max_grad_norm", max_grad_norm, low=0.0, open_low=True, cure=cure)
-    if bounds.ndim != 1 or not len(bounds):
-        raise ValueError(check.expected("max_grad_norm", "to be a list", max_grad_norm, cure))
-    return float(np.linalg.norm(bounds))
+    @contextmanager
+    def batch(
+        self, *, indices: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None
+    ) -> Iterator[None]:
+        """Say which rows the next step's batch holds, for loops with loaders of their own.
+
+        The caller vouches that the rows were drawn by independent coins at the accounted rate.
+
+        Args:
+            indices: Instances, each once, in the order of the batch, by their ids if the engine was
+                given `instance_ids`, else by row; in a distributed training of this process's
+                shard.
+            rows: Rows in their place.
+        """
+        named = self.account.rows(indices, rows)
+        trackers = [training.tracker for training in self.trainings]
+        for tracker in trackers:
+            tracker.set_explicit(named)
+        try:
+            yield
+        finally:
+            for tracker in trackers:
+                tracker.set_explicit(None)
+
+    def refresh_norms(self, *, criterion: Any = None, loss_of: LossOf | None = None) -> Sweep:
+        """Measure every instance at the current parameters; later steps charge these norms.
+
+        Args:
+            criterion: The loss trained with. Default: the one make_private was given.
+            loss_of: In its place, as in make_private.
+
+        Raises:
+            ValueError: No loss is known.
+            UnsupportedError: norm_policy is "worst_case" or "capped", which charge no norms.
+        """
+        if not self.account.terms.policy.measured:
+            raise UnsupportedError(
+                f"Expected a norm policy that charges norms, got norm_policy="
+                f"{self.norm_policy!r}. Use 'last_seen' or 'refresh'; "
+                "opacus_pil.capture.sweep measures without charging."
+            )
+        return self._trainings.measured(self.account, criterion=criterion, loss_of=loss_of)
+
+    def set_caps(self, caps: npt.ArrayLike) -> None:
+        """Clip each instance to another cap from the next step on.
+
+        Guarantee: with a budget the ledger stays "bound" if each cap is a function of the released
+            models and of the instance's own record only; without one it becomes "output_specific".
+
+        Args:
+            caps: Shape (instances,), in units of max_grad_norm, in [0, 1]; in a distributed
+                training of the whole data set, on every rank.
+
+        Raises:
+            ValueError: Not one finite cap per instance; norm_policy is not "capped"; or steps
+                labelled "bound" were charged already and there is no budget.
+            UnsupportedError: A batch is in hand: caps are fixed before a step's rows are drawn.
+        """
+        if not self.account.terms.policy.enforced:
+            raise ValueError(
+                f"Expected norm_policy='capped', got norm_policy={self.norm_policy!r}. "
+                "Caps are enforced under that policy only."
+            )
+        if any(training.in_hand for training in self.trainings):
+            raise UnsupportedError(
+                "Expected caps to be set between steps, got a drawn batch in hand that no step has "
+                "used. Caps that could depend on who was drawn bound nothing: call set_caps after "
+                "optimizer.step() and before the next batch is taken from the loader."
+            )
+        self.account.set_caps(caps)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str] | IO[bytes],
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Save as Opacus does, and with it both ledgers and where the training stands.
+
+        Guarantee: with `optimizer`, a process that loads the file goes on with the run that was
+            saved: on CPU the weights and ledgers that follow are equal bit for bit, if items and
+            the forward pass draw their randomness from torch's, numpy's or Python's global
+            generator in the main process. With num_workers > 0 this holds for items without
+            randomness: the workers' generators are not saved. Save after `optimizer.step()`: a
+            batch that was handed out and not stepped on is not handed out again.
+
+        Args:
+            path: A path: the file is replaced as a whole, mode 0600. An open binary file is
+                written as it is.
+            module: As in Opacus.
+            optimizer: The private optimizer. None: weights and ledgers only.
+            noise_scheduler: As in Opacus; functions it holds are not saved.
+            grad_clip_scheduler: Likewise.
+            checkpoint_dict: More entries, of tensors and plain values; for example the epoch.
+            module_state_dict_kwargs: As in Opacus.
+            torch_save_kwargs: As in Opacus.
+
+        Raises:
+            ValueError: make_private was not called yet, or `optimizer` is not of this engine.
+            UnsupportedError: Within a logical batch, or in a pass whose position is not known.
+            TypeError: An entry that would have to be unpickled by running code.
+
+        Privacy: the file holds per-instance losses and the states that the noise is drawn from.
+            Whoever has it can undo the noise to come: never release it; release the weights.
+        """
+        checkpoint.save(
+            self._kept(), path, module=module, optimizer=optimizer,
+            schedulers=(noise_scheduler, grad_clip_scheduler), extra=checkpoint_dict,
+            module_options=module_state_dict_kwargs, options=torch_save_kwargs,
+        )  # fmt: skip
+
+    def load_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str] | IO[bytes],
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+        strict: bool = False,
+    ) -> dict[str, Any]:
+        """Load what `save_checkpoint` saved, or a file of plain Opacus.
+
+        Call it after make_private with the saved training's arguments, right before the loop. With
+        `optimizer`, the next pass over the private loader hands out what was left of the pass that
+        was saved (nothing, if it was saved after its last batch), the ones after it are whole, and
+        all generators continue. Without, only weights and ledgers are loaded.
+
+        A file of plain Opacus knows no instances: every instance is charged the worst case for its
+        history, with a warning. So is everybody where the file's training had other data, as Opacus
+        goes on there; `strict` refuses. Where `module` is a copy that this engine does not train,
+        the ledgers stay with the training that goes on, with a warning.
+
+        Args:
+            path: File or open binary file; nothing in it is run.
+            module: As in Opacus.
+            optimizer: The private optimizer of the same training.
+            noise_scheduler: As in Opacus.
+            grad_clip_scheduler: As in Opacus.
+            module_load_dict_kwargs: As in Opacus.
+            torch_load_kwargs: As in Opacus, for example map_location.
+            strict: Refuse a file of a training on other data.
+
+        Returns:
+            The other entries of the file, as in Opacus.
+
+        Raises:
+            ValueError: make_private was not called yet, or `optimizer` is not of this engine.
+            FileNotFoundError: There is no such file.
+            LedgerError: A damaged or edited file; or one of another training: orders, levels, norm
+                policy, accountant, clipping, mode, kernel, loader, generators or model, with
+                `strict` also other data; or another training of this engine would be forgotten.
+                Only the noise may be another one, as in Opacus: the training
+                goes on with its own, with a warning. Module, optimizer, schedulers, engine and
+                generators are as they were.
+        """
+        return checkpoint.load(
+            self._kept(), path, module=module, optimizer=optimizer,
+            schedulers=(noise_scheduler, grad_clip_scheduler),
+            module_options=module_load_dict_kwargs, options=torch_load_kwargs, strict=strict,
+        )  # fmt: skip
+
+    def _kept(self) -> checkpoint.Kept:
+        return checkpoint.Kept(self.account, self._trainings, self.secure_mode, self.secure_rng)

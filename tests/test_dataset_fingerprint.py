@@ -27,7 +27,7 @@ from opacus_pil.files import content_digest
 from opacus_pil.files.container import load_entries, save_entries
 from opacus_pil.files.content_digest import ContentDigest
 from opacus_pil.files.fingerprint import Fingerprint, _sampled_sha256, dataset_fingerprint
-from opacus_pil.resuming_engine import _KIND
+from opacus_pil.training.checkpoint import _KIND
 from tests.capture.models import images
 from tests.training_loop import SIZE, Loop
 

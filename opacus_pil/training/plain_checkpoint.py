@@ -66,7 +66,7 @@ def worst_case_ledger(
         )
     worst = _charged_worst(
         entries, charger=charger, reason="steps of plain Opacus, which nobody looked at",
-        label="output_specific" if charger.norm_policy == "capped" else "bound",
+        label="output_specific" if charger.policy.enforced else "bound",
     )  # fmt: skip
     warnings.warn(
         "This checkpoint of plain Opacus has no per-instance ledger: every instance is charged the "

@@ -1,4 +1,4 @@
-"""StepAccounting: the hook on one optimizer, from a noisy step to a charge of both ledgers.
+"""Training: the hook on one optimizer, from a noisy step to a charge of both ledgers.
 
 Runs after clipping and noise and before the parameters move, so that a full pass measures the
 parameters the step was computed at.
@@ -25,21 +25,20 @@ from ..capture.recorder import Fact, Recorder, StepRecord
 from ..capture.shards import Shard
 from ..capture.sweep import Sweep, sweep
 from ..errors import UnsupportedError
-from .charger import Charger, Step
+from .charger import Charger
 from .evidence import judged
 from .kernel import TrainingKernel
 from .probe import Probe
+from .step import Step
 from .task import Task, evaluated_parts
+from .unheld import Unheld
+from .update import adaptive_noise, described_update
 from .weights import NoteWeights, WeightsLeft
 
-CERTIFIABLE = ("worst_case", "capped")  # policies whose label can carry a certificate
 _COARSE = 1e-4  # float32 and its sequences are far below, half precisions above
 
-# Policies whose label a probe can take away; the others are estimates whatever it finds.
-PROBED = ("worst_case", "capped", "full", "participation")
 
-
-class StepAccounting:
+class Training:
     """Called by Opacus's optimizer once per noisy step.
 
     Args:
@@ -85,14 +84,14 @@ class StepAccounting:
         self._loaded = loaded
         self._opacus_hook = optimizer.step_hook
         self._ghost = kernel.grad_sample_mode == "ghost"
+        policy = charger.policy
         self.probe: Probe | None = None
-        if charger.claims_as in PROBED:
-            measured = charger.claims_as in ("full", "participation")
+        if policy.probed:
             self.probe = Probe(
-                task, dataset, module=module, random_rows=measured,
+                task, dataset, module=module, random_rows=policy.whole_rows,
                 dimension=0 if kernel.batch_first else 1,
             )  # fmt: skip
-        if charger.claims_as == "participation":
+        if policy.fixed_batches:
             watch_forward(module._module, recorder)
         self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
@@ -102,7 +101,7 @@ class StepAccounting:
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         self.weights = WeightsLeft(module._module)
         plain = optimizer.original_optimizer
-        if charger.claims_as in CERTIFIABLE and isinstance(plain, Optimizer):
+        if policy.certifiable and isinstance(plain, Optimizer):
             plain.register_step_post_hook(NoteWeights(self.weights))
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
@@ -131,7 +130,7 @@ class StepAccounting:
         # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
         batches = max(optimizer.accumulated_iterations, record.draws)
         count = self._released_count(std)
-        verdict = judged(self._charger.claims_as, self._facts(record, count))
+        verdict = judged(self._charger.policy.judged_as, self._facts(record, count))
         if self._shard is not None and record.indices is not None:
             record = replace(record, indices=self._shard.positions(record.indices))
         multiplicity = max(record.draws, record.copies)
@@ -360,7 +359,7 @@ class StepAccounting:
     def _charge_without_noise(self) -> None:
         """The plain optimizer is about to step by gradients that nobody noised."""
         facts = [Fact("not_noised", "the plain optimizer stepped by itself")]
-        self._charger.charge_unnoised(judged(self._charger.claims_as, facts))
+        self._charger.charge_unnoised(judged(self._charger.policy.judged_as, facts))
 
     def _note_changed(self) -> None:
         """The model is about to move by something else than what was noised and charged."""
@@ -372,98 +371,3 @@ _OTHER_SETTINGS = (
     "at the step. Budgets were tested for those. Change settings between steps: after "
     "optimizer.step() and before the next batch's backward pass."
 )
-
-
-class Unheld:
-    """Notices, by their versions, whether buffers of a module change, and parameters that train
-    and that an optimizer does not hold.
-    """
-
-    def __init__(self, module: torch.nn.Module, optimizer: Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._places = [
-            (f"{name}.{own}".lstrip("."), tensors, own)
-            for name, part in module.named_modules()
-            for tensors in (part._buffers, part._parameters)
-            for own, tensor in tensors.items()
-            if id(tensor) not in held
-        ]
-        self._seen = self._versions()
-
-    def changed(self) -> str:
-        """Return the name of one that has changed since it was asked last; "": none."""
-        before, self._seen = self._seen, self._versions()
-        changed = (name for name, v in self._seen.items() if before.get(name, v) != v)
-        return next(changed, "")
-
-    def _versions(self) -> dict[str, tuple[int, int]]:
-        found = ((name, tensors.get(own)) for name, tensors, own in self._places)
-        return {
-            name: (t.data_ptr(), t._version)
-            for name, t in found
-            if t is not None and (t.requires_grad or not isinstance(t, torch.nn.Parameter))
-        }
-
-
-def described_update(
-    optimizer: Optimizer,
-    *,
-    clip_bound: float,
-    noise_std: float,
-    divisor: int | None,
-    loss_reduction: str,
-    batches: int,
-    default_batches: bool,
-) -> str:
-    """Return in words what makes a step of a batch; equal words mean equal steps.
-
-    Args:
-        optimizer: The plain one.
-        clip_bound: That gradients are clipped to.
-        noise_std: On their sum.
-        divisor: What a mean is divided by.
-        loss_reduction: "mean" or "sum".
-        batches: How many drawn batches the step may have summed.
-        default_batches: Whether torch's default_collate joins the data set's items to a batch.
-    """
-    return (
-        f"{type(optimizer).__name__} {described_groups(optimizer)}, {batches} drawn, clipped to "
-        f"{float(clip_bound)!r}, noise {float(noise_std)!r} on the {loss_reduction}, over "
-        f"{divisor}, joined by {'default_collate' if default_batches else 'another collate_fn'}"
-    )
-
-
-def described_groups(optimizer: Optimizer) -> str:
-    """Return the settings of all groups, numbers with every digit, whatever their type."""
-    groups = [
-        {k: _plain(v) for k, v in group.items() if k not in ("params", "initial_lr")}
-        for group in optimizer.param_groups
-    ]
-    return repr(groups)
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting as Python numbers: a tensor prints four digits only."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return float(value) if type(value) is int else value
-
-
-def adaptive_noise(noise_multiplier: float, unclipped_num_std: float) -> tuple[float, float]:
-    """Return adaptive clipping's noise on gradients, and its count's shift in units of that noise.
-
-    It splits the nominal noise: gradients get (z^-2 - (2σ)^-2)^(-1/2), the count of unclipped rows
-    gets σ. The count is a sum of zeros and ones, so that an instance moves it by 1, not by the 1/2
-    that the split assumes.
-
-    Source: Andrew et al. (2021), arXiv:1905.03871, Theorem 1, as in Opacus's AdaClipDPOptimizer.
-
-    >>> adaptive_noise(1.0, 10.0)[1] > 0.1
-    True
-    """
-    if noise_multiplier == 0.0:
-        return 0.0, 0.0
-    noise = (noise_multiplier**-2 - (2.0 * unclipped_num_std) ** -2) ** -0.5
-    return noise, noise / unclipped_num_std

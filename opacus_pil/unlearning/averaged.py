@@ -95,7 +95,7 @@ def noisy_finetuning_steps(
         optimizer.noise_multiplier = std / certificate.step_size
         optimizer.step()
         if privacy_engine is not None and certificate.gradient_clip > 0.0:
-            privacy_engine.charge_everyone(
+            privacy_engine.account.charge_everyone(
                 noise_multiplier=std / (2.0 * certificate.step_size * certificate.gradient_clip),
                 sample_rate=rate,
             )

@@ -197,9 +197,9 @@ def _forked(engine: UnlearningEngine, plan: UnlearningPlan) -> PerInstancePrivac
         return None
     ledger = engine._engine.fork()
     if plan.method != "gradient_difference":  # which reads the forget set
-        ledger.forget(plan.forget_set)
+        ledger.account.forget(plan.forget_set)
     if plan.method == "retraining":
-        ledger.note_new_model()
+        ledger.account.note_new_model()
     return ledger
 
 
@@ -210,9 +210,9 @@ def _settle(
     ledger, twin = run.privacy_engine, run.module
     if ledger is not None and engine._engine is not None:
         if plan.method in NOISE_FREE_METHODS:
-            ledger.charge_without_noise(run.done)
+            ledger.account.charge_without_noise(run.done)
         if plan.method == "gradient_difference":  # its members paid for these steps too
-            ledger.forget(plan.forget_set)
+            ledger.account.forget(plan.forget_set)
         if private_length and ledger.per_instance.steps > engine._ledger_steps:
             ledger.per_instance.weaken("estimate")
         engine._engine.adopt(ledger)

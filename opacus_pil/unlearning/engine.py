@@ -287,7 +287,7 @@ class UnlearningEngine(QueuedModel):
         def evidence() -> None:
             self._rehearsed(rows, seen)  # what cannot be run at all is said first
             assert self._engine is not None
-            self._engine.require_evidence()
+            self._engine.account.require_evidence()
 
         def applicable() -> tuple[Certificate, Certificate | None]:
             return certificates_for(

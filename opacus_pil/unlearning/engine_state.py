@@ -42,7 +42,7 @@ def engine_state(engine: TrainedModel) -> dict[str, Any]:
             name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()
         },
         "param_groups": engine._optimizer.state_dict()["param_groups"],
-        "ledgers": None if engine._engine is None else tensors(engine._engine.ledger_state()),
+        "ledgers": None if engine._engine is None else tensors(engine._engine.account.state()),
         "data": engine._data.state(),
         "weights_of_training": engine._weights,
         "evaluated": sorted(engine._evaluated),
@@ -96,7 +96,7 @@ def load_engine_state(engine: TrainedModel, state: Mapping[str, Any], *, own: bo
             f"Expected the state of this module and optimizer, got another: {error}"
         ) from error
     if engine._engine is not None:
-        engine._engine.load_ledger_state(arrays(state["ledgers"]))  # the last thing to fail
+        engine._engine.account.load_state(arrays(state["ledgers"]))  # the last thing to fail
     engine._module, engine._optimizer = twin, optimizer
     engine._training_steps = state["training_steps"]
     engine._requests_served = state["requests_served"]

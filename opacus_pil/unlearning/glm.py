@@ -105,7 +105,7 @@ class OneOutputRun:
         self.feature_norm = checked_feature_norm(
             feature_norm, dataset, rows=present, bias=module.bias is not None
         )
-        evidence = evidence or privacy_engine.require_evidence
+        evidence = evidence or privacy_engine.account.require_evidence
         if not measured:
             self._require_small_norms(privacy_engine)
         if not measured and ledger.guarantee != "bound":
@@ -157,9 +157,12 @@ class OneOutputRun:
 
     def _require_small_norms(self, privacy_engine: PerInstancePrivacyEngine) -> None:
         """Hold the gradients that were clipped against those that loss and features allow."""
-        if "earlier_release" in privacy_engine.findings:
+        if "earlier_release" in privacy_engine.account.findings:
             return  # it kept none; the certificate's context says so
-        largest, allowed = privacy_engine.largest_norm, _STEEPEST * self.feature_norm
+        largest, allowed = (
+            privacy_engine.account.largest_norm,
+            _STEEPEST * self.feature_norm,
+        )
         require_contracting(
             largest <= allowed * SHIFT_ROUND_UP,
             f"gradients of norm at most {allowed:g}, as the loss and feature_norm allow,",

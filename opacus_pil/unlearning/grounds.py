@@ -56,7 +56,7 @@ def training_codes(
             "Compute constants in the forward pass, or register them with persistent=False."
         )
     codes = []
-    unseen = privacy_engine is not None and "earlier_release" in privacy_engine.findings
+    unseen = privacy_engine is not None and "earlier_release" in privacy_engine.account.findings
     if unseen or (privacy_engine is not None and weights is None):
         codes.append("labels_without_evidence")
     if held or any(not p.requires_grad for p in module.parameters()):

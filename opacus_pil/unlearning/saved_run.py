@@ -77,7 +77,7 @@ class SavedRun:
             "noise_rng": None if self.noise_generator is None else self.noise_generator.get_state(),
         }
         if self.privacy_engine is not None:
-            state["ledgers"] = self.privacy_engine.ledger_state()
+            state["ledgers"] = self.privacy_engine.account.state()
         save_state(path, state, kind=_KIND)
 
     def remove(self, path: Path | None) -> None:
@@ -98,7 +98,7 @@ class SavedRun:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.privacy_engine is not None:
-            self.privacy_engine.load_ledger_state(arrays(state["ledgers"]))
+            self.privacy_engine.account.load_state(arrays(state["ledgers"]))
         self.sampler_state = state["sampler_rng"]
         if self.noise_generator is not None and state["noise_rng"] is not None:
             self.noise_generator.set_state(state["noise_rng"])

@@ -27,7 +27,7 @@ from ..files.fingerprint import dataset_fingerprint
 from ..files.model_hash import model_hash
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..training.task import Collate, Task
-from ..training.training import described_groups
+from ..training.update import described_groups
 from .calibration import mean_log_loss
 from .described import described_task, evaluated_in_training, optimizer_of, require_own_engine
 from .engine_state import engine_state, load_engine_state

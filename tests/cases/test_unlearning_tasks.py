@@ -252,7 +252,7 @@ def test_batches_that_nobody_described_are_refused_before_anything_runs(kind):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_first_draw_that_is_empty_is_a_batch_like_the_others(kind, seed, caplog):
     trained = trained_on(kind, "hooks", batch_size=1, steps=2)
-    trained.engine._kernels[:] = [replace(trained.engine.kernel, sample_rate=1e-6)]
+    trained.engine._trainings.kernels[:] = [replace(trained.engine.kernel, sample_rate=1e-6)]
     unlearning = trained.unlearning()
     unlearning.unlearn(unlearning.plan([2], steps=2), seed=seed)  # nobody is ever drawn
     assert unlearning.forgotten == {2}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import opacus_pil
 from opacus_pil.accounting.guarantee import GUARANTEES, weakest
 from opacus_pil.capture.recorder import Fact
-from opacus_pil.training.charger import NORM_POLICIES
 from opacus_pil.training.evidence import BEST, joined, judged, table, uncertifiable
+from opacus_pil.training.policies import NORM_POLICIES
 from opacus_pil.training.probe import explained
 from opacus_pil.training.row_gradients import RowGradients
 
@@ -57,7 +57,7 @@ def test_every_row_of_the_table_is_of_a_fact_that_is_made():
     """`earlier_release` and `other_data` are made of saved ledgers, by their codes as keys."""
     named = {
         node.value
-        for path in ROOT.glob("*.py")
+        for path in ROOT.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

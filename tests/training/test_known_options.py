@@ -8,7 +8,7 @@ import pytest
 from opacus import PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer
 
-from opacus_pil.training.kernel import known_options, require_known_options
+from opacus_pil.training.support import known_options, require_known_options
 
 
 def test_what_opacus_takes_is_known():

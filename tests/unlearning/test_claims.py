@@ -75,7 +75,7 @@ class TestLedgerAndEngineGoTogether:
         run = logistic_run(steps=60)
         unlearning = run.unlearning()
         plan = unlearning.plan([0], **{**LANGEVIN, "max_steps": 10_000})
-        run.engine.charge_everyone(noise_multiplier=1.0, sample_rate=1.0)
+        run.engine.account.charge_everyone(noise_multiplier=1.0, sample_rate=1.0)
         for call in (lambda: unlearning.plan([0], **LANGEVIN), lambda: unlearning.unlearn(plan)):
             with pytest.raises(LedgerError, match="training went on"):
                 call()

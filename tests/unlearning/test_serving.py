@@ -415,7 +415,7 @@ def test_nothing_that_was_computed_with_a_forgotten_instance_is_left(dataset, tm
     engine = run.unlearning(requests=tmp_path / "requests")
     engine.serve(steps=1)
     (trained,) = engine.requests.folder.glob("state-*")
-    charges = run.engine._charges()
+    charges = run.engine.account.charger
     assert np.isfinite(charges._norms[3])
     engine.submit([3], request_id="ada")
     engine.serve(steps=4, checkpoint_every=2)
@@ -425,7 +425,7 @@ def test_nothing_that_was_computed_with_a_forgotten_instance_is_left(dataset, tm
     assert not engine._optimizer.state  # no momentum
     state = load_state(engine.requests.state_file, kind="served model")
     assert "state" not in state
-    assert np.isinf(run.engine._charges()._norms[3])  # what was measured of it is gone
+    assert np.isinf(run.engine.account.charger.norms.seen[3])  # what was measured of it is gone
     ledger = run.engine.per_instance
     assert ledger.forgotten[3]
     assert not ledger.active[3]

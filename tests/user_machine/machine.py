@@ -98,7 +98,7 @@ class JudgedUser(RuleBasedStateMachine):
         if not account.steps:
             return
         try:
-            engine.require_evidence()
+            engine.account.require_evidence()
             certified = self.setting.policy in ("worst_case", "capped")
         except CertificateError:
             certified = False

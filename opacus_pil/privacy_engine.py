@@ -37,7 +37,7 @@ from .errors import UnsupportedError
 from .files.fingerprint import Fingerprint
 from .training import checkpoint
 from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
-from .training.account import Account, Terms
+from .training.account import Account
 from .training.attached import attached, attached_shard
 from .training.distributed import require_same_arguments, separate_coins
 from .training.kernel import TrainingKernel
@@ -52,6 +52,7 @@ from .training.support import (
     require_uniform_batches,
 )
 from .training.task import Task
+from .training.terms import Terms
 from .training.training import Training
 from .training.trainings import Trainings
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Literal, Self, overload
@@ -27,9 +26,7 @@ from torch.utils.data import DataLoader
 from . import _validate as check
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
 from .accounting.instance_ids import InstanceIds
-from .capture.fixed_batches import recording_copy
-from .capture.indices import BatchTracker, record_indices
-from .capture.norms import chained
+from .capture.indices import record_indices
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
@@ -39,7 +36,8 @@ from .training import checkpoint
 from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
 from .training.account import Account
 from .training.attached import attached, attached_shard
-from .training.distributed import require_same_arguments, separate_coins
+from .training.beginning import begin_attached, begin_made
+from .training.distributed import require_same_arguments
 from .training.kernel import TrainingKernel
 from .training.support import (
     asked,
@@ -383,57 +381,11 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             criterion=criterion,
             **options,
         )
-        private_module, private_optimizer, loader = made[0], made[1], made[-1]
-        if poisson:
-            tracker = record_indices(loader)
-            collate, drawn = loader.collate_fn.wrapped_collator_fn, loader.batch_sampler.sample_rate
-        else:
-            loader, tracker = recording_copy(loader)
-            made = (*made[:-1], loader)
-            collate, drawn = loader.collate_fn, 1.0
-        kernel = TrainingKernel(
-            sample_rate=float(drawn),
-            expected_batch_size=private_optimizer.expected_batch_size,
-            noise_multiplier=found.noise_multiplier,
-            max_grad_norm=found.max_grad_norm,
-            loss_reduction=private_optimizer.loss_reduction,
-            grad_sample_mode=found.grad_sample_mode,
-            batch_first=options.get("batch_first", True),
-            num_instances=len(loader.dataset),
-            clipping=found.clipping,
-            poisson_sampling=poisson,
-            world_size=1 if shard is None else shard.world_size,
-            rand_on_empty=bool(options.get("rand_on_empty", False)),
-        )
-        if shard is not None and not self.secure_mode:
-            separate_coins(loader.batch_sampler)
-        if policy.fixed_batches and not self.account.terms.named:
-            warnings.warn(
-                "poisson_sampling=False: fixed batches are charged by norm_policy='participation', "
-                "without amplification by sampling and for zero-out neighbours (an instance's slot "
-                "stays empty), not for adding or removing one. get_epsilon stays Opacus's, which "
-                "claims the amplification. Name the policy to accept this.",
-                stacklevel=2,
-            )
-        self.account.settle(ready, shard)
-        self._trainings.begin(
-            self.account,
-            module=private_module,
-            optimizer=private_optimizer,
-            tracker=tracker,
-            kernel=kernel,
-            dataset=loader.dataset,
-            task=Task(
-                criterion=criterion if named or ghost else None,
-                own_loss=loss_of,
-                collate_fn=collate,
-                reduction=kernel.loss_reduction,
-                per_row=ghost,
-            ),
-            # Opacus may account at 1 / (n - 1) while drawing at 1 / n: the larger counts.
-            sample_rate=max(1 / len(loader), float(drawn)),
-        )
-        return made
+        return begin_made(
+            self.account, self._trainings, made, asked=found, options=options, ready=ready,
+            shard=shard, criterion=criterion if named or ghost else None, loss_of=loss_of,
+            secure_mode=self.secure_mode,
+        )  # fmt: skip
 
     @overload
     def make_private_with_epsilon(
@@ -630,39 +582,10 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         )  # fmt: skip
         known = criterion is not None or loss_of is not None
         ready = self.account.prepared(found, shard=shard, policy=policy, loss_known=known)
-        kernel = TrainingKernel(
-            sample_rate=theirs.sample_rate,
-            expected_batch_size=optimizer.expected_batch_size,
-            noise_multiplier=found.noise_multiplier,
-            max_grad_norm=found.max_grad_norm,
-            loss_reduction=optimizer.loss_reduction,
-            grad_sample_mode=found.grad_sample_mode,
-            batch_first=getattr(module, "batch_first", True),
-            num_instances=found.size,
-            clipping=found.clipping,
-            world_size=1 if shard is None else shard.world_size,
-            rand_on_empty=theirs.rand_on_empty,
-        )
-        tracker = BatchTracker() if data_loader is None else record_indices(data_loader)
-        if shard is not None and not optimizer.secure_mode:
-            separate_coins(data_loader.batch_sampler)  # type: ignore[union-attr]
-        counts = self.accountant.get_optimizer_hook_fn(sample_rate=theirs.sample_rate)
-        previous = optimizer.step_hook
-        optimizer.step_hook = counts if previous is None else chained(previous, counts)
-        self.account.settle(ready, shard)
-        self._trainings.begin(
-            self.account,
-            module=module,
-            optimizer=optimizer,
-            tracker=tracker,
-            kernel=kernel,
-            dataset=theirs.dataset,
-            task=Task(
-                criterion=criterion, own_loss=loss_of, collate_fn=theirs.collate_fn,
-                reduction=kernel.loss_reduction, per_row=found.grad_sample_mode == "ghost",
-            ),
-            sample_rate=theirs.sample_rate,
-            loaded=data_loader is not None,
+        begin_attached(
+            self.account, self._trainings, theirs, module=module, optimizer=optimizer,
+            data_loader=data_loader, asked=found, ready=ready, shard=shard, criterion=criterion,
+            loss_of=loss_of,
         )  # fmt: skip
 
     # --- during training ----------------------------------------------------------------------

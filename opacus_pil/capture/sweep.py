@@ -16,13 +16,8 @@ import numpy.typing as npt
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.grad_sample.embedding_norm_sample import compute_embedding_norm_sample
-from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
 from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
-from opacus.validators import ModuleValidator
-from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import default_collate
 
 from .. import _validate as check
@@ -31,6 +26,7 @@ from ..errors import UnsupportedError
 from .collate import keeps_order, order_of_rows
 from .randomness import untouched_generators
 from .row_losses import LossOf, moved_to, pair_loss
+from .unhooked import measurable_copy
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def sweep(
         if criterion is None:
             raise ValueError("Expected criterion or loss_of, got neither. Pass the training's own.")
         loss_of = pair_loss(criterion, reduction=loss_reduction)
-    plain = plain_copy(module)
+    plain = measurable_copy(module)
     _count_only(plain, parameters)
     join = default_collate if collate_fn is None else collate_fn
     dimension = 0 if batch_first else 1
@@ -224,7 +220,7 @@ class _Measure:
             return self._run(batch, size)
         except NotImplementedError:  # tied parameters, or a layer without ghost norms
             self._wrapped.to_standard_module()
-            self._module = plain_copy(self._module)
+            self._module = measurable_copy(self._module)
             self._wrapped = self._wrap(ghost=False)
         try:
             return self._run(batch, size)
@@ -285,80 +281,6 @@ class _LastOutput:
 
 def _float64(values: torch.Tensor) -> FloatArray:
     return values.detach().double().cpu().numpy()
-
-
-def plain_copy(module: nn.Module) -> nn.Module:
-    """Copy a module without Opacus's hooks, ready for a full pass.
-
-    Modules that hold trained parameters are in training mode, dropout modules off, all others
-    (a frozen BatchNorm, say) in the mode they were in.
-
-    Raises:
-        UnsupportedError: A layer that mixes instances; Opacus's validator says which.
-    """
-    inner = module._module if isinstance(module, AbstractGradSampleHooks) else module
-    memo: dict[int, Any] = {}
-    for part in inner.modules():  # leftovers of Opacus are shared with the copy, then dropped
-        for name in _LEFTOVERS:
-            if name in part.__dict__:
-                memo[id(part.__dict__[name])] = part.__dict__[name]
-        for hook in (*part._forward_hooks.values(), *part._backward_hooks.values()):
-            owner = _hook_owner(hook)
-            if owner is not None:
-                memo[id(owner)] = owner
-    clone = copy.deepcopy(inner, memo)
-    for part in clone.modules():
-        for name in _LEFTOVERS:
-            part.__dict__.pop(name, None)
-        for hooks in (part._forward_hooks, part._backward_hooks):
-            for key in [key for key, hook in hooks.items() if _hook_owner(hook) is not None]:
-                del hooks[key]
-        if any(p.requires_grad for p in part.parameters(recurse=False)):
-            part.training = True  # Opacus measures nothing in evaluation mode
-        elif isinstance(part, _DropoutNd):
-            part.training = False
-    clone.training = True
-    mixing = batch_dependent(clone)
-    try:
-        ModuleValidator.validate(clone, strict=True)
-    except UnsupportedModuleError as error:
-        mixing = mixing or str(error)
-    if mixing:
-        raise UnsupportedError(
-            f"Expected a module that treats instances one by one, got {type(inner).__name__}: "
-            f"{mixing}"
-        )
-    return clone
-
-
-def batch_dependent(module: nn.Module) -> str:
-    """Return which normalisation layer depends on the batch, and what to do; "": none.
-
-    A BatchNorm in evaluation mode with fixed statistics treats rows one by one; InstanceNorm does
-    so in either mode, but updates statistics in training mode, if it keeps any.
-    """
-    for name, part in module.named_modules():
-        if not isinstance(part, _NormBase):
-            continue
-        instance = isinstance(part, nn.modules.instancenorm._InstanceNorm)
-        if part.training and (part.track_running_stats or not instance):
-            return (
-                f"{type(part).__name__} at {name or 'the top'!r} is in training mode. Put it into "
-                "evaluation mode and freeze it, or use GroupNorm."
-            )
-    return ""
-
-
-# Attributes that Opacus leaves on the modules it hooks.
-_LEFTOVERS = (
-    "autograd_grad_sample_hooks", "activations", "max_batch_len", "ft_compute_sample_grad",
-)  # fmt: skip
-
-
-def _hook_owner(hook: Any) -> Any:
-    """Return the Opacus object that a module hook belongs to, or None for the user's own hooks."""
-    owner = getattr(getattr(hook, "func", hook), "__self__", None)
-    return owner if isinstance(owner, AbstractGradSampleHooks | AbstractGradSampleModule) else None
 
 
 def _count_only(module: nn.Module, parameters: Collection[str] | None) -> None:

@@ -20,7 +20,7 @@ from .._validate import FloatArray, IntArray
 from ..capture.collate import order_of_rows
 from ..capture.randomness import ForwardStates, set_generator_states, untouched_generators
 from ..capture.recorder import Fact, StepRecord
-from ..capture.sweep import batch_dependent
+from ..capture.unhooked import batch_dependent
 from .row_gradients import RowGradients, active_dropout, norm, undisturbed, without_dropout
 from .task import Task
 

@@ -13,6 +13,8 @@ from ..capture.recorder import Fact, StepRecord
 from ..capture.sweep import Sweep
 from .evidence import Verdict
 
+_COARSE = 1e-4  # float32 and its sequences are far below, half precisions above
+
 
 @dataclass(frozen=True)
 class Step:
@@ -74,3 +76,19 @@ class Policy(Protocol):
 
     def charge(self, charges: Any, step: Step, verdict: Verdict) -> Verdict:
         """Charge everyone for one step; return what may be claimed for it."""
+
+
+def facts_of(record: StepRecord) -> list[Fact]:
+    """Return what a step's record itself takes away from what may be claimed."""
+    facts = list(record.facts)
+    if record.noise_std is None:
+        facts.append(Fact("noise_not_seen"))
+    if not record.order.apart:
+        facts.append(Fact("rows_not_apart", record.order.why))
+    if record.indices is None:
+        facts.append(Fact("order_unknown", record.mismatch))
+    if record.unfinite is not None and record.unfinite.any():
+        facts.append(Fact("gradient_not_finite"))
+    if record.rounding > _COARSE:
+        facts.append(Fact("coarse_rounding", f"rounded to {record.rounding:.1g}"))
+    return facts

@@ -29,13 +29,11 @@ from .charger import Charger
 from .evidence import judged
 from .kernel import TrainingKernel
 from .probe import Probe
-from .step import Step
+from .step import Step, facts_of
 from .task import Task, evaluated_parts
 from .unheld import Unheld
 from .update import adaptive_noise, described_update
 from .weights import NoteWeights, WeightsLeft
-
-_COARSE = 1e-4  # float32 and its sequences are far below, half precisions above
 
 
 class Training:
@@ -281,15 +279,7 @@ class Training:
 
     def _facts(self, record: StepRecord, released_count: float) -> list[Fact]:
         """Return everything that takes away from what may be claimed for this step."""
-        facts = list(record.facts)
-        if record.noise_std is None:
-            facts.append(Fact("noise_not_seen"))
-        if not record.order.apart:
-            facts.append(Fact("rows_not_apart", record.order.why))
-        if record.indices is None:
-            facts.append(Fact("order_unknown", record.mismatch))
-        if record.unfinite is not None and record.unfinite.any():
-            facts.append(Fact("gradient_not_finite"))
+        facts = facts_of(record)
         if self.probe is not None:
             facts += self.probe.facts
         if self.random_forward():
@@ -298,8 +288,6 @@ class Training:
             facts.append(Fact("random_instance_on_empty"))
         if released_count:
             facts.append(Fact("count_released"))
-        if record.rounding > _COARSE:
-            facts.append(Fact("coarse_rounding", f"rounded to {record.rounding:.1g}"))
         divisor, named = self.optimizer.expected_batch_size, self.kernel.expected_batch_size
         if divisor != named and self.kernel.loss_reduction == "mean":
             facts.append(Fact("divisor_changed", f"{divisor} instead of {named}"))

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .._validate import IntArray
-from ..capture import sweep
+from ..capture.unhooked import measurable_copy
 from ..capture.randomness import untouched_generators
 from ..capture.row_losses import moved_to, typed_pair
 from ..privacy_engine import PerInstancePrivacyEngine
@@ -44,7 +44,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     Opacus hangs per-sample and summed gradients on the original; a copy must not carry them over,
     because they were computed with the instances that are to be forgotten.
     """
-    twin = sweep.plain_copy(module)
+    twin = measurable_copy(module)
     for mine, theirs in zip(plain_module(module).modules(), twin.modules(), strict=True):
         theirs.training = mine.training
     return twin

@@ -21,10 +21,10 @@ from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
 from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
 from .causal_plan import log_moment
+from .certificate import Certificate
 from .contraction import SHIFT_ROUND_UP, ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
-from .record import Certificate
 
 # Neighbours (in α − 1) are a factor 1.5 apart: the best of them is within 2 % of the best order.
 _ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 24)

@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .._validate import IntArray
-from ..capture.unhooked import measurable_copy
 from ..capture.randomness import untouched_generators
 from ..capture.row_losses import moved_to, typed_pair
+from ..capture.unhooked import measurable_copy
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..training.task import Task, training_mode
 from .optimizer_copy import fresh_optimizer

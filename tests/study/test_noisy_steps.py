@@ -10,9 +10,9 @@ from opacus import PrivacyEngine
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pil.accounting import sampled_gaussian_rdp
+from opacus_pil.study.noisy_steps import make_model, noise_multiplier, run_steps
 from opacus_pil.study.privacy import privacy_losses
 from opacus_pil.study.settings import Condition, study_settings
-from opacus_pil.study.training import make_model, noise_multiplier, run_steps
 
 SIZE, BATCH, STEPS, SEED = 60, 12, 20, 3
 

@@ -17,12 +17,12 @@ from typing import Any
 
 from .. import __version__, _validate
 from ..errors import CertificateError
+from .certificate import Certificate
 from .certificate_record import DIRECTIONS, TOLERANCE, CertificateRecord, hashed_id, is_hex
 from .counted import Run, count_mismatch, counted, model_mismatch
 from .derivation import derivation_mismatch
 from .fields import constants_of
 from .methods import method_mismatch
-from .record import Certificate
 
 SOFTWARE = ("opacus_pil", "python", "torch", "opacus", "numpy", "scipy")
 NO_VERSION = ("not installed", "unknown")

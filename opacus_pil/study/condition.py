@@ -17,9 +17,9 @@ from ..files.fingerprint import dataset_fingerprint
 from . import claims, trials
 from .forget_sets import ForgetSet, quantile_sets, random_sets, top_sets
 from .measures import SetMeasure, gaps_of_random_sets, measure_set
+from .noisy_steps import noise_multiplier
 from .privacy import privacy_losses
 from .settings import Condition, Settings
-from .training import noise_multiplier
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,14 @@ class Charger:
         """The policy by whose rules labels are judged: a full pass at every step is "full"."""
         return "full" if self.refresh_every == 1 else self.norm_policy
 
+    @property
+    def moment(self) -> int:
+        """Number of charges that budgets were tested after; without budgets nothing depends on it.
+
+        A step of another training on this ledger spends what this one's caps were found from.
+        """
+        return self.accountant.steps if self.accountant.budgeted else 0
+
     def require_enforced(self, step: Step) -> None:
         """Raise where caps or budgets would not hold for a step.
 

@@ -370,6 +370,7 @@ class RecordingEngine(LedgerEngine):
     ) -> None:
         """Record rows and norms of one training and charge this engine for its steps."""
         caps = None
+        tracker.coins = self._coins_seen
         if self._norm_policy == "capped":
             caps = functools.partial(self._caps_in_force, len(self._accountings))
         if not task.named:  # of several trainings the same loss is taken to be meant
@@ -388,6 +389,7 @@ class RecordingEngine(LedgerEngine):
                     caps=caps,
                     caps_rounding=self._cap_rounding,
                     rand_on_empty=kernel.rand_on_empty,
+                    noise_seen=self._noise_seen,
                 ),
                 charger=self._charges(),
                 kernel=kernel,

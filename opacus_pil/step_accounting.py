@@ -96,9 +96,10 @@ class StepAccounting:
             watch_forward(module._module, recorder)
         self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
-        self._clipped_at: tuple[float, float] | None = None
+        self._clipped_at: tuple[float, float, int] | None = None
         self._unheld = Unheld(module._module, optimizer)
         self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
+        self._renormed = renormed(module._module)
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         self.weights = WeightsLeft(module._module)
         plain = optimizer.original_optimizer
@@ -108,6 +109,7 @@ class StepAccounting:
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.ledger = charger
         recorder.changed_step = self._note_changed
         recorder.tracker.skipped_at_end = self._note_skipped
         recorder.guarded = True
@@ -120,7 +122,7 @@ class StepAccounting:
                 ledger was charged.
         """
         record = self.recorder.take(max_grad_norm=self.clip_bound)
-        if self.probe is not None:
+        if self.probe is not None and not self._renormed:  # its passes would move the weights
             clipped = self._clipped()
             self.probe.look(
                 record, module=self.module, parameters=clipped, clipped_norm=self._norm,
@@ -146,7 +148,7 @@ class StepAccounting:
         )
         self._charger.require_enforced(step)
         if self._clipped_at is not None and self._clipped_at != (
-            step.noise_multiplier, self.sample_rate,
+            step.noise_multiplier, self.sample_rate, self._charger.moment,
         ):  # fmt: skip
             raise UnsupportedError(_OTHER_SETTINGS)
         self._clipped_at = None
@@ -207,8 +209,9 @@ class StepAccounting:
             UnsupportedError: Other parts of the step were clipped for other settings.
         """
         self._require_unchanged_settings()
-        self._clipped_at = self.coming_kernel()
-        return self._clipped_at
+        kernel = self.coming_kernel()
+        self._clipped_at = (*kernel, self._charger.moment)
+        return kernel
 
     @property
     def in_hand(self) -> bool:
@@ -307,6 +310,11 @@ class StepAccounting:
         changed = self._unheld.changed()
         if changed:
             facts.append(Fact("buffer_changed", changed))
+        gone = self._charger.accountant.forgotten
+        if bool((gone if self._population is None else gone[self._population]).any()):
+            facts.append(Fact("forgotten_rows_drawn"))
+        if self._renormed:
+            facts.append(Fact("weights_renormed", self._renormed))
         return facts
 
     def _released_count(self, noise_std: float | None) -> float:
@@ -343,7 +351,7 @@ class StepAccounting:
         """Refuse a step whose gradients were clipped by caps for other noise than it would have."""
         if self._clipped_at is None or not self.recorder.midway:
             return
-        if self._clipped_at != self.coming_kernel():
+        if self._clipped_at != (*self.coming_kernel(), self._charger.moment):
             raise UnsupportedError(_OTHER_SETTINGS)
 
     def _note_skipped(self, stepped: bool) -> bool:
@@ -368,10 +376,18 @@ class StepAccounting:
 
 
 _OTHER_SETTINGS = (
-    "Expected noise, clip bound and caps as they were when the gradients were clipped, got others "
-    "at the step. Budgets were tested for those. Change settings between steps: after "
-    "optimizer.step() and before the next batch's backward pass."
+    "Expected noise, clip bound, caps and budgets as they were when the gradients were clipped, got "
+    "others at the step. Budgets were tested for those. Change settings between steps, and step "
+    "with each optimizer before the backward pass of another: after optimizer.step() and before "
+    "the next batch's backward pass."
 )
+
+
+def renormed(module: torch.nn.Module) -> str:
+    """Return the name of a layer whose forward pass rescales the weights it looks up; "": none."""
+    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    names = (n for n, p in module.named_modules() if isinstance(p, kinds) and p.max_norm is not None)
+    return next((name or "the top" for name in names), "")
 
 
 class Unheld:

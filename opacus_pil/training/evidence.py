@@ -93,6 +93,12 @@ _TABLE = (
         unamplified=True, breaks_caps=True,
     ),
     Finding(
+        "forgotten_rows_drawn", "estimate",
+        "rows that were forgotten could be drawn again, which they are charged nothing for; train "
+        "on the others (make_private_on)",
+        policies=("worst_case", "full", "participation", "refresh", "last_seen"),
+    ),
+    Finding(
         "rows_not_once", "estimate",
         "a batch had another number of gradients than rows were drawn (several views of a row, "
         "rows repeated or left out)",
@@ -179,6 +185,12 @@ _TABLE = (
         "buffer_changed", "estimate",
         "a buffer of the model, or a parameter that the private optimizer does not hold, changed "
         "during training, which adds no noise to it ({detail})",
+    ),
+    Finding(
+        "weights_renormed", "estimate",
+        "an embedding with max_norm rescales the weights of whatever a batch looks up, by no noise "
+        "({detail}); leave max_norm out",
+        unbounded=True, breaks_caps=True,
     ),
     Finding(
         "divisor_changed", "estimate",

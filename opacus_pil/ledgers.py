@@ -81,6 +81,16 @@ class LedgerEngine(PrivacyEngine):
         self._coins_seen, self._noise_seen = Seen(), Seen()
         self._origin: tuple[LedgerEngine, int] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or a pickle, has: the ledgers as they are, and no training.
+
+        The trainings go on to charge the engine that made them private.
+        """
+        state = dict(self.__dict__)
+        read = self._fingerprint
+        state["_fingerprint"] = None if read is None else replace(read, _old_rule=None)
+        return {**state, "_accountings": [], "_origin": None}
+
     # --- what it knows ------------------------------------------------------------------------
 
     @property

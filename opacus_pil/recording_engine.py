@@ -312,6 +312,12 @@ class RecordingEngine(LedgerEngine):
                     f"engine accounts for, got one of {size}. Use a new engine for other data, or "
                     "make_private_on for part of the same."
                 )
+            exchanged = self._exchanged(dataset) if policy == "capped" else ""
+            if exchanged:
+                raise UnsupportedError(
+                    "Expected the data set this engine accounts for, since caps and budgets belong "
+                    f"to its rows, got another one: {exchanged}. Use a new engine for other data."
+                )
             return self._charger
         caps, budget = None, self._budget
         if policy == "capped":
@@ -380,17 +386,21 @@ class RecordingEngine(LedgerEngine):
         certifiable = self._charges().claims_as in ("worst_case", "capped")
         if certifiable and self._fingerprint is None and population is None:
             self._fingerprint = self.fingerprint_of(dataset)  # before anybody changes it
+        recorder = Recorder(
+            tracker,
+            caps=caps,
+            caps_rounding=self._cap_rounding,
+            rand_on_empty=kernel.rand_on_empty,
+            noise_seen=self._noise_seen,
+        )
+        exchanged = self._exchanged(dataset)
+        if exchanged:
+            recorder.note("rows_exchanged", exchanged, lasting=True)
         self._accountings.append(
             StepAccounting(
                 module=module,
                 optimizer=optimizer,
-                recorder=Recorder(
-                    tracker,
-                    caps=caps,
-                    caps_rounding=self._cap_rounding,
-                    rand_on_empty=kernel.rand_on_empty,
-                    noise_seen=self._noise_seen,
-                ),
+                recorder=recorder,
                 charger=self._charges(),
                 kernel=kernel,
                 dataset=dataset,
@@ -401,6 +411,13 @@ class RecordingEngine(LedgerEngine):
                 loaded=loaded,
             )
         )
+
+    def _exchanged(self, dataset: Any) -> str:
+        """Return how a data set is not that of the training before; "": nothing says so."""
+        before = self._accountings[-1].dataset if self._accountings else dataset
+        if before is dataset:
+            return ""
+        return self.fingerprint_of(dataset).differs(self.fingerprint_of(before))
 
     def _caps_in_force(self, training: int, rows: IntArray) -> FloatArray:
         """Return the caps that `rows` are clipped to in the step under way."""

@@ -313,9 +313,23 @@ class StepAccounting:
         gone = self._charger.accountant.forgotten
         if bool((gone if self._population is None else gone[self._population]).any()):
             facts.append(Fact("forgotten_rows_drawn"))
+        if self.kernel.poisson_sampling and self._one_stream():
+            facts.append(Fact("coins_tell_noise"))
         if self._renormed:
             facts.append(Fact("weights_renormed", self._renormed))
         return facts
+
+    def _one_stream(self) -> bool:
+        """Whether coins and noise come from two generators that were seeded alike."""
+        loader, noise = self.tracker.loader, self.optimizer.generator
+        coins = None if loader is None else loader.batch_sampler.generator
+        device = self.optimizer.params[0].device if self.optimizer.params else None
+        if loader is None or coins is noise or self.optimizer.secure_mode or device is None:
+            return False
+        kinds = [device.type if g is None else g.device.type for g in (noise, coins)]
+        kinds[1] = "cpu" if coins is None else kinds[1]
+        seeds = [torch.initial_seed() if g is None else g.initial_seed() for g in (noise, coins)]
+        return kinds == ["cpu", "cpu"] and seeds[0] == seeds[1]
 
     def _released_count(self, noise_std: float | None) -> float:
         """Return the released count's shift in units of the gradient's noise; 0: none is."""

@@ -99,6 +99,18 @@ _TABLE = (
         policies=("worst_case", "full", "participation", "refresh", "last_seen"),
     ),
     Finding(
+        "coins_tell_noise", "estimate",
+        "batches and noise were drawn by two generators with the same seed, so that the coins and "
+        "the noise are made of the same random numbers; give them different seeds, or one generator",
+        unamplified=True, breaks_caps=True,
+    ),
+    Finding(
+        "rows_exchanged", "estimate",
+        "trainings of this engine were made on data sets of one size that differ ({detail}), so that "
+        "a row is not one instance; use one engine per data set",
+        policies=_ATTRIBUTED, breaks_caps=True,
+    ),
+    Finding(
         "rows_not_once", "estimate",
         "a batch had another number of gradients than rows were drawn (several views of a row, "
         "rows repeated or left out)",

@@ -35,7 +35,7 @@ class SavedRun:
         seed: int,
     ) -> None:
         self.module, self.optimizer, self.privacy_engine = module, optimizer, privacy_engine
-        self.done = 0
+        self.done, self.seed = 0, seed
         self.history: list[Any] = []
         device = next(module.parameters()).device
         secure = privacy_engine is not None and privacy_engine.secure_mode

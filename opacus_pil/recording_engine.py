@@ -37,6 +37,7 @@ from .capture.recorder import Recorder
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
+from .dataset_fingerprint import dataset_fingerprint
 from .distributed import separate_coins
 from .errors import UnsupportedError
 from .ledgers import LedgerEngine
@@ -384,8 +385,13 @@ class RecordingEngine(LedgerEngine):
             task = replace(task, **named)
         self._task = task
         certifiable = self._charges().claims_as in ("worst_case", "capped")
-        if certifiable and self._fingerprint is None and population is None:
+        fresh = certifiable and self._fingerprint is None and population is None
+        if fresh:
             self._fingerprint = self.fingerprint_of(dataset)  # before anybody changes it
+        attributed = self._charges().claims_as in ("capped", "full", "participation")
+        began = None
+        if attributed and population is None and self._given_fingerprint is None:
+            began = self._fingerprint if fresh else dataset_fingerprint(dataset)
         recorder = Recorder(
             tracker,
             caps=caps,
@@ -409,6 +415,7 @@ class RecordingEngine(LedgerEngine):
                 sample_rate=sample_rate,
                 shard=self._shard,
                 loaded=loaded,
+                began=began,
             )
         )
 

@@ -24,12 +24,13 @@ from .capture.randomness import watch_forward
 from .capture.recorder import Fact, Recorder, StepRecord
 from .capture.shards import Shard
 from .capture.sweep import Sweep, sweep
+from .dataset_fingerprint import Fingerprint, dataset_fingerprint, quick_mark
 from .errors import UnsupportedError
 from .norm_policy import Charger, Step
 from .training.evidence import judged
 from .training.probe import Probe
 from .training.task import Task, evaluated_parts
-from .training.weights import NoteWeights, WeightsLeft
+from .training.weights import NoteWeights, WeightsLeft, renormed
 from .training_kernel import TrainingKernel
 
 CERTIFIABLE = ("worst_case", "capped")  # policies whose label can carry a certificate
@@ -54,6 +55,7 @@ class StepAccounting:
         sample_rate: Largest of the accounted and the drawn rate.
         shard: Rows that the charger's instances are; None: all, in order.
         loaded: Whether batches come from a loader that is known here.
+        began: What the data set holds now; None: it is not asked whether that changes.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class StepAccounting:
         sample_rate: float,
         shard: Shard | None = None,
         loaded: bool = True,
+        began: Fingerprint | None = None,
     ) -> None:
         self.task = task
         self.tracker = recorder.tracker
@@ -99,6 +102,7 @@ class StepAccounting:
         self._clipped_at: tuple[float, float, int] | None = None
         self._unheld = Unheld(module._module, optimizer)
         self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
+        self._began, self._mark, self._moved = began, quick_mark(dataset), False
         self._renormed = renormed(module._module)
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         self.weights = WeightsLeft(module._module)
@@ -315,9 +319,21 @@ class StepAccounting:
             facts.append(Fact("forgotten_rows_drawn"))
         if self.kernel.poisson_sampling and self._one_stream():
             facts.append(Fact("coins_tell_noise"))
+        if self._reordered():
+            facts.append(Fact("rows_exchanged", "the data set was put into another order"))
         if self._renormed:
             facts.append(Fact("weights_renormed", self._renormed))
         return facts
+
+    def _reordered(self) -> bool:
+        """Whether the data set's rows were moved since the training was made private."""
+        if self._began is None:
+            return False
+        mark = quick_mark(self.dataset)
+        if mark != self._mark:
+            self._mark = mark
+            self._moved |= self._began.reordered(dataset_fingerprint(self.dataset))
+        return self._moved
 
     def _one_stream(self) -> bool:
         """Whether coins and noise come from two generators that were seeded alike."""
@@ -395,13 +411,6 @@ _OTHER_SETTINGS = (
     "with each optimizer before the backward pass of another: after optimizer.step() and before "
     "the next batch's backward pass."
 )
-
-
-def renormed(module: torch.nn.Module) -> str:
-    """Return the name of a layer whose forward pass rescales the weights it looks up; "": none."""
-    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    names = (n for n, p in module.named_modules() if isinstance(p, kinds) and p.max_norm is not None)
-    return next((name or "the top" for name in names), "")
 
 
 class Unheld:

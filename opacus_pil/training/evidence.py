@@ -106,8 +106,8 @@ _TABLE = (
     ),
     Finding(
         "rows_exchanged", "estimate",
-        "trainings of this engine were made on data sets of one size that differ ({detail}), so that "
-        "a row is not one instance; use one engine per data set",
+        "a row of the data set is not always the same instance ({detail}); use one engine per data "
+        "set, and leave its order as it is",
         policies=_ATTRIBUTED, breaks_caps=True,
     ),
     Finding(

@@ -109,6 +109,7 @@ def carried_out(
         raise RuntimeError(f"Expected {plan.steps} steps, got {run.done}. Nothing was changed.")
     for part, mode in zip(twin.modules(), modes, strict=True):
         part.training = mode
+    engine._data.require_same()  # whoever looked on may have moved rows: who was trained on, then?
     hashes: dict[str, str] = {}
     if isinstance(plan, CertifiedPlan):
         hashes = {"model_before": before, "model_after": model_hash(twin)}

@@ -215,6 +215,40 @@ class TestOneEngineForSeveralTrainings:
         assert engine.per_instance.guarantee == "output_specific"
 
 
+class TestADataSetThatIsReordered:
+    """Rows put into another order between epochs: caps, budgets and norms are other people's."""
+
+    @staticmethod
+    def reordered(training):
+        for _ in range(3):
+            plain_loop(training)
+            data = training.data
+            if isinstance(data, Subset):
+                data.indices.reverse()
+            else:
+                data.tensors = tuple(tensor.flip(0) for tensor in data.tensors)
+
+    @pytest.mark.parametrize("policy", ["capped", "full", "participation"])
+    @pytest.mark.parametrize("subset", [False, True])
+    def test_it_is_noticed(self, subset, policy):
+        data = Subset(points(), list(range(SIZE))) if subset else points()
+        caps = {"caps": np.linspace(1.0, 0.05, SIZE)} if policy == "capped" else {}
+        truth = gaussian_rdp([0.05 / NOISE, 1.0 / NOISE, 0.05 / NOISE])  # of the last row, capped
+        found = answer(self.reordered, row=SIZE - 1, policy=policy, data=data, truth=truth, **caps)
+        assert found.honest
+        assert found.label == ("refused" if policy == "capped" else "estimate")
+        assert "another order" in found.words
+
+    def test_rows_that_are_made_anew_in_their_places_keep_the_label(self):
+        def loop(training):
+            for _ in range(3):
+                plain_loop(training)
+                training.data.tensors[0].mul_(0.9)
+
+        assert train(loop, policy="capped", data=points()).label == "bound"
+        assert train(loop, policy="full", data=points()).label == "output_specific"
+
+
 class TestCoinsAndNoise:
     """Two generators with one seed: Opacus's coins and its noise are made of the same numbers."""
 

@@ -406,7 +406,7 @@ class StepAccounting:
 
 
 _OTHER_SETTINGS = (
-    "Expected noise, clip bound, caps and budgets as they were when the gradients were clipped, got "
+    "Expected noise, clip, caps and budgets as they were when the gradients were clipped, got "
     "others at the step. Budgets were tested for those. Change settings between steps, and step "
     "with each optimizer before the backward pass of another: after optimizer.step() and before "
     "the next batch's backward pass."

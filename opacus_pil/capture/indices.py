@@ -152,7 +152,7 @@ class BatchTracker:
             order = RowOrder("", "two passes over the data run side by side", order.apart)
         elif not order.known:  # whom the batch holds is known all the same
             draw = Draw(np.asarray(rows, dtype=np.int64).tolist()) if draw is None else draw
-        self._empty = rows is not None and len(rows) == 0
+        self._empty = rows is not None and not np.size(rows)
         self._rows = np.asarray(rows, dtype=np.int64) if order.known else None
         self._draw, self._order = (None, order) if rows is None or ambiguous else (draw, order)
         self._owner = weakref.ref(owner)

@@ -101,7 +101,7 @@ _TABLE = (
     Finding(
         "coins_tell_noise", "estimate",
         "batches and noise were drawn by two generators with the same seed, so that the coins and "
-        "the noise are made of the same random numbers; give them different seeds, or one generator",
+        "the noise are made of the same random numbers; give them different seeds",
         unamplified=True, breaks_caps=True,
     ),
     Finding(

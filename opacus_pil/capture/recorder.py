@@ -300,6 +300,8 @@ class Recorder:
             facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
+        if len({c.max_grad_norm for c in captures}) > 1:
+            facts.append(Fact("clip_changed_midway"))
         if any(c.foreign for c in captures):
             facts.append(Fact("batch_not_drawn"))
         draws = {c.draw for c in captures if c.draw is not None}

@@ -135,6 +135,12 @@ _TABLE = (
         unbounded=True, breaks_caps=True,
     ),
     Finding(
+        "clip_changed_midway", "estimate",
+        "parts of one draw were clipped to different bounds: a row that leaves moves others to "
+        "another part; change the clip bound between steps",
+        breaks_caps=True,
+    ),
+    Finding(
         "loss_not_per_row", "estimate",
         "the loss that was clipped was not one value per row (shape {detail}), which Opacus's "
         "ghost clipping multiplies by all rows' factors: nothing was clipped; squeeze outputs or "

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 
-from opacus_pil import PerInstancePrivacyEngine, UnsupportedError
+from opacus_pil import BatchMemoryManager, PerInstancePrivacyEngine, UnsupportedError
 from tests.cases.trainings import (
     MODES,
     NOISE,
@@ -214,6 +214,27 @@ class TestOneEngineForSeveralTrainings:
         for _ in range(2):
             steps(private(engine, loader=DataLoader(points(), batch_size=SIZE)))
         assert engine.per_instance.guarantee == "output_specific"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("policy", ["worst_case", "capped"])
+def test_a_clip_bound_that_changes_between_parts_of_a_draw_depends_on_who_is_before_whom(
+    policy, mode
+):
+    """A schedule stepped at every physical batch: a row that leaves moves others to other parts."""
+
+    def loop(training):
+        holder = training.module if mode == "ghost" else training.optimizer
+        with BatchMemoryManager(
+            data_loader=training.loader, max_physical_batch_size=5, optimizer=training.optimizer
+        ) as loader:
+            for k, (inputs, targets) in enumerate(loader):
+                holder.max_grad_norm = 1.0 if k < 3 else 0.1
+                training.step(inputs, targets)
+
+    found = answer(loop, policy=policy, mode=mode, truth=[np.inf] * 3)
+    assert found.honest
+    assert found.label == ("refused" if policy == "capped" else "estimate")
 
 
 class TestADataSetThatIsReordered:

@@ -69,6 +69,7 @@ class SavedRun:
         state: dict[str, Any] = {
             "fingerprint": self._fingerprint,
             "done": self.done,
+            "seed": self.seed,
             "history": self.history,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -103,6 +104,7 @@ class SavedRun:
         if self.noise_generator is not None and state["noise_rng"] is not None:
             self.noise_generator.set_state(state["noise_rng"])
         torch.random.set_rng_state(state["global_rng"])
+        self.seed = int(state.get("seed", self.seed))  # its noise goes on, not this call's
         self.done, self.history = int(state["done"]), list(state["history"])
 
 

@@ -365,6 +365,8 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         ready = self.account.prepared(
             found, shard=shard, policy=policy, loss_known=named or ghost or loss_of is not None
         )
+        if ready.policy.enforced:
+            self._trainings.require_same_rows(data_loader.dataset)
         if found.distributed:
             require_same_arguments(
                 noise_multiplier=found.noise_multiplier, max_grad_norm=found.max_grad_norm,
@@ -582,6 +584,8 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         )  # fmt: skip
         known = criterion is not None or loss_of is not None
         ready = self.account.prepared(found, shard=shard, policy=policy, loss_known=known)
+        if ready.policy.enforced:
+            self._trainings.require_same_rows(theirs.dataset)
         begin_attached(
             self.account, self._trainings, theirs, module=module, optimizer=optimizer,
             data_loader=data_loader, asked=found, ready=ready, shard=shard, criterion=criterion,

@@ -80,6 +80,35 @@ class Seen:
         """Start anew: a training was put back to an earlier state, with its ledgers."""
         self._marks.clear()
 
+    def copied(self) -> Seen:
+        """Return one that remembers the same, for a fork of the ledgers."""
+        twin = Seen()
+        twin.join(self)
+        return twin
+
+    def join(self, other: Seen) -> None:
+        """Remember what another one does, too."""
+        self._marks |= other._marks
+
+
+def one_stream(loader: Any, optimizer: Any) -> bool:
+    """Whether coins and noise of a training come from two generators that were seeded alike.
+
+    Args:
+        loader: A recording loader; None: its coins are not known.
+        optimizer: Opacus's.
+    """
+    noise = optimizer.generator
+    coins = None if loader is None else loader.batch_sampler.generator
+    device = optimizer.params[0].device if optimizer.params else None
+    if loader is None or coins is noise or optimizer.secure_mode or device is None:
+        return False
+    where = device.type if noise is None else noise.device.type
+    if (where, "cpu" if coins is None else coins.device.type) != ("cpu", "cpu"):
+        return False
+    seeds = [torch.initial_seed() if g is None else g.initial_seed() for g in (noise, coins)]
+    return seeds[0] == seeds[1]
+
 
 def generator_mark(generator: Any = None, device: torch.device = _CPU) -> int | None:
     """Return a mark of where a generator stands; None: it does not say.

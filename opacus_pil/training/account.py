@@ -21,6 +21,7 @@ from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..accounting import PerInstanceAccountant
 from ..capture.clipping import checked_caps
+from ..capture.randomness import Seen
 from ..capture.shards import Shard
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from .charger import Charger
@@ -58,8 +59,14 @@ class Account:
         self.shard: Shard | None = None
         self.caps = None if caps is None else np.array(caps, dtype=np.float64)
         self.cap_rounding = _FLOAT32
+        # Where coins and noise were drawn from: what repeats is found over all trainings.
+        self.coins_seen, self.noise_seen = Seen(), Seen()
         self._charger: Charger | None = None
         self._origin: tuple[Account, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or a pickle, has: the ledgers as they are; it is nobody's fork."""
+        return {**self.__dict__, "_origin": None}
 
     # --- what it knows ------------------------------------------------------------------------
 
@@ -298,6 +305,7 @@ class Account:
             caps=self.caps,
         )  # fmt: skip
         fork.shard, fork.cap_rounding = self.shard, self.cap_rounding
+        fork.coins_seen, fork.noise_seen = self.coins_seen.copied(), self.noise_seen.copied()
         fork._charger = Charger(charges.accountant.copy(), policy=policy)
         fork._charger.load_state_dict(charges.state_dict())
         fork._origin = (self, charges.accountant.steps)
@@ -319,6 +327,8 @@ class Account:
                 "charges would be lost; fork again."
             )
         self.load_state(other.state())
+        self.coins_seen.join(other.coins_seen)
+        self.noise_seen.join(other.noise_seen)
         other._origin = (self, self.per_instance.steps)
 
     def charge_everyone(self, *, noise_multiplier: float, sample_rate: float) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from opacus.optimizers import DPOptimizer
 
+from ..capture.collate import unwrapped
 from ..capture.fixed_batches import recording_copy
 from ..capture.indices import BatchTracker, record_indices
 from ..capture.norms import chained
@@ -55,7 +56,7 @@ def begin_made(
     module, optimizer, loader = made[0], made[1], made[-1]
     if asked.poisson_sampling:
         tracker = record_indices(loader)
-        collate = loader.collate_fn.wrapped_collator_fn
+        collate = unwrapped(loader.collate_fn)
         drawn_rate = float(loader.batch_sampler.sample_rate)
     else:
         loader, tracker = recording_copy(loader)

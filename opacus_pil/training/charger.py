@@ -45,6 +45,14 @@ class Charger:
         self._since_refresh = 0
         self._warned: set[str] = set()
 
+    @property
+    def moment(self) -> int:
+        """Number of charges that budgets were tested after; without budgets nothing depends on it.
+
+        A step of another training on this ledger spends what this one's caps were found from.
+        """
+        return self.accountant.steps if self.accountant.budgeted else 0
+
     def require_enforced(self, step: Step) -> None:
         """Raise where caps or budgets would not hold for a step.
 
@@ -170,8 +178,9 @@ class Charger:
         elif measured:
             self.at_levels(step, verdict)
         else:
+            rows, sensitivities = self._seen(record)
             self.accountant.step(
-                indices=record.indices, sensitivities=self._seen(record),
+                indices=rows, sensitivities=sensitivities,
                 noise_multiplier=step.noise_multiplier, sample_rate=step.sample_rate,
                 guarantee=verdict.label, reasons=verdict.reasons,
             )  # fmt: skip
@@ -181,11 +190,14 @@ class Charger:
         """Charge the batch's rows only: fixed batches are not amplified by sampling."""
         record = step.record
         self.norms.max_grad_norm = record.max_grad_norm  # of this batch alone: no level stays
+        rows, sensitivities = None, None
         if record.indices is None:
             self._warn_unattributed(record)
+        else:
+            rows, sensitivities = self._seen(record)
         self.accountant.participate(
-            indices=record.indices,
-            sensitivities=None if record.indices is None else self._seen(record),
+            indices=rows,
+            sensitivities=sensitivities,
             noise_multiplier=step.noise_multiplier, guarantee=verdict.label,
             reasons=verdict.reasons,
         )  # fmt: skip
@@ -205,10 +217,15 @@ class Charger:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _seen(self, record: StepRecord) -> FloatArray:
-        """Return the sensitivities of a batch's rows, after noting their norms."""
+    def _seen(self, record: StepRecord) -> tuple[IntArray, FloatArray]:
+        """Return the rows of a batch that are charged, and their sensitivities; note their norms.
+
+        The forgotten pay nothing more.
+        """
         assert record.indices is not None
-        return self._sensitivities(self.norms.note(record.indices, record.norms))
+        here = ~self.accountant.forgotten[record.indices]
+        rows = record.indices[here]
+        return rows, self._sensitivities(self.norms.note(rows, record.norms[here]))
 
     def _sensitivities(self, norms: FloatArray) -> FloatArray:
         return self.norms.sensitivities(norms, top=float(self.accountant.levels[-1]))

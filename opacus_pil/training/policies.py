@@ -31,6 +31,7 @@ class NormPolicy:
         certifiable: Whether a certificate may rest on its label.
         probed: Whether a look at some rows can take its label away; else it is an estimate anyway.
         whole_rows: Whether it matters that an item is the same when it is asked for again.
+        attributed: Whether a strong label of its own speaks of rows by their place.
         fixed_batches: Whether it is for batches that are not drawn by coins.
     """
 
@@ -42,6 +43,7 @@ class NormPolicy:
     certifiable: ClassVar[bool] = False
     probed: ClassVar[bool] = False
     whole_rows: ClassVar[bool] = False
+    attributed: ClassVar[bool] = False
     fixed_batches: ClassVar[bool] = False
 
     @property
@@ -101,11 +103,16 @@ class Refresh(NormPolicy):
         """As "full", if it is that."""
         return self.refresh_every == 1
 
+    @property
+    def attributed(self) -> bool:  # type: ignore[override]
+        """As "full", if it is that."""
+        return self.refresh_every == 1
+
 
 class Full(NormPolicy):
     """A full pass at every step: what every instance's gradient really was."""
 
-    name, probed, whole_rows = "full", True, True
+    name, probed, whole_rows, attributed = "full", True, True, True
 
 
 class WorstCase(NormPolicy):
@@ -132,7 +139,8 @@ class WorstCase(NormPolicy):
 class Capped(NormPolicy):
     """Each instance is clipped to its own cap, or to 0 once its budget is spent."""
 
-    name, measured, enforced, certifiable, probed = "capped", False, True, True, True
+    name, measured, enforced = "capped", False, True
+    certifiable, probed, attributed = True, True, True
 
     def history(self, charges: Charger) -> list[Fact]:
         """Return the fact that caps were changed after the first step."""
@@ -164,7 +172,8 @@ class Capped(NormPolicy):
 class Participation(NormPolicy):
     """Whoever is in a batch is charged, without amplification by sampling."""
 
-    name, probed, whole_rows, fixed_batches = "participation", True, True, True
+    name, fixed_batches = "participation", True
+    probed, whole_rows, attributed = True, True, True
 
     def charge(self, charges: Charger, step: Step, verdict: Verdict) -> Verdict:
         """Charge the rows of the batch."""

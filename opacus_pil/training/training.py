@@ -20,12 +20,14 @@ from torch.utils.data import default_collate
 
 from .._validate import IntArray
 from ..capture.norms import record_norms
-from ..capture.randomness import watch_forward
+from ..capture.randomness import one_stream, watch_forward
 from ..capture.recorder import Fact, Recorder, StepRecord
 from ..capture.shards import Shard
 from ..capture.sweep import Sweep, sweep
 from ..errors import UnsupportedError
+from ..files.fingerprint import Fingerprint
 from .charger import Charger
+from .data_order import DataOrder
 from .evidence import judged
 from .kernel import TrainingKernel
 from .probe import Probe
@@ -33,7 +35,7 @@ from .step import Step, facts_of
 from .task import Task, evaluated_parts
 from .unheld import Unheld
 from .update import adaptive_noise, described_update
-from .weights import NoteWeights, WeightsLeft
+from .weights import NoteWeights, WeightsLeft, renormed
 
 
 class Training:
@@ -51,6 +53,7 @@ class Training:
         sample_rate: Largest of the accounted and the drawn rate.
         shard: Rows that the charger's instances are; None: all, in order.
         loaded: Whether batches come from a loader that is known here.
+        began: What the data set holds now; None: it is not asked whether that changes.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Training:
         sample_rate: float,
         shard: Shard | None = None,
         loaded: bool = True,
+        began: Fingerprint | None = None,
     ) -> None:
         self.task = task
         self.tracker = recorder.tracker
@@ -93,9 +97,11 @@ class Training:
             watch_forward(module._module, recorder)
         self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
-        self._clipped_at: tuple[float, float] | None = None
+        self._clipped_at: tuple[float, float, int] | None = None
         self._unheld = Unheld(module._module, optimizer)
         self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
+        self._order = DataOrder(dataset, began)
+        self._renormed = renormed(module._module)
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         self.weights = WeightsLeft(module._module)
         plain = optimizer.original_optimizer
@@ -105,6 +111,7 @@ class Training:
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.ledger = charger
         recorder.changed_step = self._note_changed
         recorder.tracker.skipped_at_end = self._note_skipped
         recorder.guarded = True
@@ -117,7 +124,7 @@ class Training:
                 ledger was charged.
         """
         record = self.recorder.take(max_grad_norm=self.clip_bound)
-        if self.probe is not None:
+        if self.probe is not None and not self._renormed:  # its passes would move the weights
             clipped = self._clipped()
             self.probe.look(
                 record, module=self.module, parameters=clipped, clipped_norm=self._norm,
@@ -143,7 +150,7 @@ class Training:
         )
         self._charger.require_enforced(step)
         if self._clipped_at is not None and self._clipped_at != (
-            step.noise_multiplier, self.sample_rate,
+            step.noise_multiplier, self.sample_rate, self._charger.moment,
         ):  # fmt: skip
             raise UnsupportedError(_OTHER_SETTINGS)
         self._clipped_at = None
@@ -204,8 +211,9 @@ class Training:
             UnsupportedError: Other parts of the step were clipped for other settings.
         """
         self._require_unchanged_settings()
-        self._clipped_at = self.coming_kernel()
-        return self._clipped_at
+        kernel = self.coming_kernel()
+        self._clipped_at = (*kernel, self._charger.moment)
+        return kernel
 
     @property
     def in_hand(self) -> bool:
@@ -294,6 +302,15 @@ class Training:
         changed = self._unheld.changed()
         if changed:
             facts.append(Fact("buffer_changed", changed))
+        gone = self._charger.accountant.forgotten
+        if bool((gone if self._population is None else gone[self._population]).any()):
+            facts.append(Fact("forgotten_rows_drawn"))
+        if self.kernel.poisson_sampling and one_stream(self.tracker.loader, self.optimizer):
+            facts.append(Fact("coins_tell_noise"))
+        if self._order.moved():
+            facts.append(Fact("rows_exchanged", "the data set was put into another order"))
+        if self._renormed:
+            facts.append(Fact("weights_renormed", self._renormed))
         return facts
 
     def _released_count(self, noise_std: float | None) -> float:
@@ -342,7 +359,7 @@ class Training:
         """Refuse a step whose gradients were clipped by caps for other noise than it would have."""
         if self._clipped_at is None or not self.recorder.midway:
             return
-        if self._clipped_at != self.coming_kernel():
+        if self._clipped_at != (*self.coming_kernel(), self._charger.moment):
             raise UnsupportedError(_OTHER_SETTINGS)
 
     def _note_skipped(self, stepped: bool) -> bool:
@@ -367,7 +384,8 @@ class Training:
 
 
 _OTHER_SETTINGS = (
-    "Expected noise, clip bound and caps as they were when the gradients were clipped, got others "
-    "at the step. Budgets were tested for those. Change settings between steps: after "
-    "optimizer.step() and before the next batch's backward pass."
+    "Expected noise, clip, caps and budgets as they were when the gradients were clipped, got "
+    "others at the step. Budgets were tested for those. Change settings between steps, and step "
+    "with each optimizer before the backward pass of another: after optimizer.step() and before "
+    "the next batch's backward pass."
 )

@@ -21,6 +21,7 @@ from ..errors import UnsupportedError
 from ..files.fingerprint import Fingerprint, dataset_fingerprint
 from .account import Account
 from .kernel import TrainingKernel
+from .policies import NormPolicy
 from .task import Task
 from .training import Training
 
@@ -42,6 +43,12 @@ class Trainings:
         self._given = given_fingerprint
         self._fingerprint: Fingerprint | None = None  # of the data set when training began
         self._all: list[Training] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or a pickle, has: no training, which go on to charge the original."""
+        read = self._fingerprint
+        without_rule = None if read is None else replace(read, _old_rule=None)
+        return {**self.__dict__, "_fingerprint": without_rule, "_all": []}
 
     def forked(self) -> Trainings:
         """Return those of a fork: the same constants and task, and no training of its own yet."""
@@ -130,21 +137,25 @@ class Trainings:
         if not task.named:  # of several trainings the same loss is taken to be meant
             task = replace(task, criterion=self.task.criterion, own_loss=self.task.own_loss)
         self.task = task
-        certifiable = policy.certifiable and population is None
-        if certifiable and self._fingerprint is None:
-            self._fingerprint = self.fingerprint_of(dataset)  # before anybody changes it
+        began = None if population is not None else self._began(dataset, policy=policy)
         if population is None:
             self.kernels.append(kernel)
         caps = _Caps(account) if policy.enforced else None
+        tracker.coins = account.coins_seen
+        recorder = Recorder(
+            tracker,
+            caps=caps,
+            caps_rounding=account.cap_rounding,
+            rand_on_empty=kernel.rand_on_empty,
+            noise_seen=account.noise_seen,
+        )
+        exchanged = self._exchanged(dataset)
+        if exchanged:
+            recorder.note("rows_exchanged", exchanged, lasting=True)
         training = Training(
             module=module,
             optimizer=optimizer,
-            recorder=Recorder(
-                tracker,
-                caps=caps,
-                caps_rounding=account.cap_rounding,
-                rand_on_empty=kernel.rand_on_empty,
-            ),
+            recorder=recorder,
             charger=account.charger,
             kernel=kernel,
             dataset=dataset,
@@ -153,10 +164,24 @@ class Trainings:
             sample_rate=sample_rate,
             shard=account.shard,
             loaded=loaded,
+            began=began,
         )
         if caps is not None:
             caps.kernel = training.clipping_at
         self._all.append(training)
+
+    def require_same_rows(self, dataset: Any) -> None:
+        """Raise where caps or budgets of an account would be those of other rows.
+
+        Raises:
+            UnsupportedError: Says how the data set is another one than that of the training before.
+        """
+        exchanged = self._exchanged(dataset)
+        if exchanged:
+            raise UnsupportedError(
+                "Expected the data set this engine accounts for, since caps and budgets belong "
+                f"to its rows, got another one: {exchanged}. Use a new engine for other data."
+            )
 
     def measured(
         self, account: Account, *, criterion: Any = None, loss_of: LossOf | None = None
@@ -198,6 +223,24 @@ class Trainings:
             f"Expected optimizer to be one that this engine made private, got "
             f"{type(optimizer).__name__} of another. Pass what make_private returned."
         )
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _began(self, dataset: Any, *, policy: NormPolicy) -> Fingerprint | None:
+        """Note what the data hold before anybody changes them; return it where order matters."""
+        found = None
+        if policy.certifiable and self._fingerprint is None:
+            found = self._fingerprint = self.fingerprint_of(dataset)
+        if not policy.attributed or self._given is not None:
+            return None
+        return dataset_fingerprint(dataset) if found is None else found
+
+    def _exchanged(self, dataset: Any) -> str:
+        """Return how a data set is not that of the training before; "": nothing says so."""
+        before = self._all[-1].dataset if self._all else dataset
+        if before is dataset:
+            return ""
+        return self.fingerprint_of(dataset).differs(self.fingerprint_of(before))
 
 
 class _Caps:

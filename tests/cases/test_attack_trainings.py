@@ -355,7 +355,7 @@ def test_rows_drawn_with_replacement_are_charged_each_time_and_stop_nothing(mode
 def test_rows_that_were_forgotten_and_are_drawn_again_take_the_label_away(policy):
     def loop(training):
         plain_loop(training)
-        training.engine.forget([0])
+        training.engine.account.forget([0])
         plain_loop(training)
 
     found = answer(loop, policy=policy, truth=2 * STEP)
@@ -366,7 +366,7 @@ def test_rows_that_were_forgotten_and_are_drawn_again_take_the_label_away(policy
 def test_under_caps_they_are_left_out():
     def loop(training):
         plain_loop(training)
-        training.engine.forget([0])
+        training.engine.account.forget([0])
         plain_loop(training)
 
     with_it = train(loop, policy="capped")

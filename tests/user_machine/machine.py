@@ -24,7 +24,7 @@ from opacus_pil.errors import OpacusPilError
 from tests.user_machine.account import MachineError
 from tests.user_machine.player import Hand, Player, Watch
 from tests.user_machine.settings import TROUBLES, settings, without_trouble
-from tests.user_machine.world import COUPLED, ORDERS
+from tests.user_machine.world import COUPLED, ORDERS, TURNED
 
 STRONG = ("bound", "output_specific")
 _ROUNDING = 1e-5  # float32 clips and sums: 1e-7 of a shift, more of a divergence at order 16
@@ -110,7 +110,7 @@ class JudgedUser(RuleBasedStateMachine):
             self.tally["excused by a named assumption"] += 1
             return
         loss, ghost = self.setting.loss, self.setting.ghost
-        hidden = loss == "weighted" or (loss in COUPLED and ghost)
+        hidden = loss in ("weighted", TURNED) or (loss in COUPLED and ghost)
         players = [p for p in (self.player, self.other) if p is not None]
         hidden = hidden and not all(p.coupling_shown for p in players if p.noisy_steps)
         if hidden:  # a loss that is not the named one is found at steps that are looked at

@@ -7,13 +7,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.user_machine.world import Setting
+from tests.user_machine.world import TURNED, Setting
 
 TROUBLES = (
     "reuse", "reuse", "skip", "skip", "foreign", "foreign", "coins", "join", "rows", "passes",
     "ahead", "scale", "spare",
     "plain step", "noise", "second backward", "signal", "hook", "clip grad", "one bound",
-    "caps in hand", "second model",
+    "caps in hand", "second model", "seed", "seed", "divisor", "rate",
 )  # fmt: skip
 _POLICIES = ("worst_case",) * 6 + ("capped",) * 6 + ("full",) * 3 + ("participation",) * 2
 _POLICIES += ("last_seen", "refresh")
@@ -44,7 +44,7 @@ def settings(draw: Any) -> Setting:
     loader = entry != "attach without loader"
     loss = pick(
         "plain", "unnamed", "loss_of", "scaled", "weighted", "weighted named", "weighted unnamed",
-        "column", often=2,
+        "column", TURNED, often=2,
     )  # fmt: skip
     if policy in ("full", "refresh") and loss in ("unnamed", "weighted unnamed"):
         loss = "plain"  # a full pass needs a named loss

@@ -21,8 +21,13 @@ from tests.user_machine.player import Hand, Player
 from tests.user_machine.world import COORDINATES, ROWS
 
 
+_OFTEN = ("reuse", "skip", "caps in hand", "seed", "divisor")  # told by what comes again
+
+
 class UserMachine(OrdinaryUser):
     """Does everything; which kinds of trouble a sequence may hold is drawn at its beginning."""
+
+    seeds = 0
 
     @precondition(lambda self: self.may("second model"))
     @rule()
@@ -148,6 +153,44 @@ class UserMachine(OrdinaryUser):
 
         self.attempt(f"ahead {order}", call)
 
+    @precondition(lambda self: self.may("rate") and self.player.setting.rate < 1.0)
+    @rule(factor=st.sampled_from((2.0, 0.5)))
+    def draw_at_another_rate(self, factor: float) -> None:
+        def change() -> None:
+            sampler = self.player.world.loader.batch_sampler
+            sampler.sample_rate = min(factor * self.player.setting.rate, 1.0)
+
+        self.attempt(f"rate {factor}", change)
+
+    @precondition(lambda self: self.may("seed"))
+    @rule(what=st.sampled_from(("pass", "draw", "noise")))
+    def seed_as_before(self, what: str) -> None:
+        """Seed torch with the same number at each time: for all that follows, or for one thing."""
+
+        def call() -> None:
+            if what != "noise":
+                self.player.leave()
+                torch.manual_seed(1)
+            hand = self.fresh()
+            if what == "draw":
+                self._seed_anew()
+            if hand is None:
+                return
+            with self.player.named(hand):
+                self.player.zero_grad()
+                self.player.backward(hand)
+                if what == "noise":
+                    torch.manual_seed(2)
+                self.player.step()
+            if what == "noise":
+                self._seed_anew()
+
+        self.attempt(f"seed {what}", call)
+
+    def _seed_anew(self) -> None:
+        self.seeds += 1
+        torch.manual_seed(1_000_000 + self.seeds)
+
     # --- trouble with a step -------------------------------------------------------------------
 
     @precondition(lambda self: self.may("scale"))
@@ -165,6 +208,26 @@ class UserMachine(OrdinaryUser):
             self.player.world.inner.spare.weight.requires_grad_(on)
 
         self.attempt(f"spare {on}", change)
+
+    @precondition(lambda self: self.may("divisor"))
+    @rule()
+    def divide_by_the_size_of_the_batch(self) -> None:
+        def call() -> None:
+            hand, player = self.fresh(), self.player
+            if hand is None:
+                return
+            optimizer = player.world.optimizer
+            before = optimizer.expected_batch_size
+            told = hand.named is None and self.setting.policy != "participation"
+            optimizer.expected_batch_size = max(len(hand.x), 1)
+            other = optimizer.expected_batch_size != before  # else nobody sees that it was set
+            player.by_count = told and other and self.setting.reduction == "mean"
+            try:
+                player.train(hand)
+            finally:
+                optimizer.expected_batch_size, player.by_count = before, False
+
+        self.attempt("divisor", call)
 
     @precondition(lambda self: self.may("plain step"))
     @rule()
@@ -308,6 +371,9 @@ class UserMachine(OrdinaryUser):
                 value=one(0.1, 3.0), where=one("noise", "clip", "noise", "clip", "clip")
             ),
             "second model": self.go_to_the_other_model,
+            "seed": lambda: self.seed_as_before(what=one("pass", "draw", "noise")),
+            "divisor": self._divide,
+            "rate": self._rate,
         }
         if self.setting.policy == "capped":
             acts["caps in hand"] = self.set_caps_by_who_is_in_hand
@@ -316,13 +382,22 @@ class UserMachine(OrdinaryUser):
             acts["reuse"] = self.reuse
             acts["second backward"] = lambda: self._second(private=one(True, False))
             acts["clip grad"] = self._clip_in_between
-        for _ in range(4 if kind in ("reuse", "skip", "caps in hand") else 1):
+        for _ in range(4 if kind in _OFTEN else 1):
             acts.get(kind, lambda: None)()
 
     def _second(self, *, private: bool) -> None:
         self.backward()
         self.second_backward(private=private)
         self.step()
+
+    def _divide(self) -> None:
+        self.set_noise(value=50.0)  # which hides all but the scale
+        self.divide_by_the_size_of_the_batch()
+
+    def _rate(self) -> None:
+        if self.player.setting.rate < 1.0:
+            self.draw_at_another_rate(factor=2.0)
+            self.player.leave()
 
     def _clip_in_between(self) -> None:
         self.backward()

@@ -43,10 +43,12 @@ def run(sequences: int, start: int | None) -> dict[str, Any]:
     else:
         with tqdm(total=sequences) as progress:
             while machine.tally["sequences"] < sequences:
-                before = machine.tally["sequences"]
+                before, known = machine.tally["sequences"], len(machine.found)
                 size = min(PART, sequences - before)
                 play(machine, sequences=size, start=start)
                 start += 1
+                for words in machine.found[known:]:
+                    progress.write(words, file=sys.stderr)
                 progress.update(machine.tally["sequences"] - before)
     return {**summary(machine), "seconds": time.perf_counter() - began}
 
@@ -69,8 +71,6 @@ def main() -> int:
     for name, value in found.items():
         if not isinstance(value, dict | list):
             print(f"{name:45s} {value}")
-    for words in found["violations"]:
-        print(words, file=sys.stderr)
     return int(bool(found["violations"]))
 
 

@@ -84,7 +84,7 @@ MUTATIONS = (
     ),
     Mutation(
         "draws skipped last in a pass are no fact", "capture/indices.py",
-        "if owner in self._trained and self.skipped", "if False and self.skipped",
+        "if self.skipped and self.skipped_at_end(stepped):", "if False:",
     ),
     Mutation(
         "parameters outside the clipped norm are no fact (ghost)", "capture/ghost.py",
@@ -145,11 +145,48 @@ MUTATIONS = (
     ),
     Mutation(
         "a loss that is not the named one is not looked for", "training/probe.py",
-        "        if not due or not self.task.named or not parameters:\n", "        if True:\n",
+        "if due(self._steps) and self.task.named and parameters:", "if False:",
     ),
     Mutation(
-        "a budget is tested for the step before", "accounting/accountant.py",
-        "self._leave_out(privacy_filter, caps)", "pass",
+        "a budget is tested for the step before", "accounting/charging.py",
+        "        state.leave_out(privacy_filter, caps)\n", "        pass\n",
+    ),
+    Mutation(
+        "noise may be the same at two steps", "capture/norms.py",
+        "if self.recorder.noise_seen.again(self._noise_mark()):", "if False:",
+    ),
+    Mutation(
+        "batches may be drawn by the same coins", "capture/recorder.py",
+        "if self.tracker.coins_repeated:", "if False:",
+    ),
+    Mutation(
+        "the noisy sum may be divided by the batch's size", "step_accounting.py",
+        'if divisor != named and self.kernel.loss_reduction == "mean":', "if False:",
+    ),
+    Mutation(
+        "a sampler that draws more often is not charged for it", "step_accounting.py",
+        "return max(self._sample_rate, self.tracker.rate)", "return self._sample_rate",
+    ),
+    Mutation(
+        "single norms are compared, the sum is not", "training/probe.py",
+        "                self._compare_sums(asked, record, sums)\n", "                pass\n",
+    ),
+    Mutation(
+        "the sum is compared, single norms are not", "training/probe.py",
+        "random = not self._compare(asked, record, clipped_norm, moved)", "pass",
+    ),
+    Mutation(
+        "rows alone are compared with the step, not with each other", "training/probe.py",
+        "                self._together(asked, inner, record)\n", "                pass\n",
+    ),
+    Mutation(
+        "what a collate function does to rows is no fact", "step_accounting.py",
+        "        if not record.order.apart:\n", "        if False:\n",
+    ),
+    Mutation(
+        "several losses of a row are taken for one (ghost)", "capture/ghost.py",
+        "            if any(shape != tuple(owner.shape) for shape in shapes):\n",
+        "            if False:\n",
     ),
 )  # fmt: skip
 

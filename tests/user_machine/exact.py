@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.special
 import scipy.stats
 from numpy.typing import NDArray
 
@@ -74,12 +75,12 @@ def counted(rate: float, others: int, size: int, order: float) -> tuple[float, f
         n = np.maximum(counts, 1)[:, None]
         return chance @ (n**size * np.exp(-(n**2) * r**2 / 2.0))
 
-    without, shell = np.log(density(drawn)), r ** (size - 1)
+    without, shell = np.log(density(drawn)), (size - 1) * np.log(r)
     with_it = np.log((1.0 - rate) * np.exp(without) + rate * density(drawn + 1))
 
     def log_mean(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-        moment = np.exp(order * a + (1.0 - order) * b) @ shell
-        return math.log(float(moment / (np.exp(b) @ shell)))
+        moment = scipy.special.logsumexp(order * a + (1.0 - order) * b + shell)
+        return float(moment - scipy.special.logsumexp(b + shell))
 
     one, two = log_mean(with_it, without), log_mean(without, with_it)
     return max(one, 0.0) / (order - 1.0), max(two, 0.0) / (order - 1.0)

@@ -40,6 +40,7 @@ def run(sequences: int, start: int | None) -> dict[str, Any]:
     began = time.perf_counter()
     if start is None:
         play(machine, sequences=sequences)
+        print(*machine.found, sep="\n", file=sys.stderr)
     else:
         with tqdm(total=sequences) as progress:
             while machine.tally["sequences"] < sequences:

@@ -169,6 +169,21 @@ def test_under_a_budget_all_parts_of_a_draw_are_clipped_for_the_noise_it_gets(wa
     assert player.moves == 0
 
 
+# --- rows that are changed by who is there besides ------------------------------------------------
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("policy", ["worst_case", "full", "participation"])
+def test_rows_that_are_turned_by_others_show_in_the_sum_of_every_clipping(watch, policy, clipping):
+    # Row 3 pulls the other way if row 4 is there: all norms are as they are alone.
+    player = started(
+        watch, {3, 4}.issubset, policy=policy, clipping=clipping, loss="turned", batch=3
+    )
+    player.train(player.hand)
+    assert player.coupling_shown
+    assert label(player) == "estimate"
+
+
 # --- what a full pass measures --------------------------------------------------------------------
 
 

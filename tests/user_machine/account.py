@@ -136,7 +136,11 @@ class Account:
         twin.infinite, twin.left_in = self.infinite.copy(), self.left_in.copy()
         twin.shifts = [{d: list(found) for d, found in row.items()} for row in self.shifts]
         twin.skips, twin.waiting = list(self.skips), list(self.waiting)
-        twin.counts, twin.draws, twin.noises = list(self.counts), dict(self.draws), dict(self.noises)
+        twin.counts, twin.draws, twin.noises = (
+            list(self.counts),
+            dict(self.draws),
+            dict(self.noises),
+        )
         return twin
 
     # --- what happens -------------------------------------------------------------------------

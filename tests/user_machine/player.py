@@ -56,8 +56,9 @@ class Player:
         self.account = Account(ROWS, filtered=setting.budget is not None)
         if beside is not None:
             self.account = beside.account
-        self.account.coupled = (
-            setting.loss in (*COUPLED, TURNED) or setting.collate in ("twice", "dropping")
+        self.account.coupled = setting.loss in (*COUPLED, TURNED) or setting.collate in (
+            "twice",
+            "dropping",
         )
         self.caps = None if setting.caps is None else np.array(setting.caps)
         if setting.budget is not None and self.caps is None:

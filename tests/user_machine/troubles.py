@@ -20,7 +20,6 @@ from tests.user_machine.ordinary import BOUNDS, OrdinaryUser
 from tests.user_machine.player import Hand, Player
 from tests.user_machine.world import COORDINATES, ROWS
 
-
 _OFTEN = ("reuse", "skip", "caps in hand", "seed", "divisor")  # told by what comes again
 
 

@@ -13,7 +13,12 @@ import pytest
 
 from tests.oracles import sampled_gaussian_divergence
 from tests.user_machine.account import Account, Draw, MachineError, Part, Term
-from tests.user_machine.exact import counted, divergence, joint_divergence, skipped_if_empty
+from tests.user_machine.exact import (
+    divergence,
+    joint_divergence,
+    skipped_if_empty,
+    told_by_size,
+)
 from tests.user_machine.runs import play, summary
 from tests.user_machine.troubles import twin
 
@@ -74,7 +79,7 @@ def test_a_skipped_empty_draw_tells_like_its_coin():
 
 @pytest.mark.parametrize(("size", "order"), [(1, 4.0), (2, 1.5), (3, 16.0)])
 def test_a_divisor_that_counts_rows_tells_by_the_scale_of_the_noise(size, order):
-    found, _ = counted(1.0, 1, size, order)  # divided by 2 with the row, by 1 without it
+    found, _ = told_by_size(1.0, 1, size, order)  # divided by 2 with the row, by 1 without it
     narrow, wide = 0.25, 1.0  # variances; Gil et al. (2013), Table 2
     mixed = order * wide + (1.0 - order) * narrow
     exact = math.log(wide / narrow) / 2 + math.log(wide / mixed) / (2 * (order - 1))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.user_machine.exact import counted, joint_divergence, skipped_if_empty
+from tests.user_machine.exact import joint_divergence, skipped_if_empty, told_by_size
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -229,7 +229,7 @@ class Account:
                     found[row, k] += skipped_if_empty(draw.rate, self.rows - 1, order)
             for draw, size in self.counts:
                 for k, order in enumerate(orders):
-                    found[row, k] += counted(draw.rate, self.rows - 1, size, order)
+                    found[row, k] += told_by_size(draw.rate, self.rows - 1, size, order)
         larger: FloatArray = found.max(axis=2)
         larger[self.infinite] = np.inf
         return larger

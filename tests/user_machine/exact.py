@@ -60,7 +60,7 @@ def skipped_if_empty(rate: float, others: int, order: float) -> tuple[float, flo
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def counted(rate: float, others: int, size: int, order: float) -> tuple[float, float]:
+def told_by_size(rate: float, others: int, size: int, order: float) -> tuple[float, float]:
     """Return both divergences of noise alone, divided by the number of rows that were drawn.
 
     Args:

@@ -80,7 +80,8 @@ class JudgedUser(RuleBasedStateMachine):
         if self.player is not None and not self.over:
             label = self.player.world.engine.per_instance.guarantee
             steps = self.player.account.steps
-            self.tally["end", self.setting.policy, label if steps else "no step"] += 1
+            setting = self.setting
+            self.tally["end", setting.policy, setting.mode, label if steps else "no step"] += 1
             self.tally["steps"] += steps
             self.tally["explained"] += self.player.account.explained
 
@@ -95,6 +96,7 @@ class JudgedUser(RuleBasedStateMachine):
         ledger = engine.per_instance
         label, reasons = ledger.guarantee, ledger.reasons
         self.tally["label", label] += 1
+        self.tally["seen", self.setting.policy, self.setting.mode, label in STRONG] += 1
         if not account.steps:
             return
         try:
@@ -109,13 +111,16 @@ class JudgedUser(RuleBasedStateMachine):
         if account.coupled and assumed:
             self.tally["excused by a named assumption"] += 1
             return
-        loss, ghost = self.setting.loss, self.setting.ghost
-        hidden = loss in ("weighted", TURNED) or (loss in COUPLED and ghost)
-        players = [p for p in (self.player, self.other) if p is not None]
-        hidden = hidden and not all(p.coupling_shown for p in players if p.noisy_steps)
-        if hidden:  # a loss that is not the named one is found at steps that are looked at
+        if self._coupling_unseen():
             self.tally["excused: nothing to be seen yet"] += 1
             return
+        self._hold(label, certified, truth)
+
+    def _hold(self, label: str, certified: bool, truth: np.ndarray) -> None:
+        """Compare every number that has a claim with the truth."""
+        assert self.player is not None
+        engine = self.player.world.engine
+        ledger = engine.per_instance
         numbers = {"rdp": ledger.rdp()}
         if self.setting.budget is not None:
             numbers["spent_rdp"] = ledger.spent_rdp()
@@ -139,6 +144,17 @@ class JudgedUser(RuleBasedStateMachine):
             pair = ledger.group_rdp([3, 4])  # coordinates of their own: what both lose adds up
             if (pair * (1.0 + _ROUNDING) + _TINY < truth[3] + truth[4]).any():
                 self.violate(f"group_rdp {pair} is below {truth[3] + truth[4]}")
+
+    def _coupling_unseen(self) -> bool:
+        """Whether the loop does not do what it named, and no step that is looked at has shown it.
+
+        A documented limit: other steps are not compared.
+        """
+        loss, ghost = self.setting.loss, self.setting.ghost
+        if not (loss in ("weighted", TURNED) or (loss in COUPLED and ghost)):
+            return False
+        players = [p for p in (self.player, self.other) if p is not None]
+        return not all(p.coupling_shown for p in players if p.noisy_steps)
 
     def _epsilon_too(self, engine: Any, truth: np.ndarray) -> None:
         """ε is that of the curve, by the published formula."""

@@ -37,6 +37,7 @@ class OrdinaryUser(JudgedUser):
     @precondition(lambda self: self.player is not None)
     @rule(count=st.integers(1, 4))
     def train_on(self, count: int) -> None:
+        """The same once more, so that it is chosen more often: every rule is as likely."""
         for _ in range(count):
             self.attempt("train", self.train_once)
 

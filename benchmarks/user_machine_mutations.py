@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-SEQUENCES = 250  # those of tests/test_user_machine.py
+SEQUENCES = 200  # those of tests/test_user_machine.py
 
 _PLAY = """
 import sys, warnings

@@ -63,6 +63,24 @@ def settings(draw: Any) -> Setting:
     )  # fmt: skip
 
 
+def suited(setting: Setting, trouble: str) -> Setting:
+    """The same, so that one kind of trouble has something to break."""
+    found = setting
+    if trouble in ("divisor", "rate", "seed", "skip", "caps in hand"):  # of drawn batches
+        policy = "worst_case" if found.policy == "participation" else found.policy
+        found = replace(found, policy=policy, reduction="mean")
+        if found.entry == "attach without loader":
+            found = replace(found, entry="make_private")
+    if trouble == "one bound" and found.mode != "ghost" and found.policy != "capped":
+        found = replace(found, clipping="per_layer")
+    if trouble == "caps in hand" and found.policy != "capped":
+        manager = "ours" if found.manager == "Opacus's" else found.manager
+        found = replace(
+            found, policy="capped", clipping="flat", caps=_CAPS[0], budget=None, manager=manager
+        )
+    return found
+
+
 def without_trouble(setting: Setting) -> Setting:
     """The same without what would take its label away by itself."""
     loss = setting.loss if setting.loss in ("unnamed", "loss_of") else "plain"

@@ -202,9 +202,7 @@ class UserMachine(BatchTroubles):
             "noise": lambda: self.replace_the_noise(share=one(0.5, 0.0)),
             "signal": self.signal_skip,
             "hook": lambda: self.attach_a_hook(what=one("denoise", "halve", "double noise")),
-            "one bound": lambda: self.change_one_of_two_bounds(
-                value=one(0.1, 3.0), where=one("noise", "clip", "noise", "clip", "clip")
-            ),
+            "one bound": self._both_bounds,
             "second model": self.go_to_the_other_model,
             "seed": lambda: self.seed_as_before(what=one("pass", "draw", "noise")),
             "divisor": self._divide,
@@ -224,6 +222,11 @@ class UserMachine(BatchTroubles):
         self.backward()
         self.second_backward(private=private)
         self.step()
+
+    def _both_bounds(self) -> None:
+        self.change_one_of_two_bounds(value=0.1, where="noise")
+        self.train(count=1)
+        self.change_one_of_two_bounds(value=3.0, where="clip")
 
     def _divide(self) -> None:
         self.set_noise(value=50.0)  # which hides all but the scale

@@ -200,6 +200,21 @@ def test_a_full_pass_finds_each_rows_own_norm_whatever_the_collate_function_sort
     assert numbers_hold(player)
 
 
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("manager", ["none", "ours", "Opacus's"])
+def test_a_full_pass_sees_a_factor_where_clipping_leaves_the_same(watch, clipping, manager):
+    # Row 3 is far above the bound in every layer: what is left of it is the same at 50 times; the
+    # others, who were not drawn, would have been in the step with more than the pass measures.
+    player = started(
+        watch, lambda rows: rows == {3}, policy="full", clipping=clipping, manager=manager
+    )
+    player.noisy_steps = 2
+    player.world.engine._accountings[0].probe._steps = 2  # the coming step is not looked at
+    player.train(player.hand, factor=50.0)
+    assert not numbers_hold(player)
+    assert label(player) == "estimate"
+
+
 # --- draws that were skipped ----------------------------------------------------------------------
 
 

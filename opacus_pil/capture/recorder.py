@@ -65,6 +65,8 @@ class StepRecord:
         unfinite: Shape (batch,), rows whose gradient was not finite.
         factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
             None: layers were clipped one by one.
+        whole: Shape (batch,), norms over all layers where `norms` are those of what clipping layers
+            one by one has left; None: `norms` are whole.
         layer_factors: Shape (batch, layers), the same for layers clipped one by one, still on their
             device; None: clipped together, or parts of the step trained other layers.
         parts: Rows in each physical batch.
@@ -83,6 +85,7 @@ class StepRecord:
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
     factors: FloatArray | None = None
+    whole: FloatArray | None = None
     layer_factors: torch.Tensor | None = None
     parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
@@ -103,6 +106,7 @@ class _Capture:
     foreign: bool  # a batch that no loader had just handed out
     limits: FloatArray | None  # of each row, where caps are in force
     allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
+    whole: torch.Tensor | None
     layer_factors: torch.Tensor | None
     phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
@@ -188,6 +192,7 @@ class Recorder:
         rounding: float | None = None,
         passes: int = 1,
         allowed: torch.Tensor | None = None,
+        whole: torch.Tensor | None = None,
         layer_factors: torch.Tensor | None = None,
         droppable: bool = True,
     ) -> torch.Tensor | None:
@@ -200,6 +205,7 @@ class Recorder:
             passes: Backward passes whose gradients are clipped together.
             allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
                 one; None: they are clipped together, to `max_grad_norm`.
+            whole: Shape (batch,), norms before layers were clipped; `norms` are those after it.
             layer_factors: Shape (batch, layers), what gradients are multiplied with then.
             droppable: Whether a row with cap 0 is left out before anything is summed.
 
@@ -243,8 +249,8 @@ class Recorder:
         self._captures.append(
             _Capture(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, layer_factors,
-                phantom,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, whole,
+                layer_factors, phantom,
             )
         )  # fmt: skip
         return caps
@@ -333,6 +339,7 @@ class Recorder:
             noise_std=std,
             unfinite=~np.isfinite(norms),
             factors=_factors(captures, unclipped),
+            whole=_whole(captures),
             layer_factors=_layer_factors(captures),
             parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
@@ -421,6 +428,14 @@ def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
     parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
     bounds = np.concatenate(parts) if parts else np.empty(0)
     return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
+
+
+def _whole(captures: list[_Capture]) -> FloatArray | None:
+    parts = [c.whole for c in captures if c.whole is not None]
+    if not parts or len(parts) < len(captures):
+        return None
+    found: FloatArray = torch.cat(parts).to("cpu", torch.float64).numpy()
+    return found
 
 
 def _layer_factors(captures: list[_Capture]) -> torch.Tensor | None:

@@ -45,11 +45,13 @@ class Found(BaseException):
 class JudgedUser(RuleBasedStateMachine):
     """One user.
 
-    `collect` keeps findings in `found` instead of raising them, `first` stops at the first one.
+    `collect` keeps findings in `found` instead of raising them, `first` stops at the first one,
+    `only` is the one kind of trouble of every sequence ("none": none).
     """
 
     collect = False
     first = False
+    only: str | None = None
     tally: Counter[Any] = Counter()  # noqa: RUF012 shared by all sequences, on purpose
     found: list[str] = []  # noqa: RUF012 likewise
     ratios: list[float] = []  # noqa: RUF012 number / exact divergence where a claim is made
@@ -220,6 +222,8 @@ class JudgedUser(RuleBasedStateMachine):
     @initialize(setting=settings(), troubles=st.sampled_from(_TROUBLED),
                 kind=st.sampled_from(TROUBLES), first=st.integers(0, 2))  # fmt: skip
     def begin(self, setting: Any, troubles: str, kind: str, first: int) -> None:
+        if self.only is not None:
+            troubles, kind = ("none" if self.only == "none" else "one"), self.only
         if troubles == "one":  # and no other
             setting = without_trouble(suited(setting, kind))
         self.setting = setting

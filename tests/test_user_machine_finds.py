@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import warnings
 
@@ -167,6 +168,40 @@ def test_under_a_budget_all_parts_of_a_draw_are_clipped_for_the_noise_it_gets(wa
     with pytest.raises(UnsupportedError, match="as they were when the gradients were clipped"):
         player.train(player.fetch())
     assert player.moves == 0
+
+
+# --- seeds set again ----------------------------------------------------------------------------
+
+
+def seeded_step(player, seed):
+    """A step of an amount of noise that only the seed decides."""
+    player.fetch()
+    player.zero_grad()
+    player.backward(player.hand)
+    torch.manual_seed(seed)
+    player.step()
+    torch.manual_seed(1000 + player.moves)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_noise_of_before_a_file_was_saved_is_known_in_a_new_engine(watch, whole, again):
+    player = Player(Setting(), watch)
+    seeded_step(player, 2)
+    file, world = io.BytesIO(), player.world
+    world.engine.save_checkpoint(
+        path=file, module=world.module, optimizer=world.optimizer if whole else None
+    )
+    file.seek(0)
+    resumed = Player(Setting(seed=1), watch)
+    resumed.account = player.account
+    world = resumed.world
+    world.engine.load_checkpoint(
+        path=file, module=world.module, optimizer=world.optimizer if whole else None
+    )
+    seeded_step(resumed, 2 if again else 3)
+    assert label(resumed) == ("estimate" if again else "bound")
+    assert numbers_hold(resumed)
 
 
 # --- rows that are changed by who is there besides ------------------------------------------------

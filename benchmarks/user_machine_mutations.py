@@ -149,8 +149,8 @@ MUTATIONS = (
         "        self.accountant.set_caps(caps)\n", "        self.accountant.set_caps(caps / 2)\n",
     ),
     Mutation(
-        "several draws in one step are charged as one", "none", "step_accounting.py",
-        "batches = max(optimizer.accumulated_iterations, record.draws)", "batches = 1",
+        "several draws in one step move the sum by one clip bound", "none", "step_accounting.py",
+        "multiplicity = max(record.draws, record.copies)", "multiplicity = record.copies",
     ),
     Mutation(
         "a loss that is not the named one is not looked for", "none", "training/probe.py",

@@ -159,6 +159,7 @@ MUTATIONS = (
     Mutation(
         "a budget is tested for the step before", "none", "accounting/charging.py",
         "        state.leave_out(privacy_filter, caps)\n", "        pass\n",
+        "tests/accounting/test_filter.py",
     ),
     Mutation(
         "noise may be the same at two steps", "seed", "capture/norms.py",

@@ -272,6 +272,23 @@ def test_a_draw_that_was_skipped_last_in_a_pass_takes_the_label_away(watch, mana
     assert "skipped" in player.world.engine.per_instance.reasons[0]
 
 
+@pytest.mark.parametrize("refused", ["foreign", "divisor"])
+def test_a_draw_whose_step_was_refused_is_a_skipped_one(watch, refused):
+    # Caps refuse the step, the user goes on: how many steps there are tells which were refused.
+    player = started(watch, lambda rows: len(rows) == 1, policy="capped", caps=(1.0,) * 6, batch=3)
+    if refused == "divisor":
+        player.world.optimizer.expected_batch_size = 1
+    hand = player.by_hand([2, 5, 4, 1]) if refused == "foreign" else player.hand
+    with pytest.raises(UnsupportedError):
+        player.train(hand)
+    player.world.optimizer.expected_batch_size = 3
+    player.zero_grad()
+    assert label(player) == "bound"  # nothing was released yet
+    player.train(player.fetch())
+    assert label(player) == "estimate"
+    assert "made no private step" in player.world.engine.per_instance.reasons[0]
+
+
 def test_looking_through_the_data_after_a_skipped_draw_does_not_hide_it(watch):
     player = started(watch, batch=1)
     player.train(player.hand)

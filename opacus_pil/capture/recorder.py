@@ -238,7 +238,11 @@ class Recorder:
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
-            self._require_enforceable(rows, draw, coarsest, mismatch)
+            try:
+                self._require_enforceable(rows, draw, coarsest, mismatch)
+            except UnsupportedError:
+                self.tracker.skipped += claim.fresh > 0  # claimed, and no step will be made of it
+                raise
             if phantom:
                 self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)

@@ -153,7 +153,7 @@ class JudgedUser(RuleBasedStateMachine):
         A documented limit: other steps are not compared.
         """
         loss, ghost = self.setting.loss, self.setting.ghost
-        if not (loss in ("weighted", TURNED) or (loss in COUPLED and ghost)):
+        if not (loss in ("scaled", "weighted", TURNED) or (loss in COUPLED and ghost)):
             return False
         players = [p for p in (self.player, self.other) if p is not None]
         return not all(p.coupling_shown for p in players if p.noisy_steps)

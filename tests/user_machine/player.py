@@ -295,7 +295,9 @@ class Player:
         if k & (k - 1) or len(terms) != 1:
             return
         here = np.any([part.here for part in terms[0].parts], axis=0)
-        if self.setting.loss == TURNED:
+        if self.setting.loss == "scaled":
+            self.coupling_shown |= bool(terms[0].total().any())
+        elif self.setting.loss == TURNED:
             self.coupling_shown |= bool(here[4] and terms[0].total()[3].any())
         elif len(set(WEIGHTS[here])) > 1:
             self.coupling_shown |= bool(terms[0].gradients[here].any(axis=1).all())

@@ -219,6 +219,7 @@ class UserMachine(BatchTroubles):
             acts.get(kind, lambda: None)()
 
     def _second(self, *, private: bool) -> None:
+        self.take()  # a batch that was used already would be another trouble
         self.backward()
         self.second_backward(private=private)
         self.step()
@@ -238,6 +239,7 @@ class UserMachine(BatchTroubles):
             self.player.leave()
 
     def _clip_in_between(self) -> None:
+        self.take()
         self.backward()
         self.clip_the_whole_gradient()
         self.step()

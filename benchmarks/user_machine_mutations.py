@@ -184,10 +184,12 @@ MUTATIONS = (
     Mutation(
         "sums of layers clipped one by one are not compared", "none", "training/probe.py",
         "if own is None or own.shape[1] != len(sums):", "if True:",
+        "tests/test_user_machine_finds.py",
     ),
     Mutation(
         "the sum is compared, single norms are not", "none", "training/probe.py",
         "random = not self._compare(asked, record, clipped_norm, moved)", "pass",
+        "tests/training/test_probe.py",
     ),
     Mutation(
         "rows alone are compared with the step, not with each other", "none", "training/probe.py",
@@ -196,11 +198,13 @@ MUTATIONS = (
     Mutation(
         "what a collate function does to rows is no fact", "none", "step_accounting.py",
         "        if not record.order.apart:\n", "        if False:\n",
+        "tests/cases/test_which_rows.py",
     ),
     Mutation(
         "several losses of a row are taken for one (ghost)", "none", "capture/ghost.py",
         "            if any(shape != tuple(owner.shape) for shape in shapes):\n",
         "            if False:\n",
+        "tests/capture/test_ghost.py",
     ),
 )  # fmt: skip
 

@@ -194,6 +194,7 @@ MUTATIONS = (
     Mutation(
         "rows alone are compared with the step, not with each other", "none", "training/probe.py",
         "                self._together(asked, inner, record)\n", "                pass\n",
+        "tests/cases/test_whose_loss.py",
     ),
     Mutation(
         "what a collate function does to rows is no fact", "none", "step_accounting.py",

@@ -43,6 +43,8 @@ class Part:
     foreign: bool  # a batch that no loader had just handed out
     limits: FloatArray | None  # of each row, where caps are in force
     allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
+    whole: torch.Tensor | None  # norms before layers were clipped one by one
+    layer_factors: torch.Tensor | None  # what each layer of each row was multiplied with
     phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
@@ -91,6 +93,20 @@ def factors_of(captures: list[Part], norms: FloatArray) -> FloatArray | None:
     parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
     bounds = np.concatenate(parts) if parts else np.empty(0)
     return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
+
+
+def whole_norms(captures: list[Part]) -> torch.Tensor | None:
+    """Return norms before layers were clipped one by one; None: they were clipped together."""
+    parts = [c.whole for c in captures if c.whole is not None]
+    return torch.cat(parts) if parts and len(parts) == len(captures) else None
+
+
+def layer_factors_of(captures: list[Part]) -> torch.Tensor | None:
+    """Return what each layer of each row was multiplied with; None: not the same layers in all."""
+    parts = [c.layer_factors for c in captures if c.layer_factors is not None]
+    if not parts or len(parts) < len(captures) or len({p.shape[1] for p in parts}) > 1:
+        return None
+    return torch.cat(parts)
 
 
 def most_draws(captures: list[Part], draws: set[Draw]) -> int:

@@ -24,10 +24,12 @@ from .parts import (
     exceeds,
     factors_of,
     joined,
+    layer_factors_of,
     members,
     most_copies,
     most_draws,
     rows_of,
+    whole_norms,
 )
 from .randomness import Seen
 from .tracker import BatchTracker
@@ -67,6 +69,10 @@ class StepRecord:
         unfinite: Shape (batch,), rows whose gradient was not finite.
         factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
             None: layers were clipped one by one.
+        whole: Shape (batch,), norms over all layers where `norms` are those of what clipping layers
+            one by one has left, still on their device; None: `norms` are whole.
+        layer_factors: Shape (batch, layers), the same for layers clipped one by one, still on their
+            device; None: clipped together, or parts of the step trained other layers.
         parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
@@ -83,6 +89,8 @@ class StepRecord:
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
     factors: FloatArray | None = None
+    whole: torch.Tensor | None = None
+    layer_factors: torch.Tensor | None = None
     parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
 
@@ -171,6 +179,8 @@ class Recorder:
         rounding: float | None = None,
         passes: int = 1,
         allowed: torch.Tensor | None = None,
+        whole: torch.Tensor | None = None,
+        layer_factors: torch.Tensor | None = None,
         droppable: bool = True,
     ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
@@ -182,6 +192,8 @@ class Recorder:
             passes: Backward passes whose gradients are clipped together.
             allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
                 one; None: they are clipped together, to `max_grad_norm`.
+            whole: Shape (batch,), norms before layers were clipped; `norms` are those after it.
+            layer_factors: Shape (batch, layers), what gradients are multiplied with then.
             droppable: Whether a row with cap 0 is left out before anything is summed.
 
         Raises:
@@ -210,7 +222,11 @@ class Recorder:
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
-            self._require_enforceable(rows, draw, coarsest, mismatch)
+            try:
+                self._require_enforceable(rows, draw, coarsest, mismatch)
+            except UnsupportedError:
+                self.tracker.skipped += claim.fresh > 0  # claimed, and no step will be made of it
+                raise
             if phantom:
                 self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
@@ -224,7 +240,8 @@ class Recorder:
         self._captures.append(
             Part(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, phantom,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, whole,
+                layer_factors, phantom,
             )
         )  # fmt: skip
         return caps
@@ -318,6 +335,8 @@ class Recorder:
             noise_std=std,
             unfinite=~np.isfinite(norms),
             factors=factors_of(captures, unclipped),
+            whole=whole_norms(captures),
+            layer_factors=layer_factors_of(captures),
             parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )

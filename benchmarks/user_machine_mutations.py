@@ -76,7 +76,7 @@ MUTATIONS = (
         "max_grad_norm=math.hypot(*bounds),", "max_grad_norm=float(self.max_grad_norm),",
     ),
     Mutation(
-        "noise is read at the hook, after the user's own", "none", "step_accounting.py",
+        "noise is read at the hook, after the user's own", "none", "training/training.py",
         "        record = self.recorder.take(max_grad_norm=self.clip_bound)\n",
         "        self._opacus_hook(optimizer)\n"
         "        record = self.recorder.take(max_grad_norm=self.clip_bound)\n"
@@ -87,7 +87,7 @@ MUTATIONS = (
         "        if False:\n",
     ),
     Mutation(
-        "draws skipped last in a pass are no fact", "skip", "capture/indices.py",
+        "draws skipped last in a pass are no fact", "skip", "capture/tracker.py",
         "if self.skipped and self.skipped_at_end(stepped):", "if False:",
     ),
     Mutation(
@@ -95,26 +95,26 @@ MUTATIONS = (
         "if unclipped and self._clipped:", "if False:",
     ),
     Mutation(
-        "caps may be set with a batch in hand", "caps in hand", "recording_engine.py",
-        "if any(training.in_hand for training in self._accountings):", "if False:",
+        "caps may be set with a batch in hand", "caps in hand", "privacy_engine.py",
+        "if any(training.in_hand for training in self.trainings):", "if False:",
     ),
     Mutation(
-        "a file loaded into a copy lowers the live ledger", "none", "resuming_engine.py",
-        "        if mine or not self.per_instance.steps:\n", "        if True:\n",
+        "a file loaded into a copy lowers the live ledger", "none", "training/checkpoint.py",
+        "    if mine or not steps:\n", "    if True:\n",
         "tests/cases/test_ledgers.py",
     ),
     Mutation(
-        "noise may change between clip and step under a budget", "none", "step_accounting.py",
+        "noise may change between clip and step under a budget", "none", "training/training.py",
         "        if self._clipped_at != (*self.coming_kernel(), self._charger.moment):\n",
         "        if False:\n",
         "tests/test_user_machine_finds.py",
     ),
     Mutation(
-        "noised gradients may be changed before the model moves", "hook", "capture/norms.py",
+        "noised gradients may be changed before the model moves", "hook", "capture/plain_step.py",
         "and not recorder.untouched():", "and False:",
     ),
     Mutation(
-        "steps of the plain optimizer are not seen", "plain step", "capture/norms.py",
+        "steps of the plain optimizer are not seen", "plain step", "capture/plain_step.py",
         "            recorder.unnoised_step()\n", "            pass\n",
     ),
     Mutation(
@@ -145,11 +145,11 @@ MUTATIONS = (
         'sensitivities, side="left")', 'sensitivities, side="right") - 1',
     ),
     Mutation(
-        "rows clipped to a cap are charged half of it", "none", "norm_policy.py",
+        "rows clipped to a cap are charged half of it", "none", "training/charger.py",
         "        self.accountant.set_caps(caps)\n", "        self.accountant.set_caps(caps / 2)\n",
     ),
     Mutation(
-        "several draws in one step move the sum by one clip bound", "none", "step_accounting.py",
+        "several draws in one step move the sum by one clip bound", "none", "training/training.py",
         "multiplicity = max(record.draws, record.copies)", "multiplicity = record.copies",
     ),
     Mutation(
@@ -170,11 +170,11 @@ MUTATIONS = (
         "if self.tracker.coins_repeated:", "if False:",
     ),
     Mutation(
-        "the noisy sum may be divided by the batch's size", "divisor", "step_accounting.py",
+        "the noisy sum may be divided by the batch's size", "divisor", "training/training.py",
         'if divisor != named and self.kernel.loss_reduction == "mean":', "if False:",
     ),
     Mutation(
-        "a sampler that draws more often is not charged for it", "rate", "step_accounting.py",
+        "a sampler that draws more often is not charged for it", "rate", "training/training.py",
         "return max(self._sample_rate, self.tracker.rate)", "return self._sample_rate",
     ),
     Mutation(
@@ -197,8 +197,8 @@ MUTATIONS = (
         "tests/cases/test_whose_loss.py",
     ),
     Mutation(
-        "what a collate function does to rows is no fact", "none", "step_accounting.py",
-        "        if not record.order.apart:\n", "        if False:\n",
+        "what a collate function does to rows is no fact", "none", "training/step.py",
+        "    if not record.order.apart:\n", "    if False:\n",
         "tests/cases/test_which_rows.py",
     ),
     Mutation(

@@ -244,7 +244,7 @@ def test_a_full_pass_sees_a_factor_where_clipping_leaves_the_same(watch, clippin
         watch, lambda rows: rows == {3}, policy="full", clipping=clipping, manager=manager
     )
     player.noisy_steps = 2
-    player.world.engine._accountings[0].probe._steps = 2  # the coming step is not looked at
+    player.world.engine.trainings[0].probe._steps = 2  # the coming step is not looked at
     player.train(player.hand, factor=50.0)
     assert not numbers_hold(player)
     assert label(player) == "estimate"

@@ -26,13 +26,11 @@ from ..capture.shards import Shard
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from .charger import Charger
 from .distributed import gathered
-from .evidence import uncertifiable
-from .kernel import TrainingKernel
 from .norms import raised
 from .policies import DEFAULT, DEFAULT_OF_FIXED, NormPolicy, policy_of
 from .support import Asked
 from .terms import Ready, Terms, shard_of_budget
-from .update import described_update
+from .verdict import uncertifiable
 
 _FLOAT32 = float(torch.finfo(torch.float32).eps)
 
@@ -151,34 +149,6 @@ class Account:
         if whole is not None and self.terms.ids.array is not None:
             whole.rename(self.terms.ids.array)  # shards go by row, so that they join in order
         return whole
-
-    def require_constant_steps(
-        self, optimizer: torch.optim.Optimizer, *, kernel: TrainingKernel
-    ) -> None:
-        """Raise unless all steps so far were alike, and are those that `optimizer` takes now.
-
-        Certificates of the last model are computed for constant step size, decay, clip and noise.
-
-        Raises:
-            CertificateError: A schedule, other settings now, or steps that nothing is known about.
-        """
-        charges = self.charger
-        now = described_update(
-            optimizer,
-            clip_bound=kernel.max_grad_norm,
-            noise_std=kernel.noise_multiplier * float(kernel.max_grad_norm),
-            divisor=kernel.expected_batch_size,
-            loss_reduction=kernel.loss_reduction,
-            batches=1,
-            default_batches=True,
-        )
-        if charges.accountant.steps and charges.update != now:
-            raise CertificateError(
-                "Expected every step of training to be one of the optimizer as it is now, "
-                f"{now}; got {charges.update or 'steps that nothing is known about'}. The "
-                "certificate counts constant steps; train without schedules, and leave the "
-                "optimizer's settings as they are."
-            )
 
     def require_evidence(self) -> None:
         """Raise unless what was seen of every step lets a certificate rest on the ledger.

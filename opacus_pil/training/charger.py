@@ -16,10 +16,11 @@ from ..accounting import PerInstanceAccountant
 from ..capture.recorder import Fact, StepRecord
 from ..capture.sweep import Sweep
 from ..errors import LedgerError, UnsupportedError
-from .evidence import BEST, Verdict, joined, judged
+from .evidence import BEST
 from .full_pass import attempted, differing
 from .norms import KnownNorms
 from .step import Policy, Step
+from .verdict import Verdict, joined, judged
 
 
 class Charger:

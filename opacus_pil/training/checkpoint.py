@@ -35,6 +35,8 @@ from .position import (
     own_generators,
     pass_state,
     private_attributes,
+    restore,
+    snapshot,
 )
 from .training import Training
 from .trainings import Trainings
@@ -146,7 +148,7 @@ def load(
         if not live:
             account.load_state({"opacus": opacus, "per_instance": taken.ledger})
             undo.callback(account.load_state, before)
-        undo.callback(_restore, module, _snapshot(module))
+        undo.callback(restore, module, snapshot(module))
         try:
             module.load_state_dict(entries["module_state_dict"], **(module_options or {}))
             if optimizer is not None and optimizer_state:
@@ -387,19 +389,3 @@ def _warn_one_sided(name: str, *, given: bool) -> None:
         else f"The checkpoint has a state of {name}, which was not given and is not loaded.",
         stacklevel=4,
     )
-
-
-def _snapshot(module: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: value.detach().clone()
-        for name, value in module.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _restore(module: Any, before: Mapping[str, torch.Tensor]) -> None:
-    """Copy `before` back, in place: optimizers hold the same parameters."""
-    with torch.no_grad():
-        for name, value in module.state_dict().items():
-            if name in before:
-                value.copy_(before[name])

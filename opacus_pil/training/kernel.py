@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.optim import Optimizer
+
+from .update import described_update
+
 
 @dataclass(frozen=True)
 class TrainingKernel:
@@ -36,3 +40,15 @@ class TrainingKernel:
     poisson_sampling: bool = True
     world_size: int = 1
     rand_on_empty: bool = False
+
+    def update_by(self, optimizer: Optimizer) -> str:
+        """Return how a step of such a training moves a model now, in the words of `update.py`."""
+        return described_update(
+            optimizer,
+            clip_bound=self.max_grad_norm,
+            noise_std=self.noise_multiplier * float(self.max_grad_norm),
+            divisor=self.expected_batch_size,
+            loss_reduction=self.loss_reduction,
+            batches=1,
+            default_batches=True,
+        )

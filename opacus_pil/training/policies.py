@@ -15,8 +15,8 @@ from .. import _validate as check
 from ..capture.recorder import Fact
 from ..errors import UnsupportedError
 from .charger import Charger
-from .evidence import Verdict
 from .step import Step
+from .verdict import Verdict
 
 
 @dataclass(frozen=True)

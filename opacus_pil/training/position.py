@@ -281,3 +281,23 @@ def _copied(value: Any, *, device: torch.device | None = None) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone().to(device=device or value.device)
     return value
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+def snapshot(module: Any) -> dict[str, torch.Tensor]:
+    """Return copies of what a module saves."""
+    return {
+        name: value.detach().clone()
+        for name, value in module.state_dict().items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def restore(module: Any, before: Mapping[str, torch.Tensor]) -> None:
+    """Copy `before` back, in place: optimizers hold the same parameters."""
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if name in before:
+                value.copy_(before[name])

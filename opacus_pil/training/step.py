@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from ..capture.recorder import Fact, StepRecord
 from ..capture.sweep import Sweep
-from .evidence import Verdict
+from .verdict import Verdict
 
 _COARSE = 1e-4  # float32 and its sequences are far below, half precisions above
 

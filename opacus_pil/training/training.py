@@ -28,13 +28,13 @@ from ..errors import UnsupportedError
 from ..files.fingerprint import Fingerprint
 from .charger import Charger
 from .data_order import DataOrder
-from .evidence import judged
 from .kernel import TrainingKernel
 from .probe import Probe
 from .step import Step, facts_of
 from .task import Task, evaluated_parts
 from .unheld import Unheld
 from .update import adaptive_noise, described_update
+from .verdict import judged
 from .weights import NoteWeights, WeightsLeft, renormed
 
 

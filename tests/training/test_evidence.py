@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import opacus_pil
 from opacus_pil.accounting.guarantee import GUARANTEES, weakest
 from opacus_pil.capture.recorder import Fact
-from opacus_pil.training.evidence import BEST, joined, judged, table, uncertifiable
+from opacus_pil.training.evidence import BEST, table
 from opacus_pil.training.policies import NORM_POLICIES
 from opacus_pil.training.probe import explained
 from opacus_pil.training.row_gradients import RowGradients
+from opacus_pil.training.verdict import joined, judged, uncertifiable
 
 ROOT = Path(opacus_pil.__file__).parent
 CODES = sorted({row.code for row in table()})

@@ -283,7 +283,7 @@ def _copied(value: Any, *, device: torch.device | None = None) -> Any:
     return value
 
 
-# --- weights ---------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def snapshot(module: Any) -> dict[str, torch.Tensor]:

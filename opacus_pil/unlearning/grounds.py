@@ -27,12 +27,12 @@ def weights_left(privacy_engine: PerInstancePrivacyEngine | None, module: nn.Mod
 
 
 def training_codes(
-    privacy_engine: PerInstancePrivacyEngine | None, *, module: nn.Module, weights: bool | None
+    account: PerInstancePrivacyEngine | None, *, module: nn.Module, weights: bool | None
 ) -> tuple[str, ...]:
     """Return what is taken for granted about the training and the model: codes of a context.
 
     Args:
-        privacy_engine: Whose ledger a certificate rests on; None: on none.
+        account: The ledgers that a certificate rests on; None: on none.
         module: Plain, as it is now.
         weights: Whether training left the weights that the engine was built with; None: not known.
 
@@ -56,8 +56,8 @@ def training_codes(
             "Compute constants in the forward pass, or register them with persistent=False."
         )
     codes = []
-    unseen = privacy_engine is not None and "earlier_release" in privacy_engine.findings
-    if unseen or (privacy_engine is not None and weights is None):
+    unseen = account is not None and "earlier_release" in account.findings
+    if unseen or (account is not None and weights is None):
         codes.append("labels_without_evidence")
     if held or any(not p.requires_grad for p in module.parameters()):
         codes.append("frozen_part_is_public")

@@ -2,7 +2,7 @@
 
 What a run could only fail at in its middle is refused here: batches that are no pairs, losses that
 are not one per row, shapes and types that do not fit. Works on a copy and leaves generators as they
-were. Knows the task and a model; no ledger and no certificate.
+were. Knows the state of a model; no ledger and no certificate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
@@ -22,7 +23,8 @@ from ..capture.randomness import untouched_generators
 from ..capture.row_losses import typed_pair
 from ..errors import CertificateError, UnsupportedError
 from ..training.task import Task, training_mode
-from .methods import optimizer_like, plain_copy
+from .state import TrainedState
+from .twin import optimizer_like, twin_of
 
 _SAME = 1e-3  # relative: losses of one row in two batches; float32 sums agree far better
 _CURE = (
@@ -65,6 +67,39 @@ class Rehearsal:
             )
 
 
+class Rehearsals:
+    """Rehearsals of a trained model as it is: two rows that stay are looked at once.
+
+    Args:
+        state: Of the model, which may move on; then they are looked at again.
+    """
+
+    def __init__(self, state: TrainedState) -> None:
+        self._state = state
+        self._seen: dict[tuple[Any, ...], Rehearsal] = {}
+
+    def without(self, rows: IntArray) -> Rehearsal:
+        """Return what the first and the last row show that stay when these `rows` go.
+
+        Raises:
+            UnsupportedError: The training cannot be run as it is described.
+        """
+        state = self._state
+        stay = np.setdiff1d(state.retain_set, rows)
+        shown = np.unique(stay[[0, -1]])
+        key = (state.model_hash, *shown.tolist())
+        if key not in self._seen:
+            self._seen[key] = rehearsed(
+                state.task,
+                module=state.module,
+                optimizer=state.optimizer,
+                dataset=state.dataset,
+                rows=shown,
+                evaluated=state.evaluated,
+            )
+        return self._seen[key]
+
+
 def rehearsed(
     task: Task,
     *,
@@ -93,7 +128,7 @@ def rehearsed(
             "Expected the training's loss to be named, got none. Pass criterion= or loss_of= to "
             "make_private, attach or UnlearningEngine."
         )
-    twin = plain_copy(module)
+    twin = twin_of(module)
     optimizer_like(optimizer, module, twin)
     training_mode(twin, evaluated=evaluated)
     device = next(twin.parameters()).device

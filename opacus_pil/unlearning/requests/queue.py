@@ -1,7 +1,7 @@
 """RequestQueue: deletion requests that survive whatever happens to the process that serves them.
 
 Knows request ids, row numbers and states; no model, no torch. What serving a request means is
-`serving.py`, the file itself `request_database.py`.
+`serving.py`, the file itself `database.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import _validate as check
-from ..errors import LedgerError
-from .request_database import STATES, RequestDatabase, has_table, keep_data, log, readable
-from .request_server import Server
-from .serving_lock import serving_lock
+from ... import _validate as check
+from ...errors import LedgerError
+from .database import STATES, RequestDatabase, has_table, keep_data, log, readable
+from .lock import serving_lock
+from .server import Server
 
 _LARGEST_ROW = 2**62
 
@@ -65,7 +65,7 @@ class RequestQueue:
 
     Guarantee: a submitted request is in the file until it is done or failed, whoever is killed
         when; the two are final. Each change is one transaction. At most one process serves at a
-        time, and its death is known at once (`serving_lock.py`); a server that lost its lock all
+        time, and its death is known at once (`lock.py`); a server that lost its lock all
         the same, because somebody deleted the lock file, cannot change anything any more.
     Any number of processes may submit and read meanwhile.
 

@@ -1,6 +1,6 @@
 """The SQLite file behind the queue: made once, recognised, opened, and its errors in plain words.
 
-Knows the tables; not what a request goes through (`requests.py`). One connection per transaction:
+Knows the tables; not what a request goes through (`queue.py`). One connection per transaction:
 it can neither be carried into a forked process nor hold a lock longer than it works.
 """
 
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import LedgerError
+from ...errors import LedgerError
 
 APPLICATION_ID = 0x50494C51  # "PILQ", in the file's header
 VERSION = 1

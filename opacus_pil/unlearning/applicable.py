@@ -63,8 +63,8 @@ def certificates_for(state: TrainedState, asked: Question) -> AndWorst:
         # release, the others' two runs are no longer hidden by the noise of the steps before it.
         return _training_alone(state, asked)
     ours, worst = _contraction(state, asked)
-    assert state.privacy_engine is not None
-    if state.privacy_engine.kernel.sample_rate == 1.0:
+    assert state.kernel is not None
+    if state.kernel.sample_rate == 1.0:
         return ours, worst  # never above what training alone gives: a_t = s_t is one way to hide
     try:  # mini-batches: contraction knows no amplification by sampling, training alone does
         trained, _ = _training_alone(state, asked)

@@ -118,7 +118,8 @@ class UnlearningEngine:
     @property
     def dataset(self) -> Dataset:
         """The training set, forgotten rows included."""
-        return self._state.dataset
+        dataset: Dataset = self._state.data.dataset
+        return dataset
 
     @property
     def task(self) -> Task:
@@ -128,7 +129,7 @@ class UnlearningEngine:
     @property
     def instance_ids(self) -> InstanceIds:
         """The ids of the data set's rows."""
-        return self._state.ids
+        return self._state.data.ids
 
     @property
     def requests(self) -> RequestQueue:

@@ -68,7 +68,8 @@ class OneOutputRun:
         assert account is not None
         module = state.module if module is None else module
         optimizer = state.optimizer if optimizer is None else optimizer
-        kernel, ledger, task = training.kernel, account.per_instance, state.task
+        kernel, ledger, task = state.kernel, account.per_instance, state.task
+        assert kernel is not None
         criterion: Any = task.criterion if task.own_loss is None else task.own_loss
         require_contracting(
             [
@@ -79,14 +80,21 @@ class OneOutputRun:
         )
         assert isinstance(module, nn.Linear)
         self.feature_norm = checked_feature_norm(
-            state.feature_norm, state.dataset, rows=state.retain_set, bias=module.bias is not None
+            state.feature_norm,
+            state.data.dataset,
+            rows=state.retain_set,
+            bias=module.bias is not None,
         )
         evidence = evidence or account.require_evidence
+        norms: list[Condition] = []
         if not measured:
-            require_contracting([*_small_norms(account, allowed=_STEEPEST * self.feature_norm)])
+            norms += _small_norms(account, allowed=_STEEPEST * self.feature_norm)
             if ledger.guarantee != "bound":
+                require_contracting(norms)
                 evidence()  # says why, where a step is the cause
-        require_contracting([*_fixed_caps(ledger, measured=measured), *_plain_descent(optimizer)])
+        require_contracting(
+            [*norms, *_fixed_caps(ledger, measured=measured), *_plain_descent(optimizer)]
+        )
         account.require_constant_steps(optimizer)
         if not measured:
             evidence()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class _Goal:
 
     method: str
 
-    @property
+    @cached_property
     def rules(self) -> Method:
         """What the method is."""
         return METHOD[self.method]
@@ -65,7 +66,7 @@ class _Claim(_Goal):
     certificate: Certificate | None = None
     adaptive: bool = False
 
-    @property
+    @cached_property
     def supplied(self) -> bool:
         """Whether the certificate is the caller's word about steps that it does not govern."""
         return self.certificate is not None and not self.rules.own_constants

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 from ..certificates import Certificate
 from ..certificates.methods import CERTIFIED_METHODS, SPEAKS_OF, members_of
@@ -52,27 +53,27 @@ class Method:
     term: Term | None = None
     strength: float | None = None
 
-    @property
+    @cached_property
     def noisy(self) -> bool:
         """Whether its steps add noise."""
         return self.steps is not Steps.PLAIN
 
-    @property
+    @cached_property
     def certifiable(self) -> bool:
         """Whether there are certificates of it."""
         return self.name in CERTIFIED_METHODS
 
-    @property
+    @cached_property
     def own_constants(self) -> bool:
         """Whether it moves by the constants of its certificate, from a model clipped by them."""
         return self.steps is Steps.AVERAGED
 
-    @property
+    @cached_property
     def charges_rows(self) -> bool:
         """Whether a ledger is charged for who is in a step; else everyone is."""
         return self.steps is Steps.KERNEL
 
-    @property
+    @cached_property
     def reads_forget_set(self) -> bool:
         """Whether its steps look at what is to be forgotten."""
         return self.term is Term.ASCENT
@@ -87,6 +88,16 @@ class Method:
         )
 
 
+class _Table(dict[str, Method]):
+    """Methods by name; one that nobody knows takes noisy steps, and is not certified.
+
+    For plans, which are plain records: whether a method exists is checked where a goal is.
+    """
+
+    def __missing__(self, name: str) -> Method:
+        return Method(name=name, steps=Steps.KERNEL)
+
+
 _ALL = (
     Method(name="dp_sgd", steps=Steps.KERNEL),
     Method(name="langevin", steps=Steps.KERNEL, contracts=True),
@@ -96,20 +107,12 @@ _ALL = (
     Method(name="gradient_difference", steps=Steps.PLAIN, term=Term.ASCENT, strength=1.0),
     Method(name=RETRAINING, steps=Steps.KERNEL, retrains=True),
 )
-METHOD = {method.name: method for method in _ALL}
+METHOD = _Table({method.name: method for method in _ALL})
 METHODS = tuple(METHOD)
 NOISE_FREE_METHODS = tuple(name for name, method in METHOD.items() if not method.noisy)
 WEIGHTED_METHODS = tuple(name for name, method in METHOD.items() if method.term is not None)
 
 
-def named(name: str) -> Method:
-    """Return a method by its name; one that nobody knows takes noisy steps, and is not certified.
-
-    For plans, which are plain records: whether a method exists is checked where a goal is.
-    """
-    return METHOD.get(name) or Method(name=name, steps=Steps.KERNEL)
-
-
 def of_the_kernel(phase: str) -> bool:
     """Whether a phase of a model's life, training or a method, took steps of training's kernel."""
-    return phase == TRAINING or named(phase).charges_rows
+    return phase == TRAINING or METHOD[phase].charges_rows

@@ -16,7 +16,7 @@ from .. import _validate as check
 from .._validate import IntArray
 from ..certificates import Certificate
 from ..errors import CertificateError
-from .methods import Method, named
+from .methods import METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,6 @@ class UnlearningPlan(abc.ABC):
         return True
 
     @property
-    def _rules(self) -> Method:
-        return named(self.method)
-
-    @property
     def cost(self) -> float:
         """Per-instance gradients of this plan as a fraction of those of retraining."""
         return self.steps / self.steps_retrain if self.steps_retrain else float("inf")
@@ -83,7 +79,7 @@ class UnlearningPlan(abc.ABC):
         ]
         if self.reasons:
             lines += [f"  {self._because}", *[f"    - {reason}" for reason in self.reasons]]
-        if not self._rules.noisy and self.steps:
+        if not METHOD[self.method].noisy and self.steps:
             lines.append(
                 "  afterwards        every retained instance's privacy loss is infinite: these "
                 "steps add no noise"
@@ -117,7 +113,7 @@ class CertifiedPlan(UnlearningPlan):
 
     def __post_init__(self) -> None:
         """Refuse what no certificate speaks of."""
-        if not self._rules.certifiable:
+        if not METHOD[self.method].certifiable:
             raise CertificateError(
                 f"Expected a method with noise for a certified plan, got {self.method!r}. Nothing "
                 "is proved about its steps."
@@ -226,7 +222,7 @@ def bound_to(plan: UnlearningPlan, state: str) -> str:
     claim = ""
     if isinstance(plan, CertifiedPlan):
         claim = f"{plan.epsilon!r} {plan.delta!r} {type(plan.certificate).__name__}"
-        if named(plan.method).own_constants:
+        if METHOD[plan.method].own_constants:
             claim += repr(plan.certificate)  # the run follows its constants
     text = (
         f"{state} {type(plan).__name__} {plan.method} {plan.steps} {plan.strength} "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..errors import CertificateError
 from .applicable import AndWorst, Question, certificates_for
 from .goal import FixedSteps, Goal, Pilots, Retraining, StepsAtDelta, Target
 from .grounds import training_codes, with_codes
-from .methods import RETRAINING, named
+from .methods import METHOD, RETRAINING
 from .pilots import mean_log_loss
 from .plan import (
     CertifiedPlan,
@@ -35,7 +36,7 @@ from .plan import (
     certified_steps,
     on_grid,
 )
-from .rehearsal import Rehearsals
+from .rehearsal import Rehearsal, Rehearsals
 from .search import searching
 from .state import TrainedState
 from .step_size import require_moving_steps
@@ -67,7 +68,7 @@ class Planning:
         progress: bool,
     ) -> None:
         self._state, self._rows, self._goal = state, rows, goal
-        self._rehearsals = rehearsals or Rehearsals(state)
+        self._rehearsals = Rehearsals(state) if rehearsals is None else rehearsals
         self._progress = progress
 
     def plan(self) -> UnlearningPlan:
@@ -78,7 +79,7 @@ class Planning:
         """
         self._require_fitting_model()
         plan = self._unbound()
-        self._rehearsals.without(self._rows)
+        self._require_rehearsed()
         self._require_moving(plan)
         return replace(plan, basis=bound_to(plan, self._state.basis()))
 
@@ -259,35 +260,43 @@ class Planning:
             measured=isinstance(goal, Target) and goal.predict,
             adaptive=goal.adaptive,
             evidence=self._require_evidence,
-            random_rows=lambda: self._rehearsals.without(self._rows).random_rows,
+            random_rows=lambda: self._rehearsal.random_rows,
         )
         return certificates_for(self._state, asked)
 
     def _require_evidence(self) -> None:
-        self._rehearsals.without(self._rows)  # what cannot be run at all is said first
+        self._require_rehearsed()  # what cannot be run at all is said first
         assert self._state.account is not None
         self._state.account.require_evidence()
 
     def _run_codes(self) -> tuple[str, ...]:
         """Return what a certified run takes for granted: codes of a context."""
-        rehearsal = self._rehearsals.without(self._rows)
-        rehearsal.require_independent_rows()
-        return (*self._state.data.codes(), *rehearsal.codes)
+        self._rehearsal.require_independent_rows()
+        return (*self._state.data.codes(), *self._rehearsal.codes)
+
+    def _require_rehearsed(self) -> None:
+        """Raise where the training cannot be run as it is described."""
+        _ = self._rehearsal
+
+    @cached_property
+    def _rehearsal(self) -> Rehearsal:
+        """What two rows show that stay."""
+        return self._rehearsals.without(self._rows)
 
     # --- what all plans share -----------------------------------------------------------------
 
     @property
     def _noisy(self) -> bool:
         """Whether steps of the training's kernel add noise."""
-        training = self._state.privacy_engine
-        return training is not None and training.kernel.noise_multiplier > 0.0
+        kernel = self._state.kernel
+        return kernel is not None and kernel.noise_multiplier > 0.0
 
     def _common(self, **changes: Any) -> dict[str, Any]:
         """Return the fields that every plan has."""
         state = self._state
         return {
             "forget_set": self._rows,
-            "ids": tuple(state.ids.of(self._rows)),
+            "ids": tuple(state.data.ids.of(self._rows)),
             "method": self._goal.method,
             "steps_retrain": state.training_steps,
             "batch_size": state.batch_size,
@@ -325,12 +334,11 @@ class Planning:
 
     def _require_moving(self, plan: UnlearningPlan) -> None:
         """Raise where the plan's steps would leave the model where it is."""
-        method = named(plan.method)
+        method, kernel = METHOD[plan.method], self._state.kernel
         if plan.steps == 0 or method.retrains or method.own_constants:
             return
         noise = None
-        if self._state.privacy_engine is not None and method.noisy:
-            kernel = self._state.privacy_engine.kernel
+        if kernel is not None and method.noisy:
             share = kernel.expected_batch_size if kernel.loss_reduction == "mean" else 1
             noise = kernel.noise_multiplier * kernel.max_grad_norm / share or None
         require_moving_steps(self._state.optimizer, noise_std=noise)

@@ -23,8 +23,9 @@ from ..capture.randomness import untouched_generators
 from ..capture.row_losses import typed_pair
 from ..errors import CertificateError, UnsupportedError
 from ..training.task import Task, training_mode
+from .optimizer_copy import fresh_optimizer
 from .state import TrainedState
-from .twin import optimizer_like, twin_of
+from .twin import twin_of
 
 _SAME = 1e-3  # relative: losses of one row in two batches; float32 sums agree far better
 _CURE = (
@@ -93,7 +94,7 @@ class Rehearsals:
                 state.task,
                 module=state.module,
                 optimizer=state.optimizer,
-                dataset=state.dataset,
+                dataset=state.data.dataset,
                 rows=shown,
                 evaluated=state.evaluated,
             )
@@ -129,7 +130,7 @@ def rehearsed(
             "make_private, attach or UnlearningEngine."
         )
     twin = twin_of(module)
-    optimizer_like(optimizer, module, twin)
+    fresh_optimizer(optimizer, module=module, twin=twin)
     training_mode(twin, evaluated=evaluated)
     device = next(twin.parameters()).device
     with untouched_generators(device) as moved:

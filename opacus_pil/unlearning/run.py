@@ -29,14 +29,15 @@ from ..files.container import arrays, load_state, save_state
 from ..files.model_hash import model_hash
 from .generators import Generators, seeds
 from .glm import OneOutputRun
-from .methods import named
+from .methods import METHOD
 from .observer import Observer
+from .optimizer_copy import fresh_optimizer
 from .phase import Phase
 from .plan import CertifiedPlan, RetrainPlan, UnlearningPlan
 from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
 from .state import TrainedState
 from .steps.running import Stretch, take_steps
-from .twin import optimizer_like, twin_of
+from .twin import twin_of
 
 _KIND = "unlearning run"
 
@@ -123,7 +124,7 @@ class Run:
                 privacy_engine=state.privacy_engine,
                 account=self._account,
                 generators=self._generators,
-                dataset=state.dataset,
+                dataset=state.data.dataset,
                 task=state.task,
                 evaluated=state.evaluated,
                 retain_set=np.setdiff1d(state.retain_set, plan.forget_set),
@@ -254,13 +255,13 @@ class Run:
             )
 
     def _move_state(self, model_hash: str) -> None:
-        state, plan, method = self._state, self._plan, named(self._plan.method)
+        state, plan, method = self._state, self._plan, METHOD[self._plan.method]
         private_length = self._watch.until is not None or not plan.fixed_length
         self._charge_at_the_end(private_length=private_length)
         gone = state.forgotten | frozenset(plan.forget_set.tolist())
         state.become(
             module=self._module,
-            optimizer=optimizer_like(self._optimizer, self._module, self._module),
+            optimizer=fresh_optimizer(self._optimizer, module=self._module, twin=self._module),
             account=self._account,
             phase=Phase(self._done, gone, plan.method, private_length),
             retrained=method.retrains,
@@ -271,7 +272,7 @@ class Run:
 
     def _charge_from_the_start(self) -> None:
         """Let the forget set go before the first step, unless the method reads it."""
-        account, method = self._account, named(self._plan.method)
+        account, method = self._account, METHOD[self._plan.method]
         if account is None:
             return
         if not method.reads_forget_set:
@@ -281,7 +282,7 @@ class Run:
 
     def _charge_at_the_end(self, *, private_length: bool) -> None:
         """Charge what the steps themselves did not."""
-        account, method = self._account, named(self._plan.method)
+        account, method = self._account, METHOD[self._plan.method]
         if account is None:
             return
         if not method.noisy:
@@ -353,4 +354,4 @@ def _start(
             torch.manual_seed(seeds(seed)[0])
             return state.make_model()
     twin = twin_of(state.module)
-    return twin, optimizer_like(state.optimizer, state.module, twin)
+    return twin, fresh_optimizer(state.optimizer, module=state.module, twin=twin)

@@ -15,9 +15,10 @@ import torch.nn as nn
 from ..errors import LedgerError
 from ..files.container import arrays, tensors
 from ..files.model_hash import model_hash
+from .optimizer_copy import fresh_optimizer
 from .phase import Phase
 from .state import TrainedState
-from .twin import optimizer_like, twin_of
+from .twin import twin_of
 
 _KEYS = (
     "num_instances", "batch_size", "kernel", "training_steps", "ledger_steps", "requests_served",
@@ -110,7 +111,7 @@ def _loaded_model(
     state: TrainedState, kept: Mapping[str, Any]
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     twin = twin_of(state.module)
-    optimizer = optimizer_like(state.optimizer, state.module, twin)
+    optimizer = fresh_optimizer(state.optimizer, module=state.module, twin=twin)
     try:
         twin.load_state_dict(kept["module"])
         optimizer.load_state_dict({"state": {}, "param_groups": kept["param_groups"]})

@@ -11,21 +11,20 @@ import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn as nn
-from torch.utils.data import Dataset
 
 from .. import _validate as check
 from .._validate import IntArray
 from ..accounting import PerInstanceAccountant
-from ..accounting.instance_ids import InstanceIds
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from ..files.model_hash import model_hash
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.kernel import TrainingKernel
 from ..training.task import Task
 from ..training.training import described_groups
 from .methods import Method
@@ -57,6 +56,8 @@ class TrainedState:
         forgotten: Rows forgotten so far.
         requests_served: Runs so far.
         ledger_steps: Steps of the ledger when it was looked at last.
+        kernel: Constants of the training, as they were when it was looked at last.
+        retain_set: Rows that are still in the training set, ascending.
         model_hash: SHA-256 of the module when it was built or last ran.
     """
 
@@ -76,32 +77,19 @@ class TrainedState:
     forgotten: frozenset[int] = frozenset()
     requests_served: int = 0
     ledger_steps: int = field(init=False)
+    kernel: TrainingKernel | None = field(init=False)
+    retain_set: IntArray = field(init=False)
     model_hash: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Remember the weights and how far the ledger is."""
+        """Remember the weights, the training's constants and how far the ledger is."""
+        self.kernel = None if self.privacy_engine is None else self.privacy_engine.kernel
         self.note(model_hash(self.module))
-
-    @property
-    def dataset(self) -> Dataset:
-        """The training set, forgotten rows included."""
-        dataset: Dataset = self.data.dataset
-        return dataset
-
-    @property
-    def ids(self) -> InstanceIds:
-        """The ids of its rows."""
-        return self.data.ids
 
     @property
     def ledger(self) -> PerInstanceAccountant | None:
         """The per-instance ledger; None without privacy_engine."""
         return None if self.account is None else self.account.per_instance
-
-    @property
-    def retain_set(self) -> IntArray:
-        """Rows that are still in the training set, ascending."""
-        return np.setdiff1d(np.arange(self.data.size), list(self.forgotten))
 
     # --- copies, and what a run leaves --------------------------------------------------------
 
@@ -152,13 +140,14 @@ class TrainedState:
         """Remember the model and how far the ledger is: who trains on behind it is noticed."""
         ledger = self.ledger
         self.ledger_steps = 0 if ledger is None else ledger.steps
+        self.retain_set = np.setdiff1d(np.arange(self.data.size), list(self.forgotten))
         self.model_hash = model_hash
 
     # --- what is required of it ---------------------------------------------------------------
 
     def named(self, forget: npt.ArrayLike | None, rows: npt.ArrayLike | None) -> IntArray:
         """Return the rows that a caller names, ascending."""
-        return np.sort(self.ids.rows(forget, rows=rows, size=self.data.size, name="forget"))
+        return np.sort(self.data.ids.rows(forget, rows=rows, size=self.data.size, name="forget"))
 
     def forgettable(self, rows: IntArray) -> IntArray:
         """Return rows that can be forgotten: some, none of them twice, not the last ones.
@@ -172,8 +161,8 @@ class TrainedState:
         if before:
             raise ValueError(
                 f"Expected rows that are still in the training set, got {len(before)} of "
-                f"{len(rows)} forgotten before (first: {self.ids.of(before[:1])[0]}). Leave them "
-                "out."
+                f"{len(rows)} forgotten before (first: {self.data.ids.of(before[:1])[0]}). Leave "
+                "them out."
             )
         if len(rows) + len(self.forgotten) == self.data.size:
             raise ValueError(
@@ -189,6 +178,7 @@ class TrainedState:
 
         Raises:
             LedgerError: Says what, and the cure.
+            UnsupportedError: Other trainings were made private beside this one.
         """
         if model_hash(self.module) != self.model_hash:
             raise LedgerError(
@@ -211,6 +201,8 @@ class TrainedState:
                 f"engine, got {len(gone)}: another engine has unlearned with it. Go on with that "
                 "one, or load its state_dict()."
             )
+        if self.privacy_engine is not None:
+            self.kernel = self.privacy_engine.kernel  # raises where there are several
 
     def require_chargeable(self, method: Method) -> None:
         """Raise where the ledger could not be charged for a method's steps.
@@ -262,10 +254,9 @@ class TrainedState:
 
     def basis(self) -> str:
         """Return a digest of what a plan depends on."""
-        kernel: Any = None if self.privacy_engine is None else self.privacy_engine.kernel
         digest = hashlib.sha256(self.model_hash.encode())
         digest.update(
-            f"{type(self.optimizer).__name__} {described_groups(self.optimizer)} {kernel} "
+            f"{type(self.optimizer).__name__} {described_groups(self.optimizer)} {self.kernel} "
             f"{self.ledger_steps} {self.requests_served} {sorted(self.forgotten)} "
             f"{self.batch_size}".encode()
         )

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from ..accounting.instance_ids import InstanceIds
@@ -46,7 +47,7 @@ class TrainedData:
         self._read = fingerprint_of
         now = fingerprint_of(dataset)
         self.began = now if began is None else began
-        self._state: dict[str, Any] = {}  # computed when it is asked for first: it never changes
+        self._plain = dict(self.began)
         # A data set of another class may be read in another way: then nothing is compared.
         self._reference = self.began if self.began.how == now.how else now
 
@@ -77,9 +78,7 @@ class TrainedData:
 
     def state(self) -> dict[str, Any]:
         """Return what tells these rows from others, as plain values."""
-        if not self._state:
-            self._state = {"fingerprint": dict(self.began), "ids_sha256": self._ids_digest()}
-        return copy.deepcopy(self._state)
+        return {"fingerprint": copy.deepcopy(self._plain), "ids_sha256": self._ids_digest}
 
     def require_state(self, state: Mapping[str, Any]) -> None:
         """Raise if `state` of another engine says that its rows were others.
@@ -88,7 +87,7 @@ class TrainedData:
             LedgerError: Other contents, another order, or other ids.
         """
         differs = self.began.differs(state["fingerprint"])
-        if not differs and state["ids_sha256"] not in (None, self.state()["ids_sha256"]):
+        if not differs and state["ids_sha256"] not in (None, self._ids_digest):
             differs = "other instance_ids" if self.ids.given else "no instance_ids, as it had then"
         if differs:
             raise LedgerError(
@@ -97,6 +96,7 @@ class TrainedData:
                 "order, with the same instance_ids."
             )
 
+    @cached_property
     def _ids_digest(self) -> str | None:
         if not self.ids.given:
             return None

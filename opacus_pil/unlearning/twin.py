@@ -1,17 +1,15 @@
 """A model out of Opacus's hands, and its twin: a copy that carries nothing of the training over.
 
-Knows modules and wrappers; what an optimizer keeps is `optimizer_copy.py`.
+Knows modules and wrappers; the optimizer's twin is `optimizer_copy.py`.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn as nn
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 
 from ..capture import sweep
-from .optimizer_copy import fresh_optimizer
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -57,10 +55,3 @@ def with_still_statistics(module: nn.Module) -> nn.Module:
     finally:
         for part in woken:
             part.training = True
-
-
-def optimizer_like(
-    optimizer: torch.optim.Optimizer, module: nn.Module, twin: nn.Module
-) -> torch.optim.Optimizer:
-    """Return an optimizer of the same kind and settings for `twin`, without what it computed."""
-    return fresh_optimizer(optimizer, module=plain_module(module), twin=twin)

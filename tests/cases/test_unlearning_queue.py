@@ -83,7 +83,7 @@ def test_data_that_change_while_a_batch_is_served_leave_nobody_running(tmp_path,
     check = serving.require_runnable
 
     def changed(state, plan, **options):
-        state.dataset.tensors[0][5].mul_(2.0)
+        state.data.dataset.tensors[0][5].mul_(2.0)
         return check(state, plan, **options)
 
     monkeypatch.setattr(serving, "require_runnable", changed)

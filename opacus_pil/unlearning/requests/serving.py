@@ -30,7 +30,7 @@ from ...certificates import write_certificate
 from ...errors import CertificateError, LedgerError, UnsupportedError
 from ...files.container import load_state, state_bytes, write_atomic
 from ..goal import goal_from
-from ..methods import named
+from ..methods import METHOD
 from ..plan import CertifiedPlan, RetrainPlan, UnlearningPlan
 from ..planning import Planning
 from ..rehearsal import Rehearsals
@@ -112,7 +112,7 @@ class Serving:
         wait: bool,
     ) -> list[Request]:
         """Serve until nothing is queued; arguments and errors as in `UnlearningEngine.serve`."""
-        if named(wish["method"]).retrains and self._state.make_model is None:
+        if METHOD[wish["method"]].retrains and self._state.make_model is None:
             raise ValueError(
                 "Expected make_model for method='retraining', got None. Build the engine with it."
             )
@@ -164,7 +164,7 @@ class Serving:
         state.data.require_same()
         self._rehearsals = Rehearsals(state)
         self._rehearsals.without(_NO_ROWS)
-        if self.queue.state_file is None:
+        if self._file is None:
             self._file = _write_state(state, self.queue.folder)
             server.begin(self._file, data=state.data.state())
 
@@ -228,7 +228,7 @@ class Serving:
             plan = self._plan(sorted(rows), wish)
         except (CertificateError, UnsupportedError) as error:
             return None, str(error)
-        if isinstance(plan, RetrainPlan) and not named(wish["method"]).retrains:
+        if isinstance(plan, RetrainPlan) and not METHOD[wish["method"]].retrains:
             return None, f"retrain instead: {plan.reason}"
         return plan, None
 

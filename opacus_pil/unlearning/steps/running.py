@@ -16,7 +16,7 @@ from ...errors import CertificateError
 from ...privacy_engine import PerInstancePrivacyEngine
 from ...training.task import Task
 from ..generators import Generators
-from ..methods import Term, named
+from ..methods import METHOD, Term
 from ..plan import CertifiedPlan, UnlearningPlan
 from .averaged import noisy_finetuning_steps
 from .extra_terms import gradient_difference, l1_sparse
@@ -81,7 +81,7 @@ def take_steps(stretch: Stretch) -> None:
     Raises:
         CertificateError: A certified plan without a ledger to run by.
     """
-    method = named(stretch.plan.method)
+    method = METHOD[stretch.plan.method]
     if method.own_constants:
         _averaged(stretch)  # also for no steps: the model is clipped before the first one
     elif stretch.remaining == 0:
@@ -137,7 +137,7 @@ def _plain(stretch: Stretch) -> None:
 
 def _extra_term(stretch: Stretch) -> ExtraTerm | None:
     """Return what the method adds to the loss of a retained batch."""
-    plan, term = stretch.plan, named(stretch.plan.method).term
+    plan, term = stretch.plan, METHOD[stretch.plan.method].term
     if term is None:
         return None
     assert plan.strength is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .._validate import IntArray
+from ..accounting import PerInstanceAccountant
 from ..certificates import Certificate, DataProcessingCertificate, best_of
 from ..errors import CertificateError
 from .glm import OneOutputRun
@@ -99,24 +100,30 @@ def _training_alone(state: TrainedState, asked: Question) -> AndWorst:
     """Return what the whole transcript of training bounds, whatever steps follow."""
     ledger = state.ledger
     assert ledger is not None
-    orders = ledger.orders.tolist()
     # Under a budget `guarantee` vouches for each instance; a set's loss is as realised.
     bound = asked.measured or ledger.guarantee == "bound"
     if not asked.measured:
         asked.evidence()
     everyone = np.array(sorted(state.forgotten.union(asked.rows.tolist())), dtype=np.int64)
-    group = ledger.keeps_history and not ledger.budgeted
-    if not bound or not (len(everyone) == 1 or group):
-        why = "" if bound or not ledger.reasons else f" ({'; '.join(ledger.reasons)})"
-        raise CertificateError(
-            "Expected one instance, or a set and a ledger with history, and the label 'bound' for "
-            f"a certificate from training alone, got {len(everyone)} instances and "
-            f"{ledger.guarantee!r}{why}. A sum of per-instance losses does not bound a set. Pass a "
-            "certificate, or steps for a run without a claim."
-        )
+    _require_bounded(ledger, bound=bound, members=len(everyone))
+    orders = ledger.orders.tolist()
     if len(everyone) > 1:  # a member that was forgotten weighs nothing from then on
         return DataProcessingCertificate(ledger.group_rdp(everyone).tolist(), orders), None
     return (
         DataProcessingCertificate(np.asarray(ledger.rdp(asked.rows)[0]).tolist(), orders),
         DataProcessingCertificate(ledger.worst_case_rdp().tolist(), orders),
+    )
+
+
+def _require_bounded(ledger: PerInstanceAccountant, *, bound: bool, members: int) -> None:
+    """Raise unless the ledger bounds what training gave away about so many instances together."""
+    group = ledger.keeps_history and not ledger.budgeted
+    if bound and (members == 1 or group):
+        return
+    why = "" if bound or not ledger.reasons else f" ({'; '.join(ledger.reasons)})"
+    raise CertificateError(
+        "Expected one instance, or a set and a ledger with history, and the label 'bound' for "
+        f"a certificate from training alone, got {members} instances and "
+        f"{ledger.guarantee!r}{why}. A sum of per-instance losses does not bound a set. Pass a "
+        "certificate, or steps for a run without a claim."
     )

@@ -206,14 +206,23 @@ def optimizer_of(
     privacy_engine: PerInstancePrivacyEngine | None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of a module: for a copy of what was trained, one like the training's."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for training in () if privacy_engine is None else privacy_engine.trainings:
+    trainings = () if privacy_engine is None else privacy_engine.trainings
+    for training in trainings:
         trained = training.module._module
-        own = {id(p) for p in trained.parameters()}
-        copied = [_form(p) for p in trained.parameters()] == [_form(p) for p in module.parameters()]
-        if trained is not module and held <= own and copied:
+        if trained is not module and _moves(optimizer, trained) and _alike(trained, module):
             return fresh_optimizer(optimizer, module=trained, twin=module)
     return optimizer
+
+
+def _moves(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    """Whether all parameters of an optimizer are a module's."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return held <= set(map(id, module.parameters()))
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have parameters of the same shapes and types, in one order."""
+    return list(map(_form, one.parameters())) == list(map(_form, other.parameters()))
 
 
 def require_own_engine(privacy_engine: Any) -> None:

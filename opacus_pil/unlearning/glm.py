@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,22 @@ LOSS_SMOOTHNESS: dict[type[nn.Module], float] = {nn.BCEWithLogitsLoss: 0.25}
 _STEEPEST = 1.0  # largest derivative of that loss in its output
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What took the steps: a model, its optimizer, and the ledgers that they charged.
+
+    Attributes:
+        module: A plain torch.nn.Linear with one output.
+        optimizer: Plain: SGD without momentum. Its weight decay acts after clipping and noise,
+            hence is decoupled from them.
+        account: Of caps fixed before the run, or of the worst case.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    account: PerInstancePrivacyEngine
+
+
 class OneOutputRun:
     """A noisy run of a model with one linear output, checked assumption by assumption.
 
@@ -37,13 +53,10 @@ class OneOutputRun:
     `PoissonContractionCertificate`.
 
     Args:
-        state: The task, the rows that are still there, whose features are held against
-            `state.feature_norm`, and the training, made private with caps fixed before it, or at
-            the worst case. The loss is nn.BCEWithLogitsLoss with reduction "mean", unweighted.
-        module: A plain torch.nn.Linear with one output. Default: the state's.
-        optimizer: The plain inner optimizer: SGD without momentum. Its weight decay acts after
-            clipping and noise, hence is decoupled from them. Default: the state's.
-        account: The ledgers to look at. Default: the state's.
+        state: The training and its task, whose loss is nn.BCEWithLogitsLoss with reduction "mean"
+            and no weights; the rows that are still there, each one's features held against
+            `state.feature_norm`.
+        ran: What took the steps, where that is not the state's own yet.
         measured: Take the sensitivities the ledger stands at for caps, whatever its label. What
             comes out is a prediction; never call it certified.
         evidence: Raises where no certificate may rest on the ledger. Default: the ledger's own.
@@ -56,54 +69,57 @@ class OneOutputRun:
         self,
         state: TrainedState,
         *,
-        module: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        account: PerInstancePrivacyEngine | None = None,
+        ran: Ran | None = None,
         measured: bool = False,
         evidence: Callable[[], None] | None = None,
     ) -> None:
-        training = state.privacy_engine
-        account = state.account if account is None else account
+        ran = _of(state) if ran is None else ran
+        assert state.kernel is not None
+        self.kernel, self._measured = state.kernel, measured
+        self.smoothness, self.feature_norm = self._looked_at_model(state, ran.module)
+        self._look_at_ledger(ran, evidence=evidence or ran.account.require_evidence)
+        group = ran.optimizer.param_groups[0]
+        self.step_size, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
+        ledger = ran.account.per_instance
+        caps = ledger.sensitivities if measured and ledger.caps is None else ledger.caps
+        self.caps: FloatArray = np.ones(self.kernel.num_instances) if caps is None else caps
+
+    def _looked_at_model(self, state: TrainedState, module: nn.Module) -> tuple[float, float]:
+        """Return the smoothness of the loss and the norm of features, of a model that has them."""
+        task, training = state.task, state.privacy_engine
         assert training is not None
-        assert account is not None
-        module = state.module if module is None else module
-        optimizer = state.optimizer if optimizer is None else optimizer
-        kernel, ledger, task = state.kernel, account.per_instance, state.task
-        assert kernel is not None
         criterion: Any = task.criterion if task.own_loss is None else task.own_loss
         require_contracting(
             [
                 *_one_output(module),
-                *_smooth_mean(criterion, kernel.loss_reduction),
-                _same_task(task, training.task, measured=measured),
+                *_smooth_mean(criterion, self.kernel.loss_reduction),
+                _same_task(task, training.task, measured=self._measured),
             ]
         )
         assert isinstance(module, nn.Linear)
-        self.feature_norm = checked_feature_norm(
+        norm = checked_feature_norm(
             state.feature_norm,
             state.data.dataset,
             rows=state.retain_set,
             bias=module.bias is not None,
         )
-        evidence = evidence or account.require_evidence
+        return LOSS_SMOOTHNESS[type(criterion)], norm
+
+    def _look_at_ledger(self, ran: Ran, *, evidence: Callable[[], None]) -> None:
+        """Raise unless all steps were alike, with caps fixed before them, as far as was seen."""
+        ledger, measured = ran.account.per_instance, self._measured
         norms: list[Condition] = []
         if not measured:
-            norms += _small_norms(account, allowed=_STEEPEST * self.feature_norm)
+            norms += _small_norms(ran.account, allowed=_STEEPEST * self.feature_norm)
             if ledger.guarantee != "bound":
                 require_contracting(norms)
                 evidence()  # says why, where a step is the cause
         require_contracting(
-            [*norms, *_fixed_caps(ledger, measured=measured), *_plain_descent(optimizer)]
+            [*norms, *_fixed_caps(ledger, measured=measured), *_plain_descent(ran.optimizer)]
         )
-        account.require_constant_steps(optimizer)
+        ran.account.require_constant_steps(ran.optimizer)
         if not measured:
             evidence()
-        group = optimizer.param_groups[0]
-        self.step_size, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
-        self.kernel = kernel
-        self.smoothness = LOSS_SMOOTHNESS[type(criterion)]
-        caps = ledger.sensitivities if measured and ledger.caps is None else ledger.caps
-        self.caps: FloatArray = np.ones(kernel.num_instances) if caps is None else caps
 
     def certificate(
         self, *, phases: Sequence[tuple[int, Sequence[int]]], worst_case: bool = False
@@ -151,6 +167,11 @@ class OneOutputRun:
             "loss_smoothness": self.smoothness,
             "sample_rate": self.kernel.sample_rate,
         }
+
+
+def _of(state: TrainedState) -> Ran:
+    assert state.account is not None
+    return Ran(module=state.module, optimizer=state.optimizer, account=state.account)
 
 
 # --- what the proof needs -------------------------------------------------------------------------

@@ -161,17 +161,12 @@ def checked_goal(
     """
     check.choice("method", method, METHODS)
     rules = METHOD[method]
-    if calibration is not None:
-        _require_alone(calibration, epsilon, delta, steps, strength, certificate)
-        return Pilots(
-            method=method, calibration=calibration, max_steps=max_steps,
-            step_grid=check.integer("step_grid", step_grid, low=1),
-        )  # fmt: skip
     grid = check.integer("step_grid", step_grid, low=1)
+    if calibration is not None:
+        _require_alone(epsilon, delta, steps, strength, certificate)
+        return Pilots(method=method, calibration=calibration, max_steps=max_steps, step_grid=grid)
     weight = _checked_strength(strength, rules)
-    target = None if epsilon is None else check.epsilon(epsilon)
-    probability = None if delta is None else check.delta(delta)
-    budget = None if steps is None else check.integer("steps", steps, low=0)
+    target, probability, budget = _checked_numbers(epsilon, delta, steps)
     if rules.retrains:
         _require_nothing_else(target, budget, certificate)
         return Retraining()
@@ -180,17 +175,16 @@ def checked_goal(
     if probability is None and budget is not None:
         _require_no_claim(certificate, predict=predict)
         return FixedSteps(method=method, steps=budget, strength=weight)
-    if probability is None or (target is None and budget is None):
-        raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
+    _require_an_aim(target, budget, delta=probability)
     _require_fitting_claim(certificate, adaptive=adaptive, predict=predict)
     claim: dict[str, Any] = {
         "method": method, "delta": probability, "certificate": certificate, "adaptive": adaptive
     }  # fmt: skip
     if target is not None:
         return Target(epsilon=target, max_steps=max_steps, step_grid=grid, predict=predict, **claim)
-    assert budget is not None
     if predict:
         raise ValueError("Expected epsilon with predict=True, got steps. Pass steps alone.")
+    assert budget is not None
     return StepsAtDelta(steps=budget, **claim)
 
 
@@ -236,7 +230,17 @@ def plain_goal(goal: Goal) -> dict[str, Any]:
 # --- what contradicts what ------------------------------------------------------------------------
 
 
-def _require_alone(calibration: Calibration, *others: Any) -> None:
+def _checked_numbers(
+    epsilon: float | None, delta: float | None, steps: int | None
+) -> tuple[float | None, float | None, int | None]:
+    return (
+        None if epsilon is None else check.epsilon(epsilon),
+        None if delta is None else check.delta(delta),
+        None if steps is None else check.integer("steps", steps, low=0),
+    )
+
+
+def _require_alone(*others: Any) -> None:
     if any(value is not None for value in others):
         raise ValueError(
             "Expected calibration alone, got a target, a certificate, steps or strength "
@@ -270,6 +274,11 @@ def _require_one_aim(target: float | None, budget: int | None) -> None:
             "Expected either steps or a target epsilon, got both. Pass steps and delta for the "
             "epsilon after so many steps, or epsilon and delta for the steps."
         )
+
+
+def _require_an_aim(target: float | None, budget: int | None, *, delta: float | None) -> None:
+    if delta is None or (target is None and budget is None):
+        raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
 
 
 def _require_method_of(

@@ -136,36 +136,51 @@ def rehearsed(
     with untouched_generators(device) as moved:
         items = [dataset[int(row)] for row in rows]
         again = [dataset[int(row)] for row in rows]
-        random = moved() or any(
-            order_of_rows([first], [[second]])[0] is None
-            for first, second in zip(items, again, strict=True)
-        )
+        random = moved() or _are_others(items, again)
         batch = _tried("joining items to a batch", lambda: task.collate(items, device=device))
         with torch.enable_grad():
-            loss = _tried("the forward pass or the loss", lambda: task.batch_loss(twin, batch))
-            found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-            if not (torch.is_tensor(loss) and loss.numel() == 1 and loss.requires_grad):
-                raise UnsupportedError(
-                    f"Expected the loss of a batch to be one number with a gradient, got {found}. "
-                    f"{_CURE}"
-                )
-            if task.per_row or task.own_loss is not None:
-                losses = _tried("the loss of each row", lambda: _clipped_losses(task, twin, batch))
-                if tuple(losses.shape) != (len(rows),):
-                    raise UnsupportedError(
-                        f"Expected one loss per row, shape ({len(rows)},), got shape "
-                        f"{tuple(losses.shape)}, which ghost clipping would multiply by all rows' "
-                        f"factors: nothing would be clipped. Squeeze outputs or targets. {_CURE}"
-                    )
+            _require_loss(task, twin, batch, rows=len(rows))
     twin.eval()  # what dropout draws is no coupling
     with untouched_generators(device) as moved:
-        try:
-            found = _coupling(task, twin, batch, again)
-        except Exception as error:  # a foreign function may fail on one row in any way
-            found = f"the loss of single rows could not be asked for: {_first_line(error)}"
+        found = _seen_coupling(task, twin, batch, again)
         compared = not moved()
     coupling = task.coupling() or task.ignores(batch) or (found if compared else "")
     return Rehearsal(bool(random), coupling, compared)
+
+
+def _are_others(items: list[Any], again: list[Any]) -> bool:
+    """Whether items are others when they are asked for a second time."""
+    return any(
+        order_of_rows([first], [[second]])[0] is None
+        for first, second in zip(items, again, strict=True)
+    )
+
+
+def _require_loss(task: Task, twin: nn.Module, batch: Any, *, rows: int) -> None:
+    """Raise unless a batch has a loss that can be descended on, and rows have one each if asked."""
+    loss = _tried("the forward pass or the loss", lambda: task.batch_loss(twin, batch))
+    if not (torch.is_tensor(loss) and loss.numel() == 1 and loss.requires_grad):
+        found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+        raise UnsupportedError(
+            f"Expected the loss of a batch to be one number with a gradient, got {found}. {_CURE}"
+        )
+    if not task.per_row and task.own_loss is None:
+        return
+    losses = _tried("the loss of each row", lambda: _clipped_losses(task, twin, batch))
+    if tuple(losses.shape) != (rows,):
+        raise UnsupportedError(
+            f"Expected one loss per row, shape ({rows},), got shape {tuple(losses.shape)}, which "
+            "ghost clipping would multiply by all rows' factors: nothing would be clipped. "
+            f"Squeeze outputs or targets. {_CURE}"
+        )
+
+
+def _seen_coupling(task: Task, twin: nn.Module, batch: Any, items: list[Any]) -> str:
+    """Return `_coupling`, or why rows alone could not be looked at."""
+    try:
+        return _coupling(task, twin, batch, items)
+    except Exception as error:  # a foreign function may fail on one row in any way
+        return f"the loss of single rows could not be asked for: {_first_line(error)}"
 
 
 def _clipped_losses(task: Task, twin: nn.Module, batch: Any) -> torch.Tensor:

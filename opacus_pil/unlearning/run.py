@@ -28,7 +28,7 @@ from ..errors import CertificateError, LedgerError
 from ..files.container import arrays, load_state, save_state
 from ..files.model_hash import model_hash
 from .generators import Generators, seeds
-from .glm import OneOutputRun
+from .glm import OneOutputRun, Ran
 from .methods import METHOD
 from .observer import Observer
 from .optimizer_copy import fresh_optimizer
@@ -247,12 +247,8 @@ class Run:
                 "before. Nothing was forgotten, and nothing was changed."
             )
         if self._account is not None and _counts_steps(plan.certificate):
-            OneOutputRun(
-                self._state,
-                module=self._module,
-                optimizer=self._optimizer,
-                account=self._account,
-            )
+            ran = Ran(module=self._module, optimizer=self._optimizer, account=self._account)
+            OneOutputRun(self._state, ran=ran)
 
     def _move_state(self, model_hash: str) -> None:
         state, plan, method = self._state, self._plan, METHOD[self._plan.method]

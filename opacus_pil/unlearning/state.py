@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -135,6 +136,19 @@ class TrainedState:
         self.phases = [phase] if retrained else [*self.phases, phase]
         self.requests_served += 1
         self.note(model_hash)
+
+    @contextmanager
+    def whole_or_not(self) -> Iterator[None]:
+        """Give the state and its ledgers back as they were if the block raises."""
+        before = copy.copy(vars(self))
+        ledgers = None if self.account is None else self.account.ledger_state()
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            if self.account is not None and ledgers is not None:
+                self.account.load_ledger_state(ledgers)
+            raise
 
     def note(self, model_hash: str) -> None:
         """Remember the model and how far the ledger is: who trains on behind it is noticed."""

@@ -10,14 +10,12 @@ bits.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,7 +269,7 @@ class Serving:
     def _serve_batch(self, batch: Batch, plan: UnlearningPlan, service: Service) -> None:
         server = service.server
         server.run(batch)
-        with self._as_it_was():
+        with self._state.whole_or_not():  # the file says what is served, and says: the old one
             try:
                 done = self._run(batch, plan, checkpoint_every=service.checkpoint_every)
             except (CertificateError, UnsupportedError) as error:
@@ -292,20 +290,6 @@ class Serving:
                 result |= _certified(done, path)
             server.finish(batch, state_file=name, result=result)
             self._file = name
-
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Give the state back if the block raises: the file says what is served, and says: it."""
-        state = self._state
-        before = copy.copy(vars(state))
-        ledgers = None if state.account is None else state.account.ledger_state()
-        try:
-            yield
-        except BaseException:
-            vars(state).update(before)
-            if state.account is not None and ledgers is not None:
-                state.account.load_ledger_state(ledgers)
-            raise
 
     def _run(
         self, batch: Batch, plan: UnlearningPlan, *, checkpoint_every: int

@@ -66,16 +66,7 @@ def noisy_finetuning_steps(
         _clip_model(module, bound=certificate.model_clip)
     if sampler_state is not None:
         sampler_generator.set_state(sampler_state)
-    secure = privacy_engine is not None and privacy_engine.secure_mode
-    optimizer = AveragedClipOptimizer(
-        torch.optim.SGD(
-            module.parameters(), lr=certificate.step_size, weight_decay=certificate.weight_decay
-        ),
-        gradient_clip=certificate.gradient_clip,
-        noise_std=0.0,
-        generator=privacy_engine.secure_rng if secure else noise_generator,  # type: ignore[union-attr]
-        secure_mode=secure,
-    )
+    optimizer = _optimizer(module, certificate, privacy_engine, noise_generator=noise_generator)
     device = next(module.parameters()).device
     rate = min(batch_size / max(len(retain_set), 1), 1.0)
     if privacy_engine is not None:
@@ -91,13 +82,43 @@ def noisy_finetuning_steps(
         std = _noise_std(certificate, done + number)
         optimizer.noise_multiplier = std / certificate.step_size
         optimizer.step()
-        if account is not None and certificate.gradient_clip > 0.0:
-            account.charge_everyone(
-                noise_multiplier=std / (2.0 * certificate.step_size * certificate.gradient_clip),
-                sample_rate=rate,
-            )
+        if account is not None:
+            _charge(account, certificate, noise_std=std, sample_rate=rate)
         if reported(number, after_step, progress):
             break
+
+
+def _optimizer(
+    module: nn.Module,
+    certificate: NoisyFineTuningCertificate,
+    privacy_engine: PerInstancePrivacyEngine | None,
+    *,
+    noise_generator: torch.Generator | None,
+) -> AveragedClipOptimizer:
+    secure = privacy_engine is not None and privacy_engine.secure_mode
+    return AveragedClipOptimizer(
+        torch.optim.SGD(
+            module.parameters(), lr=certificate.step_size, weight_decay=certificate.weight_decay
+        ),
+        gradient_clip=certificate.gradient_clip,
+        noise_std=0.0,
+        generator=privacy_engine.secure_rng if secure else noise_generator,  # type: ignore[union-attr]
+        secure_mode=secure,
+    )
+
+
+def _charge(
+    account: PerInstancePrivacyEngine,
+    certificate: NoisyFineTuningCertificate,
+    *,
+    noise_std: float,
+    sample_rate: float,
+) -> None:
+    if certificate.gradient_clip > 0.0:
+        account.charge_everyone(
+            noise_multiplier=noise_std / (2.0 * certificate.step_size * certificate.gradient_clip),
+            sample_rate=sample_rate,
+        )
 
 
 @torch.no_grad()

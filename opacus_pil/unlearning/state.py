@@ -36,7 +36,7 @@ from .trained_data import TrainedData
 MakeModel = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class TrainedState:
     """A trained model on which runs of unlearning follow each other.
 

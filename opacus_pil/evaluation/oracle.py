@@ -19,11 +19,11 @@ from ..training.task import Collate
 from ..unlearning.described import described_task, evaluated_in_training
 from ..unlearning.steps.noisy import noisy_steps
 
-MakeModel = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
+MakeSeeded = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def retrained_oracles(
-    make: MakeModel,
+    make: MakeSeeded,
     *,
     privacy_engine: PerInstancePrivacyEngine,
     dataset: Dataset,

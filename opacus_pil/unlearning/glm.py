@@ -77,10 +77,10 @@ class OneOutputRun:
         assert state.kernel is not None
         self.kernel, self._measured = state.kernel, measured
         self.smoothness, self.feature_norm = self._looked_at_model(state, ran.module)
-        self._look_at_ledger(ran, evidence=evidence or ran.account.require_evidence)
+        ledger = ran.account.per_instance
+        self._look_at_ledger(ledger, ran, evidence=evidence or ran.account.require_evidence)
         group = ran.optimizer.param_groups[0]
         self.step_size, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
-        ledger = ran.account.per_instance
         caps = ledger.sensitivities if measured and ledger.caps is None else ledger.caps
         self.caps: FloatArray = np.ones(self.kernel.num_instances) if caps is None else caps
 
@@ -105,9 +105,11 @@ class OneOutputRun:
         )
         return LOSS_SMOOTHNESS[type(criterion)], norm
 
-    def _look_at_ledger(self, ran: Ran, *, evidence: Callable[[], None]) -> None:
+    def _look_at_ledger(
+        self, ledger: PerInstanceAccountant, ran: Ran, *, evidence: Callable[[], None]
+    ) -> None:
         """Raise unless all steps were alike, with caps fixed before them, as far as was seen."""
-        ledger, measured = ran.account.per_instance, self._measured
+        measured = self._measured
         norms: list[Condition] = []
         if not measured:
             norms += _small_norms(ran.account, allowed=_STEEPEST * self.feature_norm)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import sqlite3
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from opacus_pil.certificates import (
 from opacus_pil.errors import LedgerError
 from opacus_pil.files.container import load_state
 from opacus_pil.files.model_hash import model_hash
+from opacus_pil.unlearning import run, saved_state, state
+from opacus_pil.unlearning.planning import Planning
 from opacus_pil.unlearning.requests import RequestQueue, serving
 
 from . import kill_target
@@ -118,7 +121,39 @@ def test_the_same_seed_gives_the_same_model_and_another_another(dataset, tmp_pat
     assert served("c", 2) != first
 
 
+def test_a_batch_is_planned_once_and_its_model_read_twice(engine, monkeypatch):
+    """Before it is planned and after it has run; every other check compares what was read then."""
+    called = Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            called[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Planning, "plan", counted("plan", Planning.plan))
+    for module in (state, run, saved_state):
+        monkeypatch.setattr(module, "model_hash", counted("hash", model_hash))
+    for number in range(3):
+        engine.submit([number, number + 10], request_id=str(number))
+    before = model_hash(engine.module)
+    assert len(engine.serve(steps=2, max_batch=1)) == 3
+    assert called == {"plan": 3, "hash": 6}
+    assert engine._state.model_hash == model_hash(engine.module) != before
+
+
 # --- what cannot be served ------------------------------------------------------------------------
+
+
+def test_weights_that_somebody_moved_are_not_served(engine):
+    engine.submit([3], request_id="ada")
+    with torch.no_grad():
+        next(engine.module.parameters()).add_(1.0)
+    with pytest.raises(LedgerError, match="got other weights"):
+        engine.serve(steps=2)
+    assert engine.requests.get("ada").state == "queued"
+    assert engine.forgotten == frozenset()
 
 
 def test_who_has_no_plan_fails_with_the_reason_and_the_others_go_on(tmp_path):

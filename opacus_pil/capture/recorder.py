@@ -6,7 +6,6 @@ which label a step has earned is `training/evidence.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +18,21 @@ from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
-from .indices import BatchTracker
-from .randomness import Seen
-
-_OUT_OF_STEP = (
-    "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
-    "was left early or skipped a batch, which opacus_pil.BatchMemoryManager allows"
+from .parts import (
+    OUT_OF_STEP,
+    Part,
+    exceeds,
+    factors_of,
+    joined,
+    layer_factors_of,
+    members,
+    most_copies,
+    most_draws,
+    rows_of,
+    whole_norms,
 )
-# The sum of a batch in floating point against the sum of its norms: float32 sums of thousands of
-# rows err by far less, and a broken clip by far more.
-_TRIPWIRE_SLACK = 1e-3
+from .randomness import Seen
+from .tracker import BatchTracker
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ class StepRecord:
         unfinite: Shape (batch,), rows whose gradient was not finite.
         factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
             None: layers were clipped one by one.
+        whole: Shape (batch,), norms over all layers where `norms` are those of what clipping layers
+            one by one has left, still on their device; None: `norms` are whole.
+        layer_factors: Shape (batch, layers), the same for layers clipped one by one, still on their
+            device; None: clipped together, or parts of the step trained other layers.
         parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
@@ -81,26 +89,10 @@ class StepRecord:
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
     factors: FloatArray | None = None
+    whole: torch.Tensor | None = None
+    layer_factors: torch.Tensor | None = None
     parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Capture:
-    rows: IntArray | None  # of this physical batch; None: not published
-    draw: Draw | None  # which draw it is part of; None: not known
-    order: RowOrder
-    norms: torch.Tensor
-    max_grad_norm: float
-    dropped: torch.Tensor | None  # rows with cap 0, which took no part
-    mismatch: str
-    rounding: float  # relative, of the coarsest number behind the norms
-    unclaimed: int  # batches that loaders had given since the one before
-    passes: int
-    foreign: bool  # a batch that no loader had just handed out
-    limits: FloatArray | None  # of each row, where caps are in force
-    allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
-    phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
 class Recorder:
@@ -146,7 +138,7 @@ class Recorder:
         self.changed_step: Callable[[], None] | None = None  # and of one by a changed gradient
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
-        self._captures: list[_Capture] = []
+        self._captures: list[Part] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
         self._lasting: dict[Fact, None] = {}
         self._noise_std: float | None = None
@@ -187,6 +179,8 @@ class Recorder:
         rounding: float | None = None,
         passes: int = 1,
         allowed: torch.Tensor | None = None,
+        whole: torch.Tensor | None = None,
+        layer_factors: torch.Tensor | None = None,
         droppable: bool = True,
     ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
@@ -198,6 +192,8 @@ class Recorder:
             passes: Backward passes whose gradients are clipped together.
             allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
                 one; None: they are clipped together, to `max_grad_norm`.
+            whole: Shape (batch,), norms before layers were clipped; `norms` are those after it.
+            layer_factors: Shape (batch, layers), what gradients are multiplied with then.
             droppable: Whether a row with cap 0 is left out before anything is summed.
 
         Raises:
@@ -218,7 +214,7 @@ class Recorder:
             rows, mismatch = None, f"{passes} backward passes are in one step"
         elif not claim.order.known:
             split = self.tracker.split.active and draw is None and claim.fresh == 0
-            rows, mismatch = None, _OUT_OF_STEP if split else claim.order.why
+            rows, mismatch = None, OUT_OF_STEP if split else claim.order.why
         elif rows is not None and len(rows) != len(norms):
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
             rows = None
@@ -226,7 +222,11 @@ class Recorder:
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
-            self._require_enforceable(rows, draw, coarsest, mismatch)
+            try:
+                self._require_enforceable(rows, draw, coarsest, mismatch)
+            except UnsupportedError:
+                self.tracker.skipped += claim.fresh > 0  # claimed, and no step will be made of it
+                raise
             if phantom:
                 self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
@@ -238,9 +238,10 @@ class Recorder:
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
         self._captures.append(
-            _Capture(
+            Part(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, phantom,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, whole,
+                layer_factors, phantom,
             )
         )  # fmt: skip
         return caps
@@ -290,8 +291,8 @@ class Recorder:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
         captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
-        norms, sums, allowed = _joined(captures, self._sums)
-        exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
+        norms, sums, allowed = joined(captures, self._sums)
+        exceeded = exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
         self._reset()
         skipped = self.tracker.settle()
         if skipped:
@@ -305,14 +306,14 @@ class Recorder:
         if any(c.foreign for c in captures):
             facts.append(Fact("batch_not_drawn"))
         draws = {c.draw for c in captures if c.draw is not None}
-        rows, mismatch = _rows_of(captures, draws, len(norms))
+        rows, mismatch = rows_of(captures, draws, len(norms))
         order = next((c.order for c in captures if not c.order.known), DEFAULT)
-        drawn = _members(captures, draws)
+        drawn = members(captures, draws)
         copies = 1
         if rows is None and drawn is not None and len(norms) != len(drawn):
             copies = max(-(-len(norms) // max(len(drawn), 1)), 1)
             facts.append(Fact("rows_not_once"))
-        elif rows is not None and (most := _most_copies(rows)) > 1:  # drawn with replacement
+        elif rows is not None and (most := most_copies(rows)) > 1:  # drawn with replacement
             rows, copies, mismatch = None, most, f"a row is in the batch {most} times"
             facts.append(Fact("rows_not_once"))
         unclipped = norms
@@ -329,11 +330,13 @@ class Recorder:
             mismatch=mismatch,
             order=order,
             drawn=drawn,
-            draws=1 if rows is not None else _most_draws(captures, draws),
+            draws=1 if rows is not None else most_draws(captures, draws),
             copies=copies,
             noise_std=std,
             unfinite=~np.isfinite(norms),
-            factors=_factors(captures, unclipped),
+            factors=factors_of(captures, unclipped),
+            whole=whole_norms(captures),
+            layer_factors=layer_factors_of(captures),
             parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )
@@ -379,110 +382,3 @@ def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) 
             f"{len(norms)} not finite (first: instance {first}). A non-finite gradient cannot be "
             "clipped; check its loss."
         )
-
-
-def _rows_of(captures: list[_Capture], draws: set[Draw], size: int) -> tuple[IntArray | None, str]:
-    """Return the rows of a step in the order of its norms, or None and why."""
-    if not captures:
-        return None, "no gradient was captured"
-    if all(c.rows is not None for c in captures):
-        if len(draws) > 1:
-            return None, f"{len(draws)} drawn batches are in one step"
-        return np.concatenate([c.rows for c in captures if c.rows is not None]), ""
-    return _whole_draw(captures, size)
-
-
-def _whole_draw(captures: list[_Capture], size: int) -> tuple[IntArray | None, str]:
-    """Return the rows of a draw that Opacus split, if just its pieces were captured."""
-    draw = captures[0].draw
-    if any(c.mismatch for c in captures):
-        return None, next(c.mismatch for c in captures if c.mismatch)
-    if (
-        draw is None
-        or any(c.draw is not draw or c.rows is not None for c in captures)
-        or len(draw.rows) != size  # each part is used once: all of them, if the length is right
-    ):
-        return None, _OUT_OF_STEP
-    return np.asarray(draw.rows, dtype=np.int64), ""
-
-
-def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
-    """Return who is in the step, in no certain order; None: not known."""
-    parts = [c.draw.rows for c in captures[:1] if c.draw is not None]
-    whole = len(draws) == 1 and all(c.draw is not None and c.passes == 1 for c in captures)
-    return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
-
-
-def _most_copies(rows: IntArray) -> int:
-    return int(np.unique(rows, return_counts=True)[1].max(initial=0))
-
-
-def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
-    """Return what Opacus multiplied each gradient with; None: no one number per row."""
-    if any(c.allowed is not None for c in captures):
-        return None
-    ones = [np.ones(len(c.norms)) if c.limits is None else c.limits for c in captures]
-    parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
-    bounds = np.concatenate(parts) if parts else np.empty(0)
-    return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
-
-
-def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:
-    unknown = sum(c.draw is None for c in captures)
-    passes = sum(c.passes for c in captures if c.passes > 1)
-    return max(len(draws) + unknown, passes, sum(c.unclaimed for c in captures), 1)
-
-
-def _joined(
-    captures: list[_Capture], sums: torch.Tensor | None
-) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Return norms, layers' sums and what layers allow, in one transfer from the device."""
-    parts = [c.norms for c in captures]
-    layers = [c.allowed for c in captures if c.allowed is not None]
-    rows = sum(map(len, parts))
-    last = rows if sums is None else rows + len(sums)
-    parts = [*parts, *([] if sums is None else [sums]), *layers]
-    if not parts:
-        return np.empty(0), np.empty(0), None
-    device = parts[0].device
-    if any(p.device != device for p in parts):
-        parts = [p.to(device) for p in parts]
-    together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    found: FloatArray = together.to("cpu", torch.float64).numpy()
-    return found[:rows], found[rows:last], _allowed(found[last:], [len(a) for a in layers])
-
-
-def _allowed(found: FloatArray, sizes: list[int]) -> FloatArray | None:
-    """Return what each layer's sum may be; over all layers, if parts of the step trained others."""
-    if not sizes:
-        return None
-    parts = np.split(found, np.cumsum(sizes)[:-1])
-    if len(set(sizes)) > 1:
-        return np.array([sum(math.sqrt(float(part @ part)) for part in parts)])
-    together: FloatArray = np.sum(parts, axis=0)
-    return together
-
-
-def _exceeds(
-    captures: list[_Capture], norms: FloatArray, sums: FloatArray, layers: FloatArray | None, *,
-    rounding: float,
-) -> bool:  # fmt: skip
-    """Whether clipped sums are larger than their rows allow, over all layers or in one of them."""
-    if not len(sums):
-        return False
-    slack = 1.0 + _TRIPWIRE_SLACK + len(norms) * rounding
-    if layers is not None and len(layers) == len(sums):
-        return bool((sums > layers * slack).any())
-    if layers is not None:  # one limit, or parameters frozen since
-        return math.sqrt(float(sums @ sums)) > float(layers.sum()) * slack
-    limit, start = 0.0, 0
-    for part in captures:
-        own, start = norms[start : start + len(part.norms)], start + len(part.norms)
-        if part.limits is None:
-            limit += float(np.minimum(own, part.max_grad_norm).sum())
-        else:  # a row that caps leave out may hold NaN
-            kept = part.limits > 0.0
-            limit += float(np.minimum(own, part.limits * part.max_grad_norm)[kept].sum())
-        if part.phantom:  # Opacus's random row is in the sum and not here
-            limit += part.max_grad_norm
-    return math.sqrt(float(sums @ sums)) > limit * slack

@@ -21,7 +21,7 @@ from .._validate import IntArray
 from .passes import Pass, Resumable
 
 if TYPE_CHECKING:
-    from .indices import BatchTracker
+    from .tracker import BatchTracker
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,10 @@ from opacus.optimizers import DPOptimizer
 
 from ..capture.collate import unwrapped
 from ..capture.fixed_batches import recording_copy
-from ..capture.indices import BatchTracker, record_indices
+from ..capture.indices import record_indices
 from ..capture.norms import chained
 from ..capture.shards import Shard
+from ..capture.tracker import BatchTracker
 from .account import Account
 from .attached import Attached
 from .distributed import separate_coins

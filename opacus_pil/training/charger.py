@@ -251,7 +251,7 @@ class Charger:
         if step.random_forward() or not found.deterministic:
             fact = Fact("random_gradient")
         else:
-            fact = differing(record, known)
+            fact = differing(record, found, known)
             if fact is not None:
                 self.warn(
                     "criterion",

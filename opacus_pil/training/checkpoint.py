@@ -109,6 +109,10 @@ def save(
         "caps": kept.account.caps,
         "training": None if optimizer is None else _position(kept, optimizer),
         "left": next((t.left() for t in trainings.of_module(module)), None),
+        "drawn_from": {
+            "coins": kept.account.coins_seen.state(),
+            "noise": kept.account.noise_seen.state(),
+        },
     }
     save_entries(path, entries, state, kind=_KIND, options=options)
 
@@ -168,6 +172,10 @@ def load(
             stacklevel=3,
         )
     taken.position()
+    # Steps in these ledgers were made with them: a seed set anew may repeat what they drew.
+    used = {} if state is None else arrays(state.get("drawn_from", {}))
+    account.coins_seen.recall(used.get("coins", ()))
+    account.noise_seen.recall(used.get("noise", ()))
     return entries
 
 

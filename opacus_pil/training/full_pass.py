@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from .._validate import FloatArray
 from ..capture.recorder import Fact, StepRecord
@@ -28,27 +29,41 @@ def attempted(measure: Callable[[], Sweep]) -> Sweep | Fact:
         return Fact("not_measured", f"{type(error).__name__}: {words[:200]}")
 
 
-def differing(record: StepRecord, known: FloatArray) -> Fact | None:
+def differing(record: StepRecord, found: Sweep, known: FloatArray) -> Fact | None:
     """Return how the norms of a pass are not those of the step's own rows; None: they are.
-
-    Each row's norm by itself; whose is whose matters where that is known.
 
     Args:
         record: The step.
-        known: Shape (instances,), what the pass has found.
+        found: The pass.
+        known: Shape (instances,), what it has found of those that are charged by it.
     """
-    if record.drawn is None or len(record.norms) != len(record.drawn):
+    fact = _compared(record, known, record.norms)
+    if fact is None and record.whole is not None:  # what clipping layers has left hides a factor
+        whole = np.full(len(known), np.inf)
+        whole[found.indices] = found.whole
+        fact = _compared(record, whole, record.whole.to("cpu", torch.float64).numpy())
+    return fact
+
+
+def _compared(record: StepRecord, swept: FloatArray, ran: FloatArray) -> Fact | None:
+    """Hold norms in a step against those of a full pass, each row's by itself.
+
+    Args:
+        record: The step.
+        swept: Shape (instances,), of the full pass.
+        ran: Shape (batch,), of the step. Whose is whose matters where it is known.
+    """
+    if record.drawn is None or len(ran) != len(record.drawn):
         return None
     ordered = record.indices is not None
-    swept = known[record.indices if ordered else record.drawn]
-    ran = record.norms if ordered else np.sort(record.norms)
-    swept = swept if ordered else np.sort(swept)
+    swept = swept[record.indices if ordered else record.drawn]
+    ran, swept = (ran, swept) if ordered else (np.sort(ran), np.sort(swept))
     tolerance = max(_SAME_NORM, ROUNDING_STEPS * record.rounding)
     with np.errstate(invalid="ignore"):
         same = (swept == ran) | (
             np.abs(swept - ran) <= tolerance * (np.abs(ran) + record.max_grad_norm)
         )
-    if same[np.isfinite(ran)].all():
-        return None
     differ = np.isfinite(ran) & ~same
+    if not differ.any():
+        return None
     return Fact(*explained(ran[differ], swept[differ], tolerance=tolerance))

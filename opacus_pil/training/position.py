@@ -16,8 +16,8 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 from ..capture.indices import RecordingSampler
-from ..capture.norms import held
 from ..capture.passes import Remainder
+from ..capture.plain_step import held
 from ..capture.shards import RecordingShardSampler
 from ..errors import LedgerError
 

@@ -13,10 +13,10 @@ from typing import Any
 from opacus.optimizers import DPOptimizer
 
 from .._validate import FloatArray, IntArray
-from ..capture.indices import BatchTracker
 from ..capture.recorder import Recorder
 from ..capture.row_losses import LossOf
 from ..capture.sweep import Sweep
+from ..capture.tracker import BatchTracker
 from ..errors import UnsupportedError
 from ..files.fingerprint import Fingerprint, dataset_fingerprint
 from .account import Account

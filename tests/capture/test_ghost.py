@@ -14,9 +14,9 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from opacus_pil.capture.ghost import SEQUENCE_ROUNDING, ClipFactors, GhostSeam, linear_norms
-from opacus_pil.capture.indices import BatchTracker
 from opacus_pil.capture.norms import record_norms
 from opacus_pil.capture.recorder import Recorder
+from opacus_pil.capture.tracker import BatchTracker
 
 ROWS, LENGTH, IN, OUT = 4, 6, 5, 3
 

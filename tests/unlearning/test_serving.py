@@ -333,7 +333,7 @@ def test_certified_requests_carry_a_certificate_that_counts_all_before_them(tmp_
     alone = logistic_run(steps=60).unlearning()
     for request, rows in ((ada, [0]), (bob, [5])):
         plan = alone.plan(rows, **goal)
-        alone.unlearn(plan, seed=1)
+        alone.unlearn(plan, seed=1 + rows[0])  # the noise of a seed hides once
         assert request.result["status"] == "certified"
         assert request.result["steps"] == plan.steps
         assert request.result["epsilon"] == plan.epsilon <= 2.0
@@ -450,7 +450,7 @@ def test_nothing_that_was_computed_with_a_forgotten_instance_is_left(dataset, tm
     engine.serve(steps=1)
     (trained,) = engine.requests.folder.glob("state-*")
     charges = run.engine.account.charger
-    assert np.isfinite(charges._norms[3])
+    assert np.isfinite(charges.norms.seen[3])
     engine.submit([3], request_id="ada")
     engine.serve(steps=4, checkpoint_every=2)
     left = {path.name for path in engine.requests.folder.iterdir()}

@@ -46,7 +46,7 @@ class Journey:
     def __init__(self) -> None:
         self.moves: list[tuple[str, str, str]] = []
         self.files: set[str] = set()
-        self.called: Counter[str] = Counter()
+        self.called: Counter[tuple[str, str]] = Counter()
 
     def follow(self, function: Callable[[], Any]) -> Journey:
         sys.setprofile(self._see)
@@ -61,7 +61,7 @@ class Journey:
         if event != "call" or here is None:
             return
         self.files.add(here)
-        self.called[frame.f_code.co_name] += 1
+        self.called[here, frame.f_code.co_name] += 1
         there = None if frame.f_back is None else _place(frame.f_back)
         if there not in (None, here):
             self.moves.append((there, here, frame.f_code.co_name))
@@ -73,6 +73,11 @@ class Journey:
             "moves into mathematics and checks": len(apart),
             "files": len(self.files),
         }
+
+    def touching(self, room: str) -> int:
+        """Moves that are counted and begin or end in a room; the others are what it set off."""
+        ends = [m[:2] for m in self.moves if not any(e.startswith(APART) for e in m[:2])]
+        return sum(one.startswith(room) or other.startswith(room) for one, other in ends)
 
 
 def _place(frame: FrameType) -> str | None:
@@ -140,8 +145,11 @@ def main() -> None:
             journey = Journey().follow(function)
             found[name] = journey.counted()
             if name == "request":
-                found[name]["plans made"] = journey.called["plan"]
-                found[name]["models hashed"] = journey.called["model_hash"]
+                found[name] |= {
+                    "of these from or into unlearning": journey.touching("unlearning/"),
+                    "plans made": journey.called["unlearning/planning.py", "plan"],
+                    "models hashed": journey.called["files/model_hash.py", "model_hash"],
+                }
             print(f"{name}: " + ", ".join(f"{v} {k}" for k, v in found[name].items()))
             if options.list == name:
                 for there, here, what in journey.moves:

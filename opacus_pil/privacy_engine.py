@@ -456,12 +456,13 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         noise_generator: torch.Generator | None = None,
         sampler_generator: torch.Generator | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        account: Account | None = None,
     ) -> Any:
         """Make a plain module private with the training's own kernel, drawing from `population`.
 
         Sample rate, expected batch size, noise and clip bound are those of training: they are
         public constants and do not follow the size of the population. Every step charges this
-        engine's ledgers.
+        engine's ledgers, or those of `account`; then nothing of this engine is changed.
 
         Args:
             population: Rows of `dataset` that may be drawn, each once.
@@ -474,6 +475,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             noise_generator: Source of the noise; None: torch's global generator.
             sampler_generator: Source of the batches; None: torch's global generator.
             collate_fn: Joins items to a batch. Default: the training's.
+            account: A fork of this engine's account, which is charged in its place.
 
         Returns:
             The tuple of make_private. In ghost mode its criterion is None with `loss_of`.
@@ -522,11 +524,13 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             noise_generator=noise_generator,
             grad_sample_mode=kernel.grad_sample_mode,
         )
+        charged = self.account if account is None else account
         private_optimizer.attach_step_hook(
-            self.accountant.get_optimizer_hook_fn(sample_rate=kernel.sample_rate)
+            charged.opacus.get_optimizer_hook_fn(sample_rate=kernel.sample_rate)
         )
-        self._trainings.begin(
-            self.account,
+        trainings = self._trainings if account is None else self._trainings.forked()
+        trainings.begin(
+            charged,
             module=private_module,
             optimizer=private_optimizer,
             tracker=record_indices(loader, population=rows, steps=count),

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 from .. import _validate as check
 from .._validate import IntArray
 from ..unlearning import UnlearningEngine
-from ..unlearning.calibration import Calibration, fit_calibration
+from ..unlearning.pilots import Calibration, fit_calibration
 from .gap import Criterion, evaluate, time_to_unlearn
 from .task_metrics import evaluate_task
 

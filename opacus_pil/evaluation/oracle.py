@@ -17,13 +17,13 @@ from ..capture.row_losses import LossOf
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..training.task import Collate
 from ..unlearning.described import described_task, evaluated_in_training
-from ..unlearning.methods import noisy_steps
+from ..unlearning.steps.noisy import noisy_steps
 
-MakeModel = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
+MakeSeeded = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def retrained_oracles(
-    make: MakeModel,
+    make: MakeSeeded,
     *,
     privacy_engine: PerInstancePrivacyEngine,
     dataset: Dataset,
@@ -89,7 +89,8 @@ def retrained_oracles(
                     dataset=dataset,
                     task=task,
                     evaluated=evaluated_in_training(privacy_engine),
-                    privacy_engine=privacy_engine.fork(norm_policy=policy),
+                    privacy_engine=privacy_engine,
+                    account=privacy_engine.account.fork(norm_policy=policy),
                     retain_set=retain,
                     steps=count,
                     noise_generator=torch.Generator().manual_seed(2 * seed),

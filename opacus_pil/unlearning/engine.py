@@ -1,13 +1,16 @@
 """UnlearningEngine: from a deletion request to a plan, and from a plan to an unlearned model.
 
-Works on copies: the caller's module, optimizer and ledgers change only when a run has ended well.
+A façade: what is known of the model is `state.py`, plans are made by `planning.py`, carried out by
+`run.py`, and requests served by `requests/`. The caller's module, optimizer and ledgers change only
+when a run has ended well.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import numpy.typing as npt
 import torch
@@ -16,25 +19,25 @@ from torch.utils.data import Dataset
 
 from .. import _validate as check
 from .._validate import IntArray
+from ..accounting.instance_ids import InstanceIds
 from ..capture.row_losses import LossOf
-from ..certificates import Certificate, DataProcessingCertificate, NoisyFineTuningCertificate
-from ..errors import CertificateError
+from ..certificates import Certificate, NoisyFineTuningCertificate
 from ..privacy_engine import PerInstancePrivacyEngine
-from ..training.task import Collate
-from .applicable import certificates_for
-from .calibration import Calibration
-from .carrying_out import carried_out
-from .grounds import require_still_weights
-from .grounds import training_codes as trained_codes
-from .plan import METHODS, UnlearningPlan
-from .planning import Facts, make_plan, predicted_plan
-from .queued_model import QueuedModel
-from .rehearsal import Rehearsal
+from ..training.task import Collate, Task
+from .described import described_state
+from .goal import checked_goal, plain_wish
+from .pilots import Calibration
+from .plan import UnlearningPlan
+from .planning import Planning, mean_log_loss_of
+from .requests.queue import Request, RequestQueue
+from .requests.serving import Serving
 from .result import UnlearningResult
-from .trained_model import MakeModel
+from .run import Run, Watch, require_runnable
+from .saved_state import load, saved
+from .state import MakeModel
 
 
-class UnlearningEngine(QueuedModel):
+class UnlearningEngine:
     """Forget instances of a trained model by fine-tuning on the others, or by training again.
 
     Guarantee: none by itself. A `CertifiedPlan` names the certificate and the assumptions its ε
@@ -78,57 +81,99 @@ class UnlearningEngine(QueuedModel):
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer,
-        dataset: Dataset,
-        criterion: Any = None,
-        privacy_engine: PerInstancePrivacyEngine | None = None,
-        loss_of: LossOf | None = None,
-        collate_fn: Collate | None = None,
-        instance_ids: npt.ArrayLike | None = None,
-        training_steps: int | None = None,
-        feature_norm: float | None = None,
-        batch_size: int | None = None,
-        make_model: MakeModel | None = None,
-        requests: str | os.PathLike[str] | None = None,
+        self, module: nn.Module, *, optimizer: torch.optim.Optimizer, dataset: Dataset,
+        criterion: Any = None, privacy_engine: PerInstancePrivacyEngine | None = None,
+        loss_of: LossOf | None = None, collate_fn: Collate | None = None,
+        instance_ids: npt.ArrayLike | None = None, training_steps: int | None = None,
+        feature_norm: float | None = None, batch_size: int | None = None,
+        make_model: MakeModel | None = None, requests: str | os.PathLike[str] | None = None,
         progress: bool = True,
-    ) -> None:
-        super().__init__(
-            module,
-            optimizer=optimizer,
-            dataset=dataset,
-            criterion=criterion,
-            privacy_engine=privacy_engine,
-            loss_of=loss_of,
-            collate_fn=collate_fn,
-            instance_ids=instance_ids,
-            training_steps=training_steps,
-            feature_norm=feature_norm,
-            batch_size=batch_size,
+    ) -> None:  # fmt: skip
+        self._state = described_state(
+            module, optimizer=optimizer, dataset=dataset, privacy_engine=privacy_engine,
+            criterion=criterion, loss_of=loss_of, collate_fn=collate_fn, instance_ids=instance_ids,
+            training_steps=training_steps, feature_norm=feature_norm, batch_size=batch_size,
             make_model=make_model,
-            requests=requests,
-            progress=progress,
-        )
+        )  # fmt: skip
+        self._progress = progress
+        self._serving: Serving | None = None
+        if requests is not None:
+            self._serving = Serving(RequestQueue(requests), self._state, progress=progress)
+
+    @property
+    def module(self) -> nn.Module:
+        """The plain model as it is now: trained, or unlearned by the last run."""
+        return self._state.module
+
+    @property
+    def forgotten(self) -> frozenset[int]:
+        """Rows forgotten so far."""
+        return self._state.forgotten
+
+    @property
+    def retain_set(self) -> IntArray:
+        """Rows that are still in the training set, ascending."""
+        return self._state.retain_set
+
+    @property
+    def dataset(self) -> Dataset:
+        """The training set, forgotten rows included."""
+        dataset: Dataset = self._state.data.dataset
+        return dataset
+
+    @property
+    def task(self) -> Task:
+        """What training minimised, and how its batches are joined: unlearning does the same."""
+        return self._state.task
+
+    @property
+    def instance_ids(self) -> InstanceIds:
+        """The ids of the data set's rows."""
+        return self._state.data.ids
+
+    @property
+    def requests(self) -> RequestQueue:
+        """The queue, to be read.
+
+        Raises:
+            ValueError: The engine was built without requests.
+        """
+        return self._served().queue
+
+    def branch(self) -> Self:
+        """Return an engine in the same state, whose runs leave this one and its ledgers alone.
+
+        It has no queue of requests. For trying out plans, as `evaluation.calibrate` does.
+        """
+        branch = copy.copy(self)
+        branch._state, branch._serving = self._state.branch(), None
+        return branch
+
+    def mean_log_loss(
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        order: float = 2.0,
+    ) -> float:  # fmt: skip
+        """Return the mean over a set of the log of its privacy losses (RDP at `order`, in nats).
+
+        What `calibrate` fits times to unlearn against. The labels of the losses are the ledger's.
+
+        Args:
+            forget: Instances, by their ids if there are ids, else by row.
+            rows: Rows in their place.
+            order: Rényi order, one of the ledger's.
+
+        Raises:
+            ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
+        """
+        return mean_log_loss_of(self._state, self._state.named(forget, rows), order=order)
 
     def plan(
-        self,
-        forget: npt.ArrayLike | None = None,
-        *,
-        rows: npt.ArrayLike | None = None,
-        epsilon: float | None = None,
-        delta: float | None = None,
-        method: str = "dp_sgd",
-        certificate: Certificate | None = None,
-        steps: int | None = None,
-        max_steps: int | None = None,
-        step_grid: int = 10,
-        strength: float | None = None,
-        predict: bool = False,
-        calibration: Calibration | None = None,
-        adaptive: bool = False,
-    ) -> UnlearningPlan:
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        epsilon: float | None = None, delta: float | None = None, method: str = "dp_sgd",
+        certificate: Certificate | None = None, steps: int | None = None,
+        max_steps: int | None = None, step_grid: int = 10, strength: float | None = None,
+        predict: bool = False, calibration: Calibration | None = None, adaptive: bool = False,
+    ) -> UnlearningPlan:  # fmt: skip
         """Say what forgetting these instances takes, before anything runs.
 
         With epsilon and delta: as few steps as reach the target. With steps and delta: the ε after
@@ -180,34 +225,25 @@ class UnlearningEngine(QueuedModel):
             UnsupportedError: The training cannot be run again as it is described.
             LedgerError: The data set, the weights or the ledger are not what they were.
         """
-        plan = self._planned(
-            self._named(forget, rows),
-            epsilon=epsilon,
-            delta=delta,
-            method=method,
-            certificate=certificate,
-            steps=steps,
-            max_steps=max_steps,
-            step_grid=step_grid,
-            strength=strength,
-            predict=predict,
-            calibration=calibration,
-            adaptive=adaptive,
-        )
-        self._data.require_same()
+        state = self._state
+        named = state.named(forget, rows)
+        state.require_untouched()
+        gone = state.forgettable(named)
+        goal = checked_goal(
+            epsilon=epsilon, delta=delta, method=method, certificate=certificate, steps=steps,
+            max_steps=max_steps, step_grid=step_grid, strength=strength, predict=predict,
+            calibration=calibration, adaptive=adaptive,
+        )  # fmt: skip
+        plan = Planning(state, gone, goal, progress=self._progress).plan()
+        state.data.require_same()
         return plan
 
     def unlearn(
-        self,
-        plan: UnlearningPlan,
-        *,
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 50,
-        seed: int | None = None,
-        on_step: Callable[[int, nn.Module], Any] | None = None,
-        record_every: int = 1,
+        self, plan: UnlearningPlan, *, checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 50, seed: int | None = None,
+        on_step: Callable[[int, nn.Module], Any] | None = None, record_every: int = 1,
         until: Callable[[int, nn.Module], bool] | None = None,
-    ) -> UnlearningResult:
+    ) -> UnlearningResult:  # fmt: skip
         """Run a plan and return the unlearned model.
 
         Args:
@@ -230,118 +266,131 @@ class UnlearningEngine(QueuedModel):
             ValueError: The plan is not this engine's latest state.
             LedgerError: A checkpoint of another run lies in `checkpoint_dir`.
         """
-        return carried_out(
-            self,
-            plan,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            seed=seed,
-            on_step=on_step,
-            record_every=record_every,
-            until=until,
+        require_runnable(
+            self._state, plan, stops=until is not None, queued=self._serving is not None
         )
-
-    # --- inside -------------------------------------------------------------------------------
-
-    def _planned(
-        self, rows: IntArray, *, method: str, certificate: Certificate | None = None, **wish: Any
-    ) -> UnlearningPlan:
-        """Return the plan for these rows; whether the data are the training's is not asked."""
-        self._require_own_ledger()
-        rows = self._checked_forget(rows)
-        check.choice("method", method, METHODS)
-        self._require_chargeable(method)
-        if certificate is not None:
-            _require_plain_descent(certificate, self._optimizer)
-        ledger = None if self._engine is None else self._engine.per_instance
-        facts = Facts(
-            forget_set=rows,
-            ids=tuple(self._ids.of(rows)),
-            method=method,
-            steps_retrain=self._training_steps,
-            batch_size=self._batch_size,
-            requests_served=self._requests_served,
-            module=self._module,
-            noisy=self._engine is not None and self._engine.kernel.noise_multiplier > 0.0,
-            label=None if ledger is None else tuple(ledger.reasons),
+        run = Run(
+            self._state, plan, seed=seed, checkpoint_every=checkpoint_every,
+            watch=Watch(on_step=on_step, record_every=record_every, until=until),
             progress=self._progress,
-        )
-        calibration, predict = wish.pop("calibration", None), wish["predict"]
-        if calibration is not None:
-            others = [wish[name] for name in ("epsilon", "delta", "steps", "strength")]
-            if certificate is not None or any(value is not None for value in others):
-                raise ValueError(
-                    "Expected calibration alone, got a target, a certificate, steps or strength "
-                    "beside it. A calibrated plan makes no claim and takes its steps from pilots."
-                )
-            plan = predicted_plan(
-                facts,
-                calibration,
-                log_loss=self.mean_log_loss(rows=rows, order=calibration.order),
-                max_steps=wish["max_steps"],
-                step_grid=wish["step_grid"],
+        )  # fmt: skip
+        run.resume(checkpoint_dir)
+        run.take_steps()
+        result = run.settle()
+        run.remove()
+        return result
+
+    def submit(
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        request_id: str,
+    ) -> Request:  # fmt: skip
+        """Put a deletion request into the queue; nothing runs before `serve`, in any process.
+
+        Args:
+            forget: Instances, each once, not all of them: by their ids if there are instance_ids,
+                else by row; or a boolean mask over all rows. Who is forgotten already, or named by
+                another request as well, is fine.
+            rows: Rows of the data set, in its place.
+            request_id: The requester's name for it. Submitting the same again changes nothing.
+
+        Returns:
+            The request as it stands.
+
+        Raises:
+            ValueError: Rows that are not in the data set, ids that nobody has, repeated, none or
+                all; or a known request_id for other rows. The queue is left as it was.
+            LedgerError: The database is locked, read-only or no queue, or its rows are those of
+                other data. Likewise.
+        """
+        serving = self._served()
+        return serving.submit(self._state.named(forget, rows), request_id=request_id)
+
+    def serve(
+        self, *, epsilon: float | None = None, delta: float | None = None, method: str = "dp_sgd",
+        steps: int | None = None, max_steps: int | None = None, step_grid: int = 10,
+        strength: float | None = None, predict: bool = False, adaptive: bool = False,
+        certificate: NoisyFineTuningCertificate | None = None, max_batch: int | None = None,
+        checkpoint_every: int = 50, seed: int | None = None, wait: bool = True,
+    ) -> list[Request]:  # fmt: skip
+        """Serve the queue until it is empty, and become the engine of the model served last.
+
+        Requests that have a plan together are served by one run; an instance that several name is
+        forgotten once. A run that another process left behind is finished first, as that planned
+        it. A request that no plan exists for fails, with the reason; the others go on.
+
+        Guarantee: killed at any moment and served again, by this or another process that built the
+            same engine, no request is lost, none is run again once done, and the last model and
+            ledgers equal bit for bit those of a serving that was not killed (on one machine with
+            the same number of threads, if items and forward pass draw from torch's generator; not
+            in secure mode). What is claimed about a request is what its plan claims. Everything
+            forgotten so far is counted together, and requests are taken as chosen without a look
+            at a model released in between unless `adaptive`; the result says which.
+        Nothing computed with a forgotten instance is used again: optimizer state is dropped, its
+        ledger row is marked and not charged any more, and the states and checkpoints of before are
+        deleted once the new state is on disk. Checkpoints and copies elsewhere are the caller's.
+
+        Args:
+            epsilon, delta, method, steps, max_steps, step_grid, strength, predict, adaptive: As in
+                `plan`.
+            certificate: For method "noisy_finetuning", as in `plan`: of all certificates of a
+                caller's only this one is about any forget set.
+            max_batch: Most requests in one run; 1: one after the other. Default: all that wait.
+            checkpoint_every: As in `unlearn`.
+            seed: The seeds of all runs are drawn from this. Default: from the system; a run's seed
+                is kept, privately, until the run is done. Fix it in experiments only.
+            wait: Wait while another process serves; else raise.
+
+        Returns:
+            The requests that were done or failed, in that order.
+
+        Raises:
+            ValueError: Arguments that make no plan, or an engine without requests.
+            TypeError: Another kind of certificate.
+            LedgerError: The database is locked, read-only or no queue; another process serves and
+                `wait` is False; the folder belongs to another engine, or its rows are those of
+                other data. The model is the one that was served last.
+            UnsupportedError: The training cannot be run again as it is described.
+        """
+        if certificate is not None and type(certificate) is not NoisyFineTuningCertificate:
+            raise TypeError(
+                f"Expected a NoisyFineTuningCertificate to serve by, got "
+                f"{type(certificate).__name__}: it speaks of one forget set. Leave it out."
             )
-            self._rehearsed(rows)
-            return self._bound(self._moving(plan))
-        seen: list[Rehearsal] = []
-
-        def evidence() -> None:
-            self._rehearsed(rows, seen)  # what cannot be run at all is said first
-            assert self._engine is not None
-            self._engine.account.require_evidence()
-
-        def applicable() -> tuple[Certificate, Certificate | None]:
-            return certificates_for(
-                rows,
-                method=method,
-                measured=predict,
-                adaptive=wish["adaptive"],
-                module=self._module,
-                optimizer=self._optimizer,
-                task=self._task,
-                evidence=evidence,
-                random_rows=lambda: self._rehearsed(rows, seen).random_rows,
-                dataset=self._dataset,
-                present=self.retain_set,
-                privacy_engine=self._engine,
-                feature_norm=self._feature_norm,
-                phases=self._phases,
-                forgotten=self._forgotten,
-            )
-
-        def run_codes() -> tuple[str, ...]:
-            rehearsal = self._rehearsed(rows, seen)
-            rehearsal.require_independent_rows()
-            require_still_weights(self._module)
-            return (*self._data.codes(), *rehearsal.codes)
-
-        def training_codes(*, rests_on_ledger: bool) -> tuple[str, ...]:
-            return trained_codes(
-                self._engine if rests_on_ledger else None,
-                module=self._module,
-                weights=self._weights,
-            )
-
-        plan = make_plan(
-            facts,
+        wish = plain_wish(
+            epsilon=epsilon, delta=delta, method=method, steps=steps, max_steps=max_steps,
+            step_grid=step_grid, strength=strength, predict=predict, adaptive=adaptive,
             certificate=certificate,
-            applicable=applicable,
-            run_codes=run_codes,
-            training_codes=training_codes,
-            **wish,
+        )  # fmt: skip
+        return self._served().serve(
+            wish,
+            max_batch=None if max_batch is None else check.integer("max_batch", max_batch, low=1),
+            seed=None if seed is None else check.integer("seed", seed, low=0),
+            checkpoint_every=check.integer("checkpoint_every", checkpoint_every, low=1),
+            wait=wait,
         )
-        self._rehearsed(rows, seen)
-        return self._bound(self._moving(plan))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, phases, optimizer settings and both ledgers, to be saved.
 
-def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a caller's certificate cannot describe steps of this optimizer."""
-    if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
-        return  # of any optimizer; and of one of its own
-    moving = any(group.get("momentum") for group in optimizer.param_groups)
-    if moving or type(optimizer) is not torch.optim.SGD:
-        raise CertificateError(
-            f"Expected torch.optim.SGD without momentum for a {type(certificate).__name__}, got "
-            f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
-            "couples steps; train and unlearn with plain SGD."
-        )
+        Tensors, arrays and plain values only; no optimizer state, which was computed with instances
+        that are forgotten since.
+
+        Privacy: the ledgers are not private to release.
+        """
+        return saved(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, in an engine that was built like the one that saved it.
+
+        Raises:
+            LedgerError: Another data set size, kernel, model, optimizer, training or ledger.
+                Nothing is changed.
+        """
+        load(self._state, state)
+
+    def _served(self) -> Serving:
+        if self._serving is None:
+            raise ValueError(
+                "Expected an engine with requests, got one without. Build it with requests=folder."
+            )
+        return self._serving

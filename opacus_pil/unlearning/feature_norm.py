@@ -15,23 +15,17 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from .. import _validate as check
 from .._validate import IntArray
-from ..errors import CertificateError
+from .conditions import Condition, require_contracting
 
+_NO_BOUND = Condition(
+    False,
+    "feature_norm, a public bound on the norm of every feature vector",
+    "feature_norm=None",
+    "Scale each record by public constants and pass the bound.",
+)
 _CHUNK = 1 << 12  # rows looked at together: bounds the memory
 # float32 features that were scaled to the bound may exceed it by a rounding
 _ROUNDING = 1.0 + 1e-6
-
-
-def require_contracting(holds: bool, domain: str, found: str, cure: str) -> None:
-    """Raise where an assumption of contraction does not hold.
-
-    Raises:
-        CertificateError: With the four parts of its words.
-    """
-    if not holds:
-        raise CertificateError(
-            f"Expected {domain} for a contraction certificate, got {found}. {cure}"
-        )
 
 
 def checked_feature_norm(
@@ -48,32 +42,47 @@ def checked_feature_norm(
     Raises:
         CertificateError: No bound, a row above it, or features that are no vector.
     """
-    require_contracting(
-        feature_norm is not None,
-        "feature_norm, a public bound on the norm of every feature vector",
-        "feature_norm=None",
-        "Scale each record by public constants and pass the bound.",
-    )
+    if feature_norm is None:
+        require_contracting([_NO_BOUND])
     bound = check.real("feature_norm", feature_norm, low=0.0, open_low=True)
     start = 0
     for features in _chunks(dataset, rows):
-        require_contracting(
-            features.ndim == 2,
-            "one vector of features per instance",
-            f"shape {tuple(features.shape[1:])} (row {rows[start]})",
-            "Each further dimension gives an instance several outputs. Flatten the features.",
-        )
+        if features.ndim != 2:
+            require_contracting([_no_vector(features, row=rows[start])])
         norms = features.detach().double().norm(dim=1)
         above = torch.nonzero(~(norms <= bound * _ROUNDING))
-        first = int(above[0]) if len(above) else 0
-        require_contracting(
-            not len(above),
-            f"every feature vector within feature_norm={bound:g}",
-            f"norm {float(norms[first]) if len(norms) else 0.0:.8g} (row {rows[start + first]})",
-            "Scale each record by public constants, or raise the bound.",
-        )
+        if len(above):
+            first = int(above[0])
+            require_contracting([_too_long(float(norms[first]), bound, row=rows[start + first])])
         start += len(features)
     return math.sqrt((bound * _ROUNDING) ** 2 + (1.0 if bias else 0.0))
+
+
+def _no_vector(features: torch.Tensor, *, row: int) -> Condition:
+    return Condition(
+        False,
+        "one vector of features per instance",
+        f"shape {tuple(features.shape[1:])} (row {row})",
+        "Each further dimension gives an instance several outputs. Flatten the features.",
+    )
+
+
+def _too_long(norm: float, bound: float, *, row: int) -> Condition:
+    return Condition(
+        False,
+        f"every feature vector within feature_norm={bound:g}",
+        f"norm {norm:.8g} (row {row})",
+        "Scale each record by public constants, or raise the bound.",
+    )
+
+
+def _of_two_shapes(one: torch.Tensor, other: torch.Tensor, *, row: int) -> Condition:
+    return Condition(
+        False,
+        "feature vectors of one length",
+        f"shapes {tuple(one.shape)} and {tuple(other.shape)} (row {row})",
+        "Pad the features, or use method='dp_sgd'.",
+    )
 
 
 def _chunks(dataset: Any, rows: IntArray) -> Iterator[torch.Tensor]:
@@ -85,13 +94,9 @@ def _chunks(dataset: Any, rows: IntArray) -> Iterator[torch.Tensor]:
             yield held[torch.as_tensor(chunk)]
             continue
         found = [torch.as_tensor(dataset[int(row)][0]) for row in chunk]
-        other = next((k for k, one in enumerate(found) if one.shape != found[0].shape), 0)
-        require_contracting(
-            not other,
-            "feature vectors of one length",
-            f"shapes {tuple(found[0].shape)} and {tuple(found[other].shape)} (row {chunk[other]})",
-            "Pad the features, or use method='dp_sgd'.",
-        )
+        other = next((k for k, one in enumerate(found) if one.shape != found[0].shape), None)
+        if other is not None:
+            require_contracting([_of_two_shapes(found[0], found[other], row=chunk[other])])
         yield torch.stack(found)
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..certificates import Certificate
 from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.account import Account
 from ..training.weights import renormed
 
 
@@ -28,12 +29,12 @@ def weights_left(privacy_engine: PerInstancePrivacyEngine | None, module: nn.Mod
 
 
 def training_codes(
-    privacy_engine: PerInstancePrivacyEngine | None, *, module: nn.Module, weights: bool | None
+    account: Account | None, *, module: nn.Module, weights: bool | None
 ) -> tuple[str, ...]:
     """Return what is taken for granted about the training and the model: codes of a context.
 
     Args:
-        privacy_engine: Whose ledger a certificate rests on; None: on none.
+        account: The ledgers that a certificate rests on; None: on none.
         module: Plain, as it is now.
         weights: Whether training left the weights that the engine was built with; None: not known.
 
@@ -46,23 +47,28 @@ def training_codes(
             "left: no step of the ledger made them. Build the engine on the trained module (or a "
             "copy of it), before anything else is loaded or edited."
         )
-    held = [name for name, _ in module.named_buffers()]
+    _require_public_buffers(module)
+    codes = []
+    if account is not None and ("earlier_release" in account.findings or weights is None):
+        codes.append("labels_without_evidence")
+    frozen = any(not parameter.requires_grad for parameter in module.parameters())
+    if frozen or any(True for _ in module.buffers()):
+        codes.append("frozen_part_is_public")
+    return tuple(codes)
+
+
+def _require_public_buffers(module: nn.Module) -> None:
+    """Raise for a buffer that is saved, unless a frozen normalisation layer holds it."""
     allowed = {name for name, part in _statistics(module) for name in _names(name, part)}
-    fixed = {name for name in held if name in allowed or not _saved(module, name)}
-    other = [name for name in held if name not in fixed]
+    other = [
+        name for name, _ in module.named_buffers() if name not in allowed and _saved(module, name)
+    ]
     if other:
         raise CertificateError(
             f"Expected a model without buffers for a certificate, got {other[0]!r} (one of "
             f"{len(other)}): what it holds may come from the data, and no step adds noise to it. "
             "Compute constants in the forward pass, or register them with persistent=False."
         )
-    codes = []
-    unseen = privacy_engine is not None and "earlier_release" in privacy_engine.account.findings
-    if unseen or (privacy_engine is not None and weights is None):
-        codes.append("labels_without_evidence")
-    if held or any(not p.requires_grad for p in module.parameters()):
-        codes.append("frozen_part_is_public")
-    return tuple(codes)
 
 
 def require_no_running_statistics(module: nn.Module, *, evaluated: frozenset[str]) -> None:
@@ -79,23 +85,28 @@ def require_no_running_statistics(module: nn.Module, *, evaluated: frozenset[str
         UnsupportedError: Names the layer, and the cure.
     """
     for name, part in module.named_modules():
-        batch = isinstance(part, nn.modules.batchnorm._BatchNorm)
-        if not batch and not getattr(part, "track_running_stats", False):
-            continue
-        trains = [n for n, p in part.named_parameters() if p.requires_grad]
-        kept = getattr(part, "running_mean", None) is not None
-        still = not part.training or name in evaluated
-        if isinstance(part, _NormBase) and still and kept and not trains:
-            continue
-        what = f"parameter {trains[0]!r} trains" if trains else "is in training mode"
-        if not kept:
-            what = "normalises by the batch itself"
-        raise UnsupportedError(
-            f"Expected a model without BatchNorm or other running statistics, unless frozen and in "
-            f"evaluation mode, got {type(part).__name__} at {name or 'the top'!r} that {what}. "
-            "They keep traces of forgotten instances. Use GroupNorm; or freeze it before training: "
-            "layer.requires_grad_(False) and layer.eval()."
-        )
+        learns = _learns_outside(part, evaluated=name in evaluated)
+        if learns:
+            raise UnsupportedError(
+                f"Expected a model without BatchNorm or other running statistics, unless frozen "
+                f"and in evaluation mode, got {type(part).__name__} at {name or 'the top'!r} that "
+                f"{learns}. They keep traces of forgotten instances. Use GroupNorm; or freeze it "
+                "before training: layer.requires_grad_(False) and layer.eval()."
+            )
+
+
+def _learns_outside(part: nn.Module, *, evaluated: bool) -> str:
+    """Return how a layer learns from data outside of the noisy steps; "": it does not."""
+    batch = isinstance(part, nn.modules.batchnorm._BatchNorm)
+    if not batch and not getattr(part, "track_running_stats", False):
+        return ""
+    if getattr(part, "running_mean", None) is None:
+        return "normalises by the batch itself"
+    for name, parameter in part.named_parameters():
+        if parameter.requires_grad:
+            return f"parameter {name!r} trains"
+    still = not part.training or evaluated
+    return "" if isinstance(part, _NormBase) and still else "is in training mode"
 
 
 def require_still_weights(module: nn.Module) -> None:

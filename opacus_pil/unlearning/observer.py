@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from .methods import plain_copy
+from .twin import twin_of
 
 
 class Observer:
@@ -38,7 +38,7 @@ class Observer:
         twin = self._twin
         theirs = [] if twin is None else [*twin.parameters(), *twin.buffers()]
         if twin is None or list(map(_form, mine)) != list(map(_form, theirs)):
-            self._twin = twin = plain_copy(self._module)  # first, or somebody has rebuilt it
+            self._twin = twin = twin_of(self._module)  # first, or somebody has rebuilt it
         else:
             for here, there in zip(mine, theirs, strict=True):
                 there.copy_(here)

@@ -8,6 +8,7 @@ two are out of reach. Knows numbers only, no model.
 from __future__ import annotations
 
 import abc
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +16,7 @@ from .. import _validate as check
 from .._validate import IntArray
 from ..certificates import Certificate
 from ..errors import CertificateError
-
-NOISE_FREE_METHODS = ("finetuning", "l1_sparse", "gradient_difference")
-METHODS = ("dp_sgd", "langevin", "noisy_finetuning", *NOISE_FREE_METHODS, "retraining")
+from .methods import METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,7 @@ class UnlearningPlan(abc.ABC):
 
     Attributes:
         forget_set: Rows of the data set that leave, ascending, shape (members,).
-        method: One of METHODS.
+        method: One of `methods.METHODS`.
         steps: Steps that will be run; of an adaptive run the most.
         steps_retrain: Steps that retraining from scratch takes.
         batch_size: Expected number of per-instance gradients in a step, for both.
@@ -80,7 +79,7 @@ class UnlearningPlan(abc.ABC):
         ]
         if self.reasons:
             lines += [f"  {self._because}", *[f"    - {reason}" for reason in self.reasons]]
-        if self.method in NOISE_FREE_METHODS and self.steps:
+        if not METHOD[self.method].noisy and self.steps:
             lines.append(
                 "  afterwards        every retained instance's privacy loss is infinite: these "
                 "steps add no noise"
@@ -114,7 +113,7 @@ class CertifiedPlan(UnlearningPlan):
 
     def __post_init__(self) -> None:
         """Refuse what no certificate speaks of."""
-        if self.method in (*NOISE_FREE_METHODS, "retraining"):
+        if not METHOD[self.method].certifiable:
             raise CertificateError(
                 f"Expected a method with noise for a certified plan, got {self.method!r}. Nothing "
                 "is proved about its steps."
@@ -211,3 +210,24 @@ def certified_steps(
         return certificate.steps_for(epsilon=epsilon, delta=delta, max_steps=max_steps)
     except CertificateError:
         return None
+
+
+def bound_to(plan: UnlearningPlan, state: str) -> str:
+    """Return a digest of what a plan says and of the state it was made for.
+
+    Args:
+        plan: Its own `basis` is left out.
+        state: Digest of the state.
+    """
+    claim = ""
+    if isinstance(plan, CertifiedPlan):
+        claim = f"{plan.epsilon!r} {plan.delta!r} {type(plan.certificate).__name__}"
+        if METHOD[plan.method].own_constants:
+            claim += repr(plan.certificate)  # the run follows its constants
+    text = (
+        f"{state} {type(plan).__name__} {plan.method} {plan.steps} {plan.strength} "
+        f"{plan.fixed_length} {plan.forget_set.tolist()} {claim}"
+    )
+    if list(plan.ids) not in ([], plan.forget_set.tolist()):  # what the certificate will name
+        text += f" {list(plan.ids)!r}"
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 What a run could only fail at in its middle is refused here: batches that are no pairs, losses that
 are not one per row, shapes and types that do not fit. Works on a copy and leaves generators as they
-were. Knows the task and a model; no ledger and no certificate.
+were. Knows the state of a model; no ledger and no certificate.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
@@ -22,7 +23,9 @@ from ..capture.randomness import untouched_generators
 from ..capture.row_losses import typed_pair
 from ..errors import CertificateError, UnsupportedError
 from ..training.task import Task, training_mode
-from .methods import optimizer_like, plain_copy
+from .optimizer_copy import fresh_optimizer
+from .state import TrainedState
+from .twin import twin_of
 
 _SAME = 1e-3  # relative: losses of one row in two batches; float32 sums agree far better
 _CURE = (
@@ -65,6 +68,39 @@ class Rehearsal:
             )
 
 
+class Rehearsals:
+    """Rehearsals of a trained model as it is: two rows that stay are looked at once.
+
+    Args:
+        state: Of the model, which may move on; then they are looked at again.
+    """
+
+    def __init__(self, state: TrainedState) -> None:
+        self._state = state
+        self._seen: dict[tuple[Any, ...], Rehearsal] = {}
+
+    def without(self, rows: IntArray) -> Rehearsal:
+        """Return what the first and the last row show that stay when these `rows` go.
+
+        Raises:
+            UnsupportedError: The training cannot be run as it is described.
+        """
+        state = self._state
+        stay = np.setdiff1d(state.retain_set, rows)
+        shown = np.unique(stay[[0, -1]])
+        key = (state.model_hash, *shown.tolist())
+        if key not in self._seen:
+            self._seen[key] = rehearsed(
+                state.task,
+                module=state.module,
+                optimizer=state.optimizer,
+                dataset=state.data.dataset,
+                rows=shown,
+                evaluated=state.evaluated,
+            )
+        return self._seen[key]
+
+
 def rehearsed(
     task: Task,
     *,
@@ -93,43 +129,58 @@ def rehearsed(
             "Expected the training's loss to be named, got none. Pass criterion= or loss_of= to "
             "make_private, attach or UnlearningEngine."
         )
-    twin = plain_copy(module)
-    optimizer_like(optimizer, module, twin)
+    twin = twin_of(module)
+    fresh_optimizer(optimizer, module=module, twin=twin)
     training_mode(twin, evaluated=evaluated)
     device = next(twin.parameters()).device
     with untouched_generators(device) as moved:
         items = [dataset[int(row)] for row in rows]
         again = [dataset[int(row)] for row in rows]
-        random = moved() or any(
-            order_of_rows([first], [[second]])[0] is None
-            for first, second in zip(items, again, strict=True)
-        )
+        random = moved() or _are_others(items, again)
         batch = _tried("joining items to a batch", lambda: task.collate(items, device=device))
         with torch.enable_grad():
-            loss = _tried("the forward pass or the loss", lambda: task.batch_loss(twin, batch))
-            found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
-            if not (torch.is_tensor(loss) and loss.numel() == 1 and loss.requires_grad):
-                raise UnsupportedError(
-                    f"Expected the loss of a batch to be one number with a gradient, got {found}. "
-                    f"{_CURE}"
-                )
-            if task.per_row or task.own_loss is not None:
-                losses = _tried("the loss of each row", lambda: _clipped_losses(task, twin, batch))
-                if tuple(losses.shape) != (len(rows),):
-                    raise UnsupportedError(
-                        f"Expected one loss per row, shape ({len(rows)},), got shape "
-                        f"{tuple(losses.shape)}, which ghost clipping would multiply by all rows' "
-                        f"factors: nothing would be clipped. Squeeze outputs or targets. {_CURE}"
-                    )
+            _require_loss(task, twin, batch, rows=len(rows))
     twin.eval()  # what dropout draws is no coupling
     with untouched_generators(device) as moved:
-        try:
-            found = _coupling(task, twin, batch, again)
-        except Exception as error:  # a foreign function may fail on one row in any way
-            found = f"the loss of single rows could not be asked for: {_first_line(error)}"
+        found = _seen_coupling(task, twin, batch, again)
         compared = not moved()
     coupling = task.coupling() or task.ignores(batch) or (found if compared else "")
     return Rehearsal(bool(random), coupling, compared)
+
+
+def _are_others(items: list[Any], again: list[Any]) -> bool:
+    """Whether items are others when they are asked for a second time."""
+    return any(
+        order_of_rows([first], [[second]])[0] is None
+        for first, second in zip(items, again, strict=True)
+    )
+
+
+def _require_loss(task: Task, twin: nn.Module, batch: Any, *, rows: int) -> None:
+    """Raise unless a batch has a loss that can be descended on, and rows have one each if asked."""
+    loss = _tried("the forward pass or the loss", lambda: task.batch_loss(twin, batch))
+    if not (torch.is_tensor(loss) and loss.numel() == 1 and loss.requires_grad):
+        found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+        raise UnsupportedError(
+            f"Expected the loss of a batch to be one number with a gradient, got {found}. {_CURE}"
+        )
+    if not task.per_row and task.own_loss is None:
+        return
+    losses = _tried("the loss of each row", lambda: _clipped_losses(task, twin, batch))
+    if tuple(losses.shape) != (rows,):
+        raise UnsupportedError(
+            f"Expected one loss per row, shape ({rows},), got shape {tuple(losses.shape)}, which "
+            "ghost clipping would multiply by all rows' factors: nothing would be clipped. "
+            f"Squeeze outputs or targets. {_CURE}"
+        )
+
+
+def _seen_coupling(task: Task, twin: nn.Module, batch: Any, items: list[Any]) -> str:
+    """Return `_coupling`, or why rows alone could not be looked at."""
+    try:
+        return _coupling(task, twin, batch, items)
+    except Exception as error:  # a foreign function may fail on one row in any way
+        return f"the loss of single rows could not be asked for: {_first_line(error)}"
 
 
 def _clipped_losses(task: Task, twin: nn.Module, batch: Any) -> torch.Tensor:

@@ -27,14 +27,14 @@ def require_moving_steps(optimizer: torch.optim.Optimizer, *, noise_std: float |
     Raises:
         CertificateError: In all of its groups.
     """
+    scale = _scale(optimizer, noise_std)
     reach, spacing = 0.0, math.inf
     for group in optimizer.param_groups:
         rate = float(group.get("lr", math.inf))
-        plain = isinstance(optimizer, torch.optim.SGD) and noise_std is not None
         held = [p for p in group["params"] if p.requires_grad and p.numel()]
         if not held or rate == 0.0:
             continue
-        step = rate * noise_std if plain else rate  # type: ignore[operator]
+        step = rate * scale
         resolution = min(map(_spacing, held)) / 4.0
         if not step < resolution:
             return
@@ -46,6 +46,12 @@ def require_moving_steps(optimizer: torch.optim.Optimizer, *, noise_std: float |
         f"Expected a step size that moves the model, got one that is {found}: a schedule that has "
         "run to its end? Such steps forget nothing. Set the optimizer's lr to that of training."
     )
+
+
+def _scale(optimizer: torch.optim.Optimizer, noise_std: float | None) -> float:
+    """Return how long a step is in units of the step size."""
+    plain = isinstance(optimizer, torch.optim.SGD)
+    return noise_std if plain and noise_std is not None else 1.0
 
 
 @torch.no_grad()

@@ -6,9 +6,11 @@ fingerprints and ids; no model and no ledger.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from ..accounting.instance_ids import InstanceIds
@@ -26,6 +28,11 @@ class TrainedData:
         began: Fingerprint of the training's data; None: that of `dataset` as it is now.
         fingerprint_of: Reads a fingerprint.
         ids: Of the rows.
+
+    Attributes:
+        dataset, ids: As given.
+        size: Number of rows.
+        began: What the data set held when training began.
     """
 
     def __init__(
@@ -36,10 +43,11 @@ class TrainedData:
         fingerprint_of: Callable[[Any], Fingerprint],
         ids: InstanceIds,
     ) -> None:
-        self.dataset, self.ids = dataset, ids
+        self.dataset, self.ids, self.size = dataset, ids, len(dataset)
         self._read = fingerprint_of
         now = fingerprint_of(dataset)
         self.began = now if began is None else began
+        self._plain = dict(self.began)
         # A data set of another class may be read in another way: then nothing is compared.
         self._reference = self.began if self.began.how == now.how else now
 
@@ -70,7 +78,7 @@ class TrainedData:
 
     def state(self) -> dict[str, Any]:
         """Return what tells these rows from others, as plain values."""
-        return {"fingerprint": dict(self.began), "ids_sha256": self._ids_digest()}
+        return {"fingerprint": copy.deepcopy(self._plain), "ids_sha256": self._ids_digest}
 
     def require_state(self, state: Mapping[str, Any]) -> None:
         """Raise if `state` of another engine says that its rows were others.
@@ -79,7 +87,7 @@ class TrainedData:
             LedgerError: Other contents, another order, or other ids.
         """
         differs = self.began.differs(state["fingerprint"])
-        if not differs and state["ids_sha256"] not in (None, self._ids_digest()):
+        if not differs and state["ids_sha256"] not in (None, self._ids_digest):
             differs = "other instance_ids" if self.ids.given else "no instance_ids, as it had then"
         if differs:
             raise LedgerError(
@@ -88,8 +96,9 @@ class TrainedData:
                 "order, with the same instance_ids."
             )
 
+    @cached_property
     def _ids_digest(self) -> str | None:
         if not self.ids.given:
             return None
-        text = json.dumps(self.ids.of(range(len(self.dataset))), ensure_ascii=False)
+        text = json.dumps(self.ids.of(range(self.size)), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -16,6 +16,9 @@ from opacus_pil.cli import main
 from opacus_pil.errors import LedgerError, OpacusPilError
 from opacus_pil.files.model_hash import model_hash
 from opacus_pil.unlearning import RequestQueue
+from opacus_pil.unlearning.planning import Planning
+from opacus_pil.unlearning.requests import serving
+from opacus_pil.unlearning.requests.server import Server
 
 from .unlearning_models import DELTA, LANGEVIN, SIZE, classes, logistic, network, train
 
@@ -77,13 +80,13 @@ def test_other_contents_are_not_served_either(tmp_path):
 def test_data_that_change_while_a_batch_is_served_leave_nobody_running(tmp_path, monkeypatch):
     first = engine(tmp_path / "requests")
     first.submit([3], request_id="ada")
-    run = type(first).unlearn
+    check = serving.require_runnable
 
-    def changed(self, plan, **options):
-        self.dataset.tensors[0][5].mul_(2.0)
-        return run(self, plan, **options)
+    def changed(state, plan, **options):
+        state.data.dataset.tensors[0][5].mul_(2.0)
+        return check(state, plan, **options)
 
-    monkeypatch.setattr(type(first), "unlearn", changed)
+    monkeypatch.setattr(serving, "require_runnable", changed)
     with pytest.raises(LedgerError, match="other contents"):
         first.serve(steps=2)
     assert first.requests.get("ada").state == "planned"
@@ -284,15 +287,21 @@ def test_a_refusal_after_planning_fails_the_request_and_the_next_one_goes_on(tmp
     unlearning = engine(tmp_path / "requests")
     unlearning.submit([3], request_id="ada")
     unlearning.submit([4], request_id="bob")
-    planned, calls = type(unlearning)._planned, []
+    planned, calls = Planning.plan, []
 
-    def refuses(self, rows, **wish):
-        calls.append(rows.tolist())
-        if len(calls) == 2:  # the batch was planned once; it is planned again before it runs
+    def refuses(self):
+        calls.append(self)
+        if len(calls) == 2:  # whoever takes over a batch plans it again before it runs
             raise CertificateError("Expected another world, got this one. Wait.")
-        return planned(self, rows, **wish)
+        return planned(self)
 
-    monkeypatch.setattr(type(unlearning), "_planned", refuses)
+    with monkeypatch.context() as dying:
+        dying.setattr(Planning, "plan", refuses)
+        dying.setattr(Server, "run", lambda self, batch: 1 / 0)  # ends between plan and run
+        with pytest.raises(ZeroDivisionError):
+            unlearning.serve(steps=2, max_batch=1)
+        assert unlearning.requests.get("ada").state == "planned"
+    monkeypatch.setattr(Planning, "plan", refuses)
     ada, bob = unlearning.serve(steps=2, max_batch=1)
     assert (ada.state, ada.result["reason"]) == (
         "failed", "Expected another world, got this one. Wait.",

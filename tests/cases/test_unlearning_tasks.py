@@ -14,7 +14,7 @@ from opacus_pil.certificates import NoisyFineTuningCertificate
 from opacus_pil.errors import CertificateError, OpacusPilError, UnsupportedError
 from opacus_pil.evaluation import calibrate, evaluate, evaluate_task, retrained_oracles
 from opacus_pil.unlearning import CertifiedPlan
-from opacus_pil.unlearning.methods import plain_copy
+from opacus_pil.unlearning.twin import twin_of
 
 from .unlearning_models import (
     DELTA,
@@ -187,7 +187,7 @@ def test_a_step_is_that_of_a_loop_written_by_hand(kind):
     trained = trained_on(kind, "hooks")
     described = KINDS[kind][2]
     unlearning = trained.unlearning()
-    twin = plain_copy(unlearning.module)
+    twin = twin_of(unlearning.module)
     rows = [row for row in range(SIZE) if row != 2]
     collate = described.get("collate_fn", default_collate)
     batch = collate([trained.dataset[row] for row in rows])
@@ -197,7 +197,7 @@ def test_a_step_is_that_of_a_loop_written_by_hand(kind):
     gradient = torch.autograd.grad(loss_of(twin, batch).mean(), list(twin.parameters()))
     expected = torch.cat([(p - 0.5 * g).reshape(-1).double() for p, g in zip(
         twin.parameters(), gradient, strict=True)])  # fmt: skip
-    unlearning._batch_size = float(SIZE)
+    unlearning._state.batch_size = float(SIZE)
     result = unlearning.unlearn(unlearning.plan([2], steps=1, method="finetuning"))
     torch.testing.assert_close(weights(result.module), expected.detach(), rtol=1e-5, atol=1e-6)
 

@@ -61,7 +61,7 @@ def test_small_steps_are_steps_and_no_steps_need_none():
 def test_a_run_that_left_the_model_as_it_was_is_not_certified(monkeypatch):
     unlearning = network().unlearning()
     plan = unlearning.plan([0], **CERTIFIED)
-    from opacus_pil.unlearning import running
+    from opacus_pil.unlearning.steps import running
 
     monkeypatch.setattr(
         running, "noisy_steps", lambda module, *, steps, after_step, **rest: after_step(steps)

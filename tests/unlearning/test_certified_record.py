@@ -22,7 +22,7 @@ from opacus_pil.certificates import (
 from opacus_pil.certificates.certificate_record import FIELDS, VERSION
 from opacus_pil.cli import main
 from opacus_pil.files.model_hash import model_hash
-from opacus_pil.unlearning.certified_record import certified_record
+from opacus_pil.unlearning.result import certified_record
 from tests.unlearning.runs import DELTA, logistic_run, network_run
 
 

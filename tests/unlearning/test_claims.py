@@ -18,7 +18,7 @@ from opacus_pil.certificates import (
 )
 from opacus_pil.errors import CertificateError, LedgerError, UnsupportedError
 from opacus_pil.unlearning import RetrainedResult, UnlearningEngine
-from opacus_pil.unlearning.saved_run import seeds
+from opacus_pil.unlearning.generators import seeds
 
 from .runs import DELTA, SIZE, logistic_run, network_run
 from .test_engine import Killed, Watched

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from opacus_pil.errors import LedgerError
-from opacus_pil.unlearning.request_database import APPLICATION_ID, VERSION
-from opacus_pil.unlearning.request_server import Batch
 from opacus_pil.unlearning.requests import RequestQueue
+from opacus_pil.unlearning.requests.database import APPLICATION_ID, VERSION
+from opacus_pil.unlearning.requests.server import Batch
 
 from .processes import CONTEXT
 

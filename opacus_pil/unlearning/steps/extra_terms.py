@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from .._validate import IntArray
-from ..training.task import Task
-from .methods import ExtraTerm, random_batch
+from ..._validate import IntArray
+from ...training.task import Task
+from .plain import ExtraTerm, random_batch
 
 
 def l1_sparse(*, strength: float, steps: int, done: int = 0) -> ExtraTerm:

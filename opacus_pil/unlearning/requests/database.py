@@ -1,6 +1,6 @@
 """The SQLite file behind the queue: made once, recognised, opened, and its errors in plain words.
 
-Knows the tables; not what a request goes through (`requests.py`). One connection per transaction:
+Knows the tables; not what a request goes through (`queue.py`). One connection per transaction:
 it can neither be carried into a forked process nor hold a lock longer than it works.
 """
 
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import LedgerError
+from ...errors import LedgerError
 
 APPLICATION_ID = 0x50494C51  # "PILQ", in the file's header
 VERSION = 1
@@ -79,12 +79,17 @@ class RequestDatabase:
         path: The file; its folder must exist.
         busy_timeout: Seconds to wait for another process's transaction.
 
+    Attributes:
+        tables: Names of the tables that were there when it was opened last: files of earlier
+            releases lack some until they are written.
+
     Raises:
         LedgerError: Another kind of file, a newer version, or one that cannot be read or written.
     """
 
     def __init__(self, path: Path, *, busy_timeout: float) -> None:
         self.path, self._timeout = path, busy_timeout
+        self.tables: frozenset[str] = frozenset()
         with self._worded():
             if not path.exists():
                 _make(path)
@@ -107,6 +112,7 @@ class RequestDatabase:
             try:
                 for table in _ADDED:
                     connection.execute(table)
+                self.tables = _tables(connection)
                 yield connection
             except BaseException:
                 if connection.in_transaction:  # a full disk ends it by itself
@@ -127,6 +133,7 @@ class RequestDatabase:
         with contextlib.closing(connection):
             connection.row_factory = sqlite3.Row
             self._check(connection)
+            self.tables = _tables(connection)
             connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA secure_delete = ON")  # an erased seed leaves no bytes
@@ -218,10 +225,9 @@ def keep_data(connection: sqlite3.Connection, state: Mapping[str, Any]) -> None:
     )
 
 
-def has_table(connection: sqlite3.Connection, name: str) -> bool:
-    """Whether there is such a table: files of earlier releases lack some until they are written."""
-    found = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
-    return bool(connection.execute(found, (name,)).fetchone()[0])
+def _tables(connection: sqlite3.Connection) -> frozenset[str]:
+    found = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    return frozenset(name for (name,) in map(tuple, found))
 
 
 def _number(connection: sqlite3.Connection, question: str) -> int:

@@ -6,8 +6,9 @@ A straight line through measurements: nothing here is proved, and no certificate
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +88,15 @@ class Calibration:
             level=self.level,
             extrapolated=not min(self.log_losses) <= x <= max(self.log_losses),
         )
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Return the fit of `dataclasses.asdict`, also after a way through JSON."""
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**plain)
 
     def _fitted(self) -> tuple[FloatArray, FloatArray]:
         pairs = [(a, b) for a, b in zip(self.log_losses, self.times, strict=True) if b is not None]

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import LedgerError
-from .request_database import readable
+from ...errors import LedgerError
+from .database import readable
 
 _HELD: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
 

@@ -1,6 +1,6 @@
 """What only the process that serves may write: which requests run together, and how it ended.
 
-Knows rows, goals and file names; no model. Who may serve is decided in `requests.py`.
+Knows rows, goals and file names; no model. Who may serve is decided in `queue.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import LedgerError
-from .request_database import RequestDatabase, keep_data, log
+from ...errors import LedgerError
+from .database import RequestDatabase, keep_data, log
 
 
 @dataclass(frozen=True, kw_only=True)

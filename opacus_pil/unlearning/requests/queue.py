@@ -1,7 +1,7 @@
 """RequestQueue: deletion requests that survive whatever happens to the process that serves them.
 
 Knows request ids, row numbers and states; no model, no torch. What serving a request means is
-`serving.py`, the file itself `request_database.py`.
+`serving.py`, the file itself `database.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import _validate as check
-from ..errors import LedgerError
-from .request_database import STATES, RequestDatabase, has_table, keep_data, log, readable
-from .request_server import Server
-from .serving_lock import serving_lock
+from ... import _validate as check
+from ...errors import LedgerError
+from .database import STATES, RequestDatabase, keep_data, log, readable
+from .lock import serving_lock
+from .server import Server
 
 _LARGEST_ROW = 2**62
 
@@ -65,7 +65,7 @@ class RequestQueue:
 
     Guarantee: a submitted request is in the file until it is done or failed, whoever is killed
         when; the two are final. Each change is one transaction. At most one process serves at a
-        time, and its death is known at once (`serving_lock.py`); a server that lost its lock all
+        time, and its death is known at once (`lock.py`); a server that lost its lock all
         the same, because somebody deleted the lock file, cannot change anything any more.
     Any number of processes may submit and read meanwhile.
 
@@ -152,13 +152,13 @@ class RequestQueue:
                     f"{len(json.loads(known['rows']))} rows it was submitted with, got "
                     f"{len(wanted)} other ones. Submit them under an id of their own."
                 )
-            return _found(db, request_id)
+            return self._found(db, request_id)
 
     @property
     def data(self) -> dict[str, Any] | None:
         """What tells the data set that the rows are of from others; None: nobody said so yet."""
         with self._database.reading() as db:
-            if not has_table(db, "data_set"):
+            if "data_set" not in self._database.tables:
                 return None
             row = db.execute("SELECT state FROM data_set").fetchone()
         return None if row is None else json.loads(row[0])
@@ -170,7 +170,7 @@ class RequestQueue:
             LedgerError: Nobody submitted it.
         """
         with self._database.reading() as db:
-            return _found(db, request_id)
+            return self._found(db, request_id)
 
     def requests(self, *, state: str | None = None) -> list[Request]:
         """Return the requests in one state, or all, in the order they were submitted."""
@@ -180,7 +180,7 @@ class RequestQueue:
             rows = db.execute(
                 "SELECT * FROM requests WHERE ?1 IS NULL OR state = ?1 ORDER BY position", (state,)
             ).fetchall()
-            return [_request(db, row) for row in rows]
+            return [self._request(db, row) for row in rows]
 
     def status(self) -> dict[str, int]:
         """Return how many requests are in each state."""
@@ -224,34 +224,35 @@ class RequestQueue:
                 db.execute("UPDATE served SET owner = ?, process = ?", (owner, process))
             yield Server(self._database, owner=owner, process=process)
 
+    # --- inside -------------------------------------------------------------------------------
+
+    def _found(self, db: sqlite3.Connection, request_id: str) -> Request:
+        row = _row(db, request_id)
+        if row is None:
+            raise LedgerError(
+                f"Expected a request_id that was submitted, got request_id={request_id!r}. "
+                "Submit it."
+            )
+        return self._request(db, row)
+
+    def _request(self, db: sqlite3.Connection, row: sqlite3.Row) -> Request:
+        rows = tuple(json.loads(row["rows"]))
+        named = None
+        if "instance_ids" in self._database.tables:
+            named = db.execute(
+                "SELECT ids FROM instance_ids WHERE request_id = ?", (row["request_id"],)
+            ).fetchone()
+        return Request(
+            request_id=row["request_id"],
+            rows=rows,
+            ids=rows if named is None else tuple(json.loads(named[0])),
+            state=row["state"],
+            result=None if row["result"] is None else json.loads(row["result"]),
+        )
+
 
 def _row(db: sqlite3.Connection, request_id: str) -> sqlite3.Row | None:
     row: sqlite3.Row | None = db.execute(
         "SELECT * FROM requests WHERE request_id = ?", (request_id,)
     ).fetchone()
     return row
-
-
-def _found(db: sqlite3.Connection, request_id: str) -> Request:
-    row = _row(db, request_id)
-    if row is None:
-        raise LedgerError(
-            f"Expected a request_id that was submitted, got request_id={request_id!r}. Submit it."
-        )
-    return _request(db, row)
-
-
-def _request(db: sqlite3.Connection, row: sqlite3.Row) -> Request:
-    rows = tuple(json.loads(row["rows"]))
-    named = None
-    if has_table(db, "instance_ids"):
-        named = db.execute(
-            "SELECT ids FROM instance_ids WHERE request_id = ?", (row["request_id"],)
-        ).fetchone()
-    return Request(
-        request_id=row["request_id"],
-        rows=rows,
-        ids=rows if named is None else tuple(json.loads(named[0])),
-        state=row["state"],
-        result=None if row["result"] is None else json.loads(row["result"]),
-    )

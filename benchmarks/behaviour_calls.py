@@ -186,9 +186,7 @@ def charged(found: dict[str, Any]) -> None:
     gathered = engine.gather_per_instance()
     found["gathered"] = ledger(gathered)
     found["constant"] = refusal(
-        lambda: engine.account.require_constant_steps(
-            training.optimizer.original_optimizer, kernel=engine.kernel
-        )
+        lambda: engine.require_constant_steps(training.optimizer.original_optimizer)
     )
 
 

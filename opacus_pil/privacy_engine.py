@@ -30,7 +30,7 @@ from .capture.indices import record_indices
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
-from .errors import CertificateError, UnsupportedError
+from .errors import UnsupportedError
 from .files.fingerprint import Fingerprint
 from .training import checkpoint
 from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
@@ -272,14 +272,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         Raises:
             CertificateError: A schedule, other settings now, or steps that nothing is known about.
         """
-        now, charged = self.kernel.update_by(optimizer), self.account.charger.update
-        if self.per_instance.steps and charged != now:
-            raise CertificateError(
-                "Expected every step of training to be one of the optimizer as it is now, "
-                f"{now}; got {charged or 'steps that nothing is known about'}. The certificate "
-                "counts constant steps; train without schedules, and leave the optimizer's "
-                "settings as they are."
-            )
+        self.account.require_constant_steps(self.kernel.update_by(optimizer))
 
     def fork(self, *, norm_policy: str | None = None) -> Self:
         """Return an engine with copies of both ledgers, the same kernel and the same caps.

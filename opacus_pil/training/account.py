@@ -150,6 +150,21 @@ class Account:
             whole.rename(self.terms.ids.array)  # shards go by row, so that they join in order
         return whole
 
+    def require_constant_steps(self, update: str) -> None:
+        """Raise unless every step so far moved the model as `TrainingKernel.update_by` says.
+
+        Raises:
+            CertificateError: A schedule, other settings now, or steps that nothing is known about.
+        """
+        charged = self.charger.update
+        if self.per_instance.steps and charged != update:
+            raise CertificateError(
+                "Expected every step of training to be one of the optimizer as it is now, "
+                f"{update}; got {charged or 'steps that nothing is known about'}. The certificate "
+                "counts constant steps; train without schedules, and leave the optimizer's "
+                "settings as they are."
+            )
+
     def require_evidence(self) -> None:
         """Raise unless what was seen of every step lets a certificate rest on the ledger.
 

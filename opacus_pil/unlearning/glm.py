@@ -119,7 +119,7 @@ class OneOutputRun:
         require_contracting(
             [*norms, *_fixed_caps(ledger, measured=measured), *_plain_descent(ran.optimizer)]
         )
-        ran.account.require_constant_steps(ran.optimizer, kernel=self.kernel)
+        ran.account.require_constant_steps(self.kernel.update_by(ran.optimizer))
         if not measured:
             evidence()
 

@@ -1,7 +1,8 @@
 """The command line: arguments in, exit code out. Computes nothing itself.
 
-Exit codes: 0 done, 1 a certificate that does not hold, 2 a wrong argument or an unusable file (one
-line says which), 3 a certificate that holds and does not have the ids asked for, 130 interrupted.
+Exit codes: 0 done, 1 a certificate that does not hold or a training that is not what it claims, 2 a
+wrong argument or an unusable file (one line says which), 3 a certificate that holds and does not
+have the ids asked for, or a check without power, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .check_command import add_check_command
 from .errors import OpacusPilError
 
 _DEMO_EPILOG = """example:
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     _verify_command(commands)
     _key_command(commands)
     _study_command(commands)
+    add_check_command(commands)
     return parser
 
 

@@ -1,7 +1,7 @@
 """What an accountant claims for noisy steps, and the family of claims at other amounts of noise.
 
-Knows runs of (noise_multiplier, sample_rate, steps) as plain numbers. Needs dp-accounting for the
-privacy loss distributions; knows no model, no scores and no torch.
+Knows runs of (noise_multiplier, sample_rate, steps) as plain numbers; no model, no scores and no
+torch. The claim itself is the accounting's own tight ε, which needs dp-accounting.
 
 >>> claim = Claim(((2.0, 1.0, 4),), delta=1e-5)  # four full batches: one Gaussian of noise 1
 >>> round(claim.losses().total_variation, 3)  # 2·Φ(1/2) − 1
@@ -24,11 +24,13 @@ from .._validate import FloatArray
 from ..accounting.pld import tight_epsilon
 from .losses import ADD_REMOVE, REPLACE, LossLaw, step_laws
 
-_RESERVE = 1e-11  # part of δ kept for the round-off of dp-accounting's Fourier transforms
+_RESERVE = 1e-11  # part of δ kept for the round-off of Fourier transforms
 _EPSILONS = np.concatenate([np.linspace(0.0, 4.0, 161), np.linspace(4.1, 40.0, 360)])
 _POINTS = {True: 2e5, False: 8e6}  # within the reach of one composition; from above?
 _FAR = 200.0  # nats beyond which a fifth of them will do
-_DISTINCT = 24  # distinct (noise, rate) that are composed one by one; more are joined
+_BY_LIBRARY = 4  # distinct runs that the accounting's own function composes
+_DISTINCT = 32  # distinct (noise, rate) that are composed one by one; more are joined
+_IN_FAMILY = 8  # the same, where many multiples of the noise are looked at
 
 Run = tuple[float, float, int]
 
@@ -53,22 +55,24 @@ class Losses:
         return float(self.deltas[0])
 
     def trade(self, false_positives: npt.ArrayLike) -> FloatArray:
-        """Return what true positives at most those allow from below: max_ε e^{−ε}(x − δ(ε)).
+        """Return the least probability that the other hypothesis may give to an event.
 
         Args:
-            false_positives: Any shape: the larger probability x, in [0, 1].
+            false_positives: Any shape: the event's probability x under one hypothesis, in [0, 1].
 
         Returns:
-            A lower bound on the other hypothesis's probability, same shape. A finite set of ε makes
-            it smaller, never larger.
+            max_ε e^{−ε}(x − δ(ε)) over ε of both signs, same shape: a lower bound. A finite set
+            of ε makes it smaller, never larger.
         """
-        x = np.asarray(false_positives, dtype=np.float64)
-        found = self._weights * (x[..., None] - self.deltas)
+        x = np.asarray(false_positives, dtype=np.float64)[..., None]
+        down, up = self._weights
+        # With δ(−ε) = 1 − e^{−ε} + e^{−ε}δ(ε) the second one is the same at −ε.
+        found = np.maximum(down * (x - self.deltas), 1.0 - self.deltas - up * (1.0 - x))
         return np.maximum(found.max(axis=-1), 0.0)
 
     @functools.cached_property
-    def _weights(self) -> FloatArray:
-        return np.exp(-self.epsilons)
+    def _weights(self) -> tuple[FloatArray, FloatArray]:
+        return np.exp(-self.epsilons), np.exp(self.epsilons)
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,11 @@ class Claim:
         """ε at δ, from above, by privacy loss distributions. May be inf."""
         if not self.bounded:
             return math.inf
-        if self.neighbours == ADD_REMOVE:
-            runs = [(1.0, z, q, n) for z, q, n in few(self.runs, private=False)]
-            return tight_epsilon(runs, delta=self.delta)
-        return _epsilon(self._composed(1.0, above=True, spacing=1e-4), self.delta - _RESERVE)
+        runs = few(self.runs, private=False)
+        if self.neighbours == ADD_REMOVE and len(runs) <= _BY_LIBRARY:
+            return tight_epsilon([(1.0, *run) for run in runs], delta=self.delta)
+        laws = self._composed(1.0, above=True, spacing=1e-4, distinct=_DISTINCT)
+        return _epsilon(laws, self.delta - _RESERVE)
 
     def losses(self, scale: float = 1.0) -> Losses:
         """Return what the steps allow, from above, with all noise multiplied by `scale`.
@@ -130,7 +135,7 @@ class Claim:
                     "Expected every step to have noise, got noise_multiplier=0. Such a claim is ε "
                     "= inf, and nothing refutes it."
                 )
-            laws = self._composed(scale, above=True, spacing=5e-4)
+            laws = self._composed(scale, above=True, spacing=1e-3, distinct=_IN_FAMILY)
             deltas = np.zeros(len(_EPSILONS))
             for law in laws:
                 deltas = np.maximum(deltas, law.deltas(_EPSILONS) + _RESERVE)
@@ -146,14 +151,16 @@ class Claim:
             scale: > 0.
             delta: Another δ than the claim's.
         """
-        steps = max(self.steps, 1)
-        spacing = min(1e-4, 0.02 / steps)  # losses are rounded down: half a spacing a step
-        laws = self._composed(scale, above=False, spacing=spacing)
+        spacing = min(2e-4, 0.02 / max(self.steps, 1))  # half a spacing a step is lost
+        laws = self._composed(scale, above=False, spacing=spacing, distinct=_IN_FAMILY)
         return _epsilon(laws, (self.delta if delta is None else delta) + _RESERVE)
 
-    def _composed(self, scale: float, *, above: bool, spacing: float) -> tuple[LossLaw, ...]:
+    def _composed(
+        self, scale: float, *, above: bool, spacing: float, distinct: int
+    ) -> tuple[LossLaw, ...]:
         """Compose the steps' losses, one law a direction; none where nothing is given away."""
-        runs = [(z * scale, q, n) for z, q, n in few(self.runs, private=not above) if q > 0]
+        joined = few(self.runs, private=not above, distinct=distinct)
+        runs = [(z * scale, q, n) for z, q, n in joined if q > 0]
         if not runs:
             return ()
         reach = _reach(runs)
@@ -171,20 +178,21 @@ class Claim:
         return composed
 
 
-def few(runs: Iterable[Run], *, private: bool) -> list[Run]:
+def few(runs: Iterable[Run], *, private: bool, distinct: int = _DISTINCT) -> list[Run]:
     """Join runs of a schedule that are nearly alike, so that few have to be composed.
 
     Args:
         runs: Any number.
         private: Round towards more privacy (more noise, lower rates) instead of towards less.
+        distinct: At most so many are left.
     """
     total: dict[tuple[float, float], int] = {}
     for noise, rate, count in runs:
         total[noise, rate] = total.get((noise, rate), 0) + count
-    if len(total) <= _DISTINCT:
+    if len(total) <= distinct:
         return [(noise, rate, count) for (noise, rate), count in total.items()]
     keys, joined = sorted(total), []
-    width = math.ceil(len(keys) / _DISTINCT)
+    width = math.ceil(len(keys) / distinct)
     for start in range(0, len(keys), width):
         group = keys[start : start + width]
         noises, rates = [k[0] for k in group], [k[1] for k in group]

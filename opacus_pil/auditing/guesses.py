@@ -41,6 +41,14 @@ class Guesses:
         """Wrong guesses."""
         return self.count - self.right
 
+    def null_share(self, detects: Callable[[int], bool]) -> float | None:
+        """Share of permutations whose number of right guesses is taken for evidence."""
+        if not len(self.null_right):
+            return None
+        values, times = np.unique(self.null_right, return_counts=True)
+        found = np.array([detects(int(v)) for v in values])
+        return float(times[found].sum() / times.sum())
+
 
 def by_rank(
     scores: Mapping[Any, float] | npt.ArrayLike,

@@ -2,7 +2,7 @@
 
 One step's losses are exact up to their places on the lattice: from above, each cell's probability
 under both neighbours is kept (connect the dots); from below, each loss is rounded down. Knows one
-step's noise and rate; no claim. Needs dp-accounting for the convolution of a law with itself.
+step's noise and rate; no claim.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.fft import irfft, next_fast_len, rfft
 from scipy.signal import fftconvolve
 from scipy.special import ndtr
 
@@ -49,14 +50,16 @@ class LossLaw:
         """Return the law of the sum of `count` such losses."""
         if count == 1:
             return self
-        offset, masses = _self_convolve()(self.masses, count, _TAIL)
+        low, high = _window(self.masses, count)
+        size = next_fast_len(max(high - low + 1, len(self.masses)), real=True)
+        whole = irfft(rfft(self.masses, size) ** count, size)  # wraps around beyond the window
+        masses = np.roll(whole, -low)[: high - low + 1]
         infinite = 0.0  # from below a tail that is cut off counts for nothing
         if self.infinite > 0:
             infinite = _TAIL - math.expm1(count * math.log1p(-self.infinite))
         return LossLaw(
-            np.maximum(np.asarray(masses, dtype=np.float64), 0.0), self.lower * count + offset,
-            self.spacing, infinite,
-        )  # fmt: skip
+            np.maximum(masses, 0.0), self.lower * count + low, self.spacing, infinite
+        )
 
     def plus(self, other: LossLaw) -> LossLaw:
         """Return the law of the sum with another loss on the same lattice."""
@@ -90,7 +93,7 @@ class LossLaw:
 
     def _tails(self) -> tuple[FloatArray, FloatArray]:
         """Masses from each place on, under both neighbours."""
-        other = self.masses * np.exp(-self.losses)
+        other = self.masses * np.exp(np.minimum(-self.losses, _FARTHEST))
         return _from_the_end(self.masses), _from_the_end(other)
 
 
@@ -148,7 +151,8 @@ def _on_lattice(
         masses[-1] = first[-1]
         return LossLaw(masses, int(points[0]), spacing, 0.0)
     # u at the left and v at the right edge with u + v = a, u·e^{−l} + v·e^{−r} = b.
-    right = (a - b * np.exp(points[:-1] * spacing)) / -math.expm1(-spacing)
+    left = np.minimum(points[:-1] * spacing, _FARTHEST)  # beyond, b is nothing
+    right = (a - b * np.exp(left)) / -math.expm1(-spacing)
     right = np.clip(right, 0.0, a)
     masses[1:] += right
     masses[:-1] += a - right
@@ -169,7 +173,8 @@ class _Remove:
         """Where the loss is so large; −inf below its least value log(1 − q)."""
         if rate == 1:
             return np.asarray(0.5 + noise**2 * losses)
-        ratio = np.expm1(losses) + rate
+        with np.errstate(over="ignore"):
+            ratio = np.expm1(losses) + rate
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             far = losses + np.log1p(-(1.0 - rate) * np.exp(-losses)) - math.log(rate)
             near = np.log(ratio / rate)
@@ -222,13 +227,20 @@ def _cells(edges: FloatArray) -> FloatArray:
     return np.concatenate([left[:1], np.maximum(between, 0.0), right[-1:]])
 
 
-def _self_convolve() -> Any:
-    """Import dp-accounting's convolution."""
-    try:
-        from dp_accounting.pld.common import self_convolve  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            "Expected dp-accounting to be installed, got an ImportError. "
-            'Run `pip install "opacus-pil[audit]"`.'
-        ) from error
-    return self_convolve
+def _window(masses: FloatArray, count: int) -> tuple[int, int]:
+    """Return places of the sum of `count` draws outside of which lies less than _TAIL, by Chernoff.
+
+    The sum's law is a transform that wraps around: what lies outside falls on places inside.
+    """
+    places = np.arange(len(masses), dtype=np.float64)
+    low, high = 0, (len(masses) - 1) * count
+    for order in 2.0 ** np.arange(-2.0, 7.0) / len(masses):
+        for sign in (1.0, -1.0):
+            peak = order * places[-1] if sign > 0 else 0.0
+            total = float(masses @ np.exp(sign * order * places - peak))
+            bound = (count * (math.log(total) + peak) + math.log(2.0 / _TAIL)) / order
+            if sign > 0:
+                high = min(high, math.ceil(bound))
+            else:
+                low = max(low, math.floor(-bound))
+    return low, high

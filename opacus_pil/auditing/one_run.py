@@ -112,7 +112,12 @@ def steinke_bound(found: Guesses, *, delta: float, level: float) -> LowerBound:
     def epsilon(right: int) -> float:
         return _steinke_epsilon(right, found.count, found.canaries, delta=delta, level=level)
 
-    above = {int(v): epsilon(int(v)) > 0 for v in np.unique(found.null_right)}
+    def detects(right: int) -> bool:
+        p = steinke_p_value(
+            right, guesses=found.count, canaries=found.canaries, epsilon=0.0, delta=delta
+        )
+        return bool(p < level)
+
     return LowerBound(
         epsilon=epsilon(found.right),
         delta=delta,
@@ -120,8 +125,8 @@ def steinke_bound(found: Guesses, *, delta: float, level: float) -> LowerBound:
         method=STEINKE,
         assumption="none",
         ceiling=epsilon(found.count),
-        smallest_detectable=_smallest_detectable(found, lambda v: epsilon(v) > 0),
-        null_share=float(np.mean([above[int(v)] for v in found.null_right])),
+        smallest_detectable=_smallest_detectable(found, detects),
+        null_share=found.null_share(detects),
         right=found.right,
         guesses=found.count,
         canaries=found.canaries,
@@ -249,7 +254,6 @@ def mahloujifar_bound(found: Guesses, *, claim: Claim, level: float) -> LowerBou
             level=level,
         )  # fmt: skip
 
-    nothing = {int(v): _rejects_nothing(int(v), found, level) for v in np.unique(found.null_right)}
     bound = family_bound(
         claim,
         rejects=lambda scale: rejects(scale, found.right),
@@ -260,7 +264,7 @@ def mahloujifar_bound(found: Guesses, *, claim: Claim, level: float) -> LowerBou
         bound,
         method=MAHLOUJIFAR,
         assumption="none",
-        null_share=float(np.mean([nothing[int(v)] for v in found.null_right])),
+        null_share=found.null_share(lambda v: _rejects_nothing(v, found, level)),
         right=found.right,
         guesses=found.count,
         canaries=found.canaries,

@@ -21,6 +21,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from .. import _validate as check
 from ..errors import UnsupportedError
 from .checked import RED, ScriptCheck, TrainingCheck, judge
+from .claim import Claim
 from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
 from .ledger import accountant_of, runs_since
 from .seams import Listener, Seams, is_ghost
@@ -194,6 +195,7 @@ class Watching:
         self.result: ScriptCheck | None = None
         self.printed: tuple[str, ...] = ()
         self._drawn: dict[Any, tuple[np.ndarray, list[int]]] = {}
+        _ = Claim((), delta=delta).epsilon  # fails now, not at the end, without dp-accounting
         self._start = time.perf_counter()
 
     @property

@@ -88,31 +88,43 @@ def conformance(
         level: Family-wise.
     """
     each = level / len(TESTS)
+    failed = measured.notes.get("all")
+    noise, per_tensor = _noise(measured, each), _noise_per_tensor(measured, each)
     over_steps = _noise_over_steps(measured, each)
-    of_noise = [_noise(measured, each), _noise_per_tensor(measured, each),
-                _noise_over_entries(measured, each), _gradient(measured, each)]  # fmt: skip
-    if over_steps.state == VIOLATES:  # the steps are one sample, not many
-        again = "the same noise comes again, so that steps are no independent measurements"
-        of_noise = [replace(c, state=UNKNOWN, reason=again) for c in of_noise]
-    noise, per_tensor, over_entries, gradient = of_noise
-    return Conformance(
-        checks=(
-            noise,
-            per_tensor,
-            over_steps,
-            over_entries,
-            _all_noised(measured),
-            _clip(measured),
-            gradient,
-            _divisor(measured),
-            _changed(measured),
-            rate_check(measured, sample_rate, each),
-            batch_sizes_check(measured, sample_rate, each),
-            rows_check(measured, each),
-            _steps(measured, ledger_steps, seen_steps),
-        ),
-        level=level,
+    over_entries = _noise_over_entries(measured, each)
+    gradient = _gradient(measured, each)
+    # One fault, one reason: what dependent noise does to the other measurements is no news.
+    shared = over_entries.state == VIOLATES
+    if shared and (over_entries.measured or 0.0) > (over_steps.measured or 0.0) + 1e-6:
+        why = "entries share their noise, so that they are no independent measurements"
+        noise, per_tensor, over_steps, gradient = (
+            replace(c, state=UNKNOWN, reason=why) for c in (noise, per_tensor, over_steps, gradient)
+        )
+    elif over_steps.state == VIOLATES:
+        why = "the same noise comes again, so that steps are no independent measurements"
+        noise, per_tensor, over_entries, gradient = (
+            replace(c, state=UNKNOWN, reason=why)
+            for c in (noise, per_tensor, over_entries, gradient)
+        )
+    checks: tuple[Check, ...] = (
+        noise,
+        per_tensor,
+        over_steps,
+        over_entries,
+        _all_noised(measured),
+        _clip(measured),
+        gradient,
+        _divisor(measured),
+        _changed(measured),
+        rate_check(measured, sample_rate, each),
+        batch_sizes_check(measured, sample_rate, each),
+        rows_check(measured, each),
+        _steps(measured, ledger_steps, seen_steps),
     )
+    if failed:
+        why = f"measuring failed ({failed})"
+        checks = tuple(replace(c, measured=None, state=UNKNOWN, reason=why) for c in checks)
+    return Conformance(checks, level)
 
 
 # --- noise ------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class GradientCanaries(Listener):
         self.record = CanaryRecord(self._coins.random(m) < 0.5, free, q)
         self._places = np.flatnonzero(self.record.included)
         self._rows, self._stepped = 0, False
-        self.reason = ""  # why nothing can be said
+        self.reason = ""
         self._seams.listeners.append(self)
 
     def after(self, stage: str, optimizer: Any, result: Any) -> None:
@@ -114,10 +114,17 @@ class GradientCanaries(Listener):
             self._step(optimizer)
         self._stepped = False
 
+    @property
+    def why_not(self) -> str:
+        """Why nothing can be said, as the end of a sentence; empty otherwise."""
+        if self.failure:
+            return f"the optimizer's own step fails on canary rows ({self.failure})"
+        return self.reason
+
     def detach(self) -> None:
         """Stop listening."""
-        self._seams.listeners.remove(self)
-        self._seams.listeners.remove(self._shadow)
+        gone = (self, self._shadow)
+        self._seams.listeners = [one for one in self._seams.listeners if one not in gone]
 
     def evidence(
         self, *, delta: float, claim: Claim | None = None, confidence: float = 0.95
@@ -136,10 +143,9 @@ class GradientCanaries(Listener):
         level = 1.0 - check.real(
             "confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True
         )
-        if self.reason:
+        if self.why_not:
             raise UnsupportedError(
-                f"Expected one batch for each noisy step, got a training in which {self.reason}. "
-                "Step after every batch."
+                f"Expected a training that canaries can follow, got one in which {self.why_not}."
             )
         if self.record.steps == 0:
             raise ValueError(

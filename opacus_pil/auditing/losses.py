@@ -57,9 +57,7 @@ class LossLaw:
         infinite = 0.0  # from below a tail that is cut off counts for nothing
         if self.infinite > 0:
             infinite = _TAIL - math.expm1(count * math.log1p(-self.infinite))
-        return LossLaw(
-            np.maximum(masses, 0.0), self.lower * count + low, self.spacing, infinite
-        )
+        return LossLaw(np.maximum(masses, 0.0), self.lower * count + low, self.spacing, infinite)
 
     def plus(self, other: LossLaw) -> LossLaw:
         """Return the law of the sum with another loss on the same lattice."""

@@ -46,7 +46,7 @@ class Measurements:
         drawn: Shape (instances,), how often each row was drawn; None: not seen.
         draws: Number of draws counted in `drawn`.
         unfinite: Steps with a gradient that is not finite.
-        notes: Why something is not measurable, by the name of the check.
+        notes: Why something is not measurable, by the name of the check; "all": measuring failed.
     """
 
     tensors: tuple[str, ...] = ()

@@ -21,7 +21,14 @@ _LATEST: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Listener:
-    """What may be heard of one optimizer's steps; every method does nothing unless overridden."""
+    """What may be heard of one optimizer's steps; every method does nothing unless overridden.
+
+    Attributes:
+        failure: What went wrong in the listener, which then hears nothing more: a training goes on
+            whether or not it can be looked at.
+    """
+
+    failure = ""
 
     def before(self, stage: str, optimizer: Any) -> None:
         """Hear that a stage begins: one of `pre_step`, `clip`, `add_noise`, `scale_grad`."""
@@ -76,24 +83,30 @@ class Seams:
             for listener in self.listeners:
                 listener.shadow(stage, self.optimizer)
             return result
-        start = time.perf_counter()
-        for listener in tuple(self.listeners):
-            listener.before(stage, self.optimizer)
-        self.seconds += time.perf_counter() - start
+        self._tell("before", stage)
         result = method(*args, **kwargs)
-        start = time.perf_counter()
-        for listener in tuple(self.listeners):
-            listener.after(stage, self.optimizer, result)
-        self.seconds += time.perf_counter() - start
+        self._tell("after", stage, result)
         return result
 
     def _moves(self, plain: Any, args: Any, kwargs: Any) -> None:
         latest = _LATEST.get(plain)
         if self.paused or latest is None or latest() is not self:
             return
+        self._tell("move")
+
+    def _tell(self, what: str, *details: Any) -> None:
+        """Call all listeners; one that fails does not stop the training and is not called again."""
         start = time.perf_counter()
         for listener in tuple(self.listeners):
-            listener.move(self.optimizer)
+            heard = getattr(listener, what)
+            try:
+                if details:
+                    heard(details[0], self.optimizer, *details[1:])
+                else:
+                    heard(self.optimizer)
+            except Exception as error:
+                listener.failure = f"{type(error).__name__}: {error}"
+                self.listeners.remove(listener)
         self.seconds += time.perf_counter() - start
 
 

@@ -24,6 +24,7 @@ from .checked import RED, ScriptCheck, TrainingCheck, judge
 from .claim import Claim
 from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
 from .ledger import accountant_of, runs_since
+from .measurements import Measurements
 from .seams import Listener, Seams, is_ghost
 from .shadow_step import nominal_divisor
 from .step_meter import StepMeter
@@ -120,10 +121,12 @@ class WatchedTraining(Listener):
     ) -> TrainingCheck:
         """Judge the training."""
         measured, canaries = self.meter.measured, self.canaries
+        if self.meter.failure:
+            measured = Measurements(moves=measured.moves, notes={"all": self.meter.failure})
         measured.drawn, measured.draws = self._watching.drawn_of(self.loader, measured.instances)
         why = self.why_no_canaries
-        if canaries is not None and canaries.reason:
-            why, canaries = canaries.reason, None
+        if canaries is not None and canaries.why_not:
+            why, canaries = canaries.why_not, None
         kind = next(k for k in type(self.optimizer).__mro__ if k.__module__.startswith("opacus."))
         mode = "ghost" if is_ghost(self.optimizer) else type(self.module).__name__
         return judge(
@@ -253,7 +256,7 @@ class Watching:
     def finish(self) -> None:
         """Judge all trainings that made a step."""
         ran = time.perf_counter() - self._start
-        begun = [t for t in self.trainings if t.meter.measured.moves]
+        begun = [t for t in self.trainings if t.meter.measured.moves or t.meter.failure]
         results = []
         for training in begun:
             same = [t for t in begun if t.accountant is training.accountant]

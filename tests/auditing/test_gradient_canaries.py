@@ -155,7 +155,9 @@ def test_ghost_and_adaptive_clipping_are_refused_by_name():
 
 def test_coins_thrown_after_training_began_are_refused_with_the_cure():
     _, _, optimizer, _ = run(canaries=False, steps=1)
-    with pytest.raises(ValueError, match=r"before training.*right after make_private.*resumed=True"):
+    with pytest.raises(
+        ValueError, match=r"before training.*right after make_private.*resumed=True"
+    ):
         GradientCanaries(optimizer)
     rest = GradientCanaries(optimizer, resumed=True, count=50, controls=64, seed=0)
     with pytest.raises(ValueError, match="with noisy steps, got none"):

@@ -38,11 +38,12 @@ def add_check_command(commands: Any) -> None:
         "check",
         help="a training script of yours: is what it claims what it does",
         description="Run a training script that uses Opacus, unmodified, and audit what it trains.",
+        usage="opacus-pil check [options] SCRIPT [-- ARGS ...]",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file")
-    parser.add_argument("arguments", nargs="*", metavar="ARGS", help="its arguments, after --")
+    parser.set_defaults(arguments=[])
     parser.add_argument("--delta", type=float, default=1e-5, help="of the claim (default: 1e-5)")
     parser.add_argument(
         "--canaries", type=int, default=1000, metavar="N", help="0: none (default: 1000)"
@@ -58,6 +59,15 @@ def add_check_command(commands: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
     parser.add_argument("--quiet", action="store_true", help="do not pass the script's output on")
     parser.set_defaults(run=run)
+
+
+def parted(values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return our own arguments, and after -- those of the script, which argparse must not see."""
+    whole = list(values)
+    if whole[:1] != ["check"] or "--" not in whole:
+        return whole, []
+    place = whole.index("--")
+    return whole[:place], whole[place + 1 :]
 
 
 def run(arguments: argparse.Namespace) -> int:

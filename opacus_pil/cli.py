@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .check_command import add_check_command
+from .check_command import add_check_command, parted
 from .errors import OpacusPilError
 
 _DEMO_EPILOG = """example:
@@ -58,7 +58,10 @@ hour on two cores. All files are private: mode 0600.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    own, of_script = parted(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(own)
+    if of_script:
+        arguments.arguments = of_script
     try:
         return int(arguments.run(arguments))
     except (OpacusPilError, ValueError, TypeError, OSError, ImportError) as error:

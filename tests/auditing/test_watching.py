@@ -339,7 +339,7 @@ def test_a_step_that_fails_on_canary_rows_does_not_stop_the_training():
 def test_measuring_that_fails_is_said_and_is_no_power(monkeypatch):
     from opacus_pil.auditing.step_meter import StepMeter
 
-    def fails(*_):
+    def fails(*_, **__):
         raise ZeroDivisionError("a test")
 
     monkeypatch.setattr(StepMeter, "_settle", fails)

@@ -1,9 +1,9 @@
 """Does `opacus-pil check` flag broken trainings, for the right reason, and no correct one?
 
-Runs `opacus-pil check` on a script that knows nothing of it (`audit_scripts/digits.py`), each time in
-a process of its own: ten faults and three correct trainings, several seeds each. A fault is found for
-the right reason if the check that names it is among the violations; what follows from it (a refuted
-claim, a larger part of a canary) may be, too.
+Runs `opacus-pil check` on a script that knows nothing of it (`audit_scripts/digits.py`), each time
+in a process of its own: ten faults and three correct trainings, several seeds each. A fault is
+found for the right reason if the check that names it is among the violations; what follows from it
+(a refuted claim, a larger part of a canary) may be, too.
 
     python benchmarks/audit_faults.py
 """
@@ -46,8 +46,9 @@ def check(arguments: list[str], seed: int) -> dict[str, Any]:
         out = Path(folder) / "audit.json"
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "opacus_pil.cli", "check", str(SCRIPT), "--quiet",
-             "--seed", str(seed), "--json", str(out), "--", *arguments, "--seed", str(seed)],
+            [sys.executable, "-W", "ignore", "-m", "opacus_pil.cli", "check", str(SCRIPT),
+             "--quiet", "--seed", str(seed), "--json", str(out), "--", *arguments,
+             "--seed", str(seed)],
             capture_output=True, text=True, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )  # fmt: skip

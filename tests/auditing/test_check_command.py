@@ -28,7 +28,7 @@ def test_a_script_like_opacus_own_example_is_consistent(capsys, tmp_path):
     out = tmp_path / "audit.json"
     code = main(
         ["check", str(SCRIPTS / "mnist.py"), "--canaries", "100", "--seed", "1", "--json", str(out),
-         "--", "-n", "1", "-b", "400", "--delta", "1e-4"]
+         "--", "-n", "1", "-b", "100", "--delta", "1e-4"]
     )  # fmt: skip
     said = capsys.readouterr().out
     assert code == 0, said

@@ -68,6 +68,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "auditing.lower_bound",
         "auditing.measurements",
         "auditing.one_run",
+        "auditing.pairs",
         "auditing.sampling",
         "certificates",
         "certificates.assumptions",
@@ -174,6 +175,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # evidence
     4: (
         "auditing",
+        "auditing.natural_canaries",
         "evaluation",
         "evaluation.attack",
         "evaluation.bootstrap",

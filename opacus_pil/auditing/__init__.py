@@ -25,16 +25,26 @@ from .one_run import GaussianTradeOff as GaussianTradeOff
 from .one_run import mahloujifar_bound as mahloujifar_bound
 from .one_run import one_run_lower_bound as one_run_lower_bound
 from .one_run import steinke_bound as steinke_bound
+from .pairs import PairedBounds as PairedBounds
+from .pairs import paired_bounds as paired_bounds
 
 if TYPE_CHECKING:
     from .gradient_canaries import GradientCanaries as GradientCanaries
+    from .natural_canaries import CanaryBounds as CanaryBounds
+    from .natural_canaries import CanarySplit as CanarySplit
+    from .natural_canaries import Shadow as Shadow
+    from .natural_canaries import canary_split as canary_split
     from .watching import assert_private as assert_private
     from .watching import watch as watch
 
 
 def __getattr__(name: str) -> Any:
     value: Any
-    if name == "GradientCanaries":
+    if name in ("CanaryBounds", "CanarySplit", "Shadow", "canary_split"):
+        from . import natural_canaries
+
+        value = getattr(natural_canaries, name)
+    elif name == "GradientCanaries":
         from .gradient_canaries import GradientCanaries as value
     elif name == "assert_private":
         from .watching import assert_private as value

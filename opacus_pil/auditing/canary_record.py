@@ -37,6 +37,13 @@ class CanaryRecord:
         faults: Steps whose canary gradient was not finite, or that had none.
         scores: Shape (canaries,), log likelihood ratio of "in" against "out", summed over steps at
             the noise measured so far on the controls.
+        draws, undrawn: Entries with a row in their step, and without.
+        hits, false_alarms: Of these, above half a clip bound.
+        hit_sum: Sum of drawn entries, in units of the clip bound.
+        hit_noise: Variance of that sum as claimed: Σ z² over draws.
+        noise_squares: Σ of squares of undrawn entries, in units of the claimed noise.
+        control_squares, control_count: The same of the controls, and how many.
+        kept: Some controls of the first steps, in units of the claimed noise.
     """
 
     included: BoolArray
@@ -50,8 +57,8 @@ class CanaryRecord:
     false_alarms: int = 0
     undrawn: int = 0
     hit_sum: float = 0.0
-    hit_noise: float = 0.0  # Σ z² over draws: the variance of their sum as claimed
-    noise_squares: float = 0.0  # of what was not drawn, in units of the claimed noise
+    hit_noise: float = 0.0
+    noise_squares: float = 0.0
     control_squares: float = 0.0
     control_count: int = 0
     kept: list[FloatArray] = field(default_factory=list)

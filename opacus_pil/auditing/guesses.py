@@ -89,17 +89,21 @@ def by_rank(
 def planned(losses: Any, *, canaries: int, score: Callable[[Guesses], float]) -> int:
     """Return how many guesses to make, from the claim alone, before any score is seen.
 
+    At least a twentieth of the canaries, and 20 of them.
+
     Args:
         losses: What the claim allows: a `Losses`.
         canaries: All of them.
         score: What is to be large in the run that the claim makes likely, from its guesses.
     """
+    # A claim of little leaves little to guess; a broken one more. A twentieth is always guessed.
+    least = min(canaries, max(20, canaries // 20))
     slope = np.gradient(losses.deltas, losses.epsilons)
     right, wrong = losses.deltas - slope, -np.exp(-losses.epsilons) * slope  # |score| above ε
     best, most = canaries, -np.inf
     for share, error in zip(right[:160:4], wrong[:160:4], strict=True):
         count = min(round(canaries * (share + error)), canaries)
-        if count < 2:
+        if count < least:
             break
         expected = min(round(canaries * share), count)
         value = score(Guesses(expected, count, canaries, np.zeros(0, dtype=np.int64)))

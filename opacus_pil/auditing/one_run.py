@@ -97,13 +97,18 @@ def one_run_lower_bound(
     level = 1.0 - _confidence(confidence)
     probability = check.delta(delta)
     found = by_rank(scores, included=included, guesses=guesses, seed=seed)
-    if probability * found.canaries >= 1.0:
-        raise ValueError(
-            f"Expected delta well below 1 / canaries = {1 / found.canaries:.3g}, got delta="
-            f"{probability:g}. With more, all canaries may be revealed by chance and nothing can "
-            "be rejected. Pass a smaller delta or use fewer canaries."
-        )
+    require_small_delta(probability, found.canaries)
     return steinke_bound(found, delta=probability, level=level)
+
+
+def require_small_delta(delta: float, canaries: int) -> None:
+    """Raise where δ lets all canaries be revealed, so that nothing can ever be rejected."""
+    if check.delta(delta) * canaries >= 1.0:
+        raise ValueError(
+            f"Expected delta well below 1 / canaries = {1 / canaries:.3g}, got delta={delta:g}. "
+            "With more, all canaries may be revealed by chance and nothing can be rejected. Pass "
+            "a smaller delta or use fewer canaries."
+        )
 
 
 def steinke_bound(found: Guesses, *, delta: float, level: float) -> LowerBound:

@@ -31,8 +31,11 @@ class StepMeter(Listener):
         names: Name of a parameter tensor; None: numbers.
         multiplier: Noise multiplier that was accounted for the step just made; None: not known yet,
             or nobody counts.
+
+    Attributes:
+        measured: What was seen so far. Its `divisor` may be set to the accounted one; otherwise it
+            is the one the optimizer has at its first step.
         module: What Opacus made of the model; ghost clipping keeps its norms there.
-        divisor: Accounted divisor of sums; None: the one the optimizer has at its first step.
     """
 
     def __init__(

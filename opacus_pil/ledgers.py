@@ -185,6 +185,21 @@ class LedgerEngine(PrivacyEngine):
         return dataset_fingerprint(dataset, given=self._given_fingerprint)
 
     @property
+    def trainings(self) -> tuple[StepAccounting, ...]:
+        """What is known of each training that this engine made private, oldest first."""
+        return tuple(self._accountings)
+
+    @property
+    def findings(self) -> dict[str, int]:
+        """What was found at the steps of this ledger: code of a fact -> number of steps."""
+        return dict(self._charges().findings)
+
+    @property
+    def largest_norm(self) -> float:
+        """The largest finite norm of a gradient before it was clipped; inf: it was not kept."""
+        return self._charges().largest_norm
+
+    @property
     def instance_ids(self) -> InstanceIds:
         """The ids of the data set's rows."""
         return self._ids

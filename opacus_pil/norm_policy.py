@@ -18,7 +18,7 @@ from .accounting import PerInstanceAccountant
 from .capture.recorder import Fact, StepRecord
 from .capture.sweep import Sweep
 from .errors import LedgerError, UnsupportedError
-from .training.evidence import BEST, Verdict, joined
+from .training.evidence import BEST, Verdict, joined, judged
 from .training.probe import explained
 
 NORM_POLICIES = ("worst_case", "last_seen", "refresh", "full", "capped", "participation")
@@ -155,9 +155,26 @@ class Charger:
             if self.norm_policy == "participation":
                 self._participate(step, verdict)
             else:
-                self._charge_measured(step, verdict)
+                verdict = self._charge_measured(step, verdict)
         self._note(verdict)
         self._lose(record)
+
+    def find_later(self, fact: Fact) -> None:
+        """Lower the label of the steps that were charged, by what showed after them.
+
+        Raises:
+            UnsupportedError: Caps or budgets would not hold. The model has not moved.
+        """
+        verdict = judged(self.claims_as, [fact])
+        if self.norm_policy == "capped" and verdict.broken:
+            raise UnsupportedError(
+                "Expected a step that caps and budgets hold for, got one where they do not: "
+                f"{verdict.broken}. It was charged and not made: the model is as it was."
+            )
+        for reason in verdict.reasons:
+            if reason != BEST[self.claims_as][1]:
+                self.accountant.weaken(verdict.label, reason=reason)
+        self._note(verdict)
 
     def charge_unnoised(self, verdict: Verdict) -> None:
         """Charge a step of the plain optimizer by gradients without noise: infinitely.
@@ -255,8 +272,8 @@ class Charger:
         )  # fmt: skip
         self._note(verdict)
 
-    def _charge_measured(self, step: Step, verdict: Verdict) -> None:
-        """Charge everyone at the norm that was measured or seen last."""
+    def _charge_measured(self, step: Step, verdict: Verdict) -> Verdict:
+        """Charge everyone at the norm that was measured or seen last; return the label and why."""
         record = step.record
         refreshed = False
         if self.refresh_every is not None:
@@ -278,6 +295,7 @@ class Charger:
                 noise_multiplier=step.noise_multiplier, sample_rate=step.sample_rate,
                 guarantee=verdict.label, reasons=verdict.reasons,
             )  # fmt: skip
+        return verdict
 
     def _participate(self, step: Step, verdict: Verdict) -> None:
         """Charge the batch's rows only: fixed batches are not amplified by sampling."""
@@ -341,9 +359,23 @@ class Charger:
             self._set_levels()
 
     def _refresh(self, record: StepRecord, step: Step) -> list[Fact]:
-        """Measure everyone at the current parameters; return what takes away from the claim."""
-        found, facts = step.measure(), []
+        """Measure everyone at the current parameters; return what takes away from the claim.
+
+        Where that fails training goes on, as with Opacus, and everyone is charged the clip bound.
+        """
+        facts: list[Fact] = []
         known = self._known()
+        try:
+            found = step.measure()
+        except Exception as error:  # a foreign model, loss or data set may fail in any way
+            words = str(error).splitlines()[0] if str(error) else "no message"
+            fact = Fact("not_measured", f"{type(error).__name__}: {words[:200]}")
+            known[:] = np.inf
+            self._set_levels()
+            self.warn("criterion", f"A full pass failed ({fact.detail}): everyone is charged the "
+                      "clip bound. Name the loss that the loop trains with (criterion= or "
+                      "loss_of=), and the loader's own collate_fn.")  # fmt: skip
+            return [fact]
         known[found.indices] = found.norms
         random = step.random_forward() or not found.deterministic
         if random:
@@ -354,13 +386,14 @@ class Charger:
             swept = known[record.indices if ordered else record.drawn]
             ran = record.norms if ordered else np.sort(record.norms)
             swept = swept if ordered else np.sort(swept)
+            tolerance = max(_SAME_NORM, _ROUNDING_STEPS * record.rounding)
             with np.errstate(invalid="ignore"):
                 same = (swept == ran) | (
-                    np.abs(swept - ran) <= _SAME_NORM * (np.abs(ran) + record.max_grad_norm)
+                    np.abs(swept - ran) <= tolerance * (np.abs(ran) + record.max_grad_norm)
                 )
             if not same[np.isfinite(ran)].all():
                 differ = np.isfinite(ran) & ~same
-                code, detail = explained(ran[differ], swept[differ], tolerance=_SAME_NORM)
+                code, detail = explained(ran[differ], swept[differ], tolerance=tolerance)
                 facts.append(Fact(code, detail))
                 self.warn(
                     "criterion",

@@ -9,13 +9,16 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from opacus import PrivacyEngine
 from opacus.data_loader import DPDataLoader
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -36,6 +39,14 @@ from .training_kernel import (
     require_supported,
     require_uniform_batches,
 )
+
+# What Opacus returns. Its classes are Any to a type checker for as long as it ships no types; the
+# number of values, and the loader, are known.
+Made = tuple[AbstractGradSampleModule, DPOptimizer, DataLoader[Any]]
+MadeGhost = tuple[
+    AbstractGradSampleModule, DPOptimizer, DPLossFastGradientClipping, DataLoader[Any]
+]
+_NotGhost = Literal["hooks", "functorch", "ew"]
 
 # Opacus's default criterion objects; getting one of them means that the caller named none.
 _DEFAULT_CRITERIA = tuple(
@@ -96,6 +107,25 @@ class PerInstancePrivacyEngine(ResumingEngine):
 
     # --- training -----------------------------------------------------------------------------
 
+    @overload
+    def make_private(
+        self, *, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float | list[float], criterion: Any = ...,
+        loss_of: LossOf | None = ..., grad_sample_mode: _NotGhost = ..., **options: Any,
+    ) -> Made: ...  # fmt: skip
+    @overload
+    def make_private(
+        self, *, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float | list[float], criterion: Any = ...,
+        loss_of: LossOf | None = ..., grad_sample_mode: Literal["ghost"], **options: Any,
+    ) -> MadeGhost: ...  # fmt: skip
+    @overload
+    def make_private(
+        self, *, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float | list[float], criterion: Any = ...,
+        loss_of: LossOf | None = ..., grad_sample_mode: str, **options: Any,
+    ) -> Any: ...  # fmt: skip
+
     def make_private(
         self,
         *,
@@ -103,7 +133,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         optimizer: torch.optim.Optimizer,
         data_loader: DataLoader[Any],
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | list[float],
         criterion: Any = _DEFAULT_CRITERIA[0],
         loss_of: LossOf | None = None,
         **options: Any,
@@ -133,6 +163,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
             cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
         )  # fmt: skip
         bound = _checked_bound(max_grad_norm, clipping=options.get("clipping", "flat"))
+        if options.get("clipping") == "per_layer":
+            _require_bound_per_layer(max_grad_norm, optimizer)
         mode = options.get("grad_sample_mode", "hooks")
         poisson = options.get("poisson_sampling", True)
         named = not any(criterion is default for default in _DEFAULT_CRITERIA)
@@ -219,6 +251,22 @@ class PerInstancePrivacyEngine(ResumingEngine):
             sample_rate=max(1 / len(loader), drawn_rate),
         )
         return made
+
+    @overload
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], loss_of: LossOf | None = ...,
+        grad_sample_mode: _NotGhost = ..., **options: Any,
+    ) -> Made: ...  # fmt: skip
+    @overload
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], loss_of: LossOf | None = ...,
+        grad_sample_mode: Literal["ghost"], **options: Any,
+    ) -> MadeGhost: ...  # fmt: skip
+    @overload
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], loss_of: LossOf | None = ...,
+        grad_sample_mode: str, **options: Any,
+    ) -> Any: ...  # fmt: skip
 
     def make_private_with_epsilon(
         self,
@@ -354,6 +402,16 @@ class PerInstancePrivacyEngine(ResumingEngine):
                 loss_reduction=kernel.loss_reduction,
             )
         return private_module, private_optimizer, private_loss, loader
+
+
+def _require_bound_per_layer(bounds: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless there is a clip bound for each parameter tensor that trains."""
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if len(bounds) != len(held):
+        raise ValueError(
+            f"Expected max_grad_norm to be one bound per parameter tensor of the optimizer "
+            f"({len(held)}), got {len(bounds)}. With clipping='per_layer' pass a list of as many."
+        )
 
 
 def _checked_bound(max_grad_norm: Any, *, clipping: str) -> float:

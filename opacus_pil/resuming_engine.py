@@ -105,6 +105,7 @@ class ResumingEngine(RecordingEngine):
             "ledger": ledgers["per_instance"],
             "caps": self._caps,
             "training": None if optimizer is None else self._training_state(optimizer),
+            "left": next((t.left() for t in self._trainings_of(module)), None),
         }
         save_entries(path, entries, state, kind=_KIND, options=torch_save_kwargs)
 
@@ -218,6 +219,8 @@ class ResumingEngine(RecordingEngine):
             warnings.warn(kept, stacklevel=2)
             return entries
         self._caps = caps
+        for mine in self._trainings_of(module):
+            mine.load_left({} if state is None else state.get("left") or {})
         gone = before["per_instance"]["ledger"]["steps"] - charges.accountant.steps
         if gone > 0:
             warnings.warn(
@@ -259,9 +262,8 @@ class ResumingEngine(RecordingEngine):
         if saved is None or not self._accountings:
             return ""
         differs = self.fingerprint_of(self._accountings[-1].dataset).differs(saved)
-        return f"Expected a checkpoint of this data set, got one of another: {differs}." if (
-            differs
-        ) else ""  # fmt: skip
+        words = f"Expected a checkpoint of this data set, got one of another: {differs}."
+        return words if differs else ""
 
     def _stays_live(self, module: Any, training: StepAccounting | None) -> str:
         """Return why the ledgers stay with a training that goes on; "": they follow the file.
@@ -271,7 +273,7 @@ class ResumingEngine(RecordingEngine):
             LedgerError: Another training of this engine made steps, which the file's ledgers may
                 not hold.
         """
-        mine = [t for t in self._accountings if module in (t.module, t.module._module)]
+        mine = self._trainings_of(module)
         if training is not None and training not in mine:
             raise ValueError(
                 "Expected module and optimizer of one training, got a module that this optimizer "
@@ -290,6 +292,9 @@ class ResumingEngine(RecordingEngine):
             f"stay with the training that goes on, after {self.per_instance.steps} steps. To go on "
             "from the file, load it into the module of its own make_private, in a new engine."
         )
+
+    def _trainings_of(self, module: Any) -> list[StepAccounting]:
+        return [t for t in self._accountings if module in (t.module, t.module._module)]
 
     def _training_of(self, optimizer: DPOptimizer) -> StepAccounting:
         for training in self._accountings:
@@ -313,11 +318,12 @@ class ResumingEngine(RecordingEngine):
             )
         tracker = training.tracker
         left = pass_state(tracker.loader)
-        if left is not None and left["left"] is not None and tracker.handed_out:
+        unused = tracker.handed_out if left is not None and left["left"] is not None else 0
+        if unused:
             warnings.warn(
-                f"{tracker.handed_out} of the batches handed out were not stepped on yet: a "
-                "training that goes on from this checkpoint will not see them. Save right after "
-                "optimizer.step().",
+                f"{unused} of the batches handed out were not stepped on yet: a training that goes "
+                "on from this checkpoint will not see them, and takes them for skipped. Save right "
+                "after optimizer.step().",
                 stacklevel=3,
             )
         return {
@@ -325,6 +331,7 @@ class ResumingEngine(RecordingEngine):
             "kernels": [asdict(kernel) for kernel in self._kernels],  # of earlier parts of the run
             "sample_rate": float(training.sample_rate),
             "pass": left,
+            "skipped": tracker.skipped + unused,
             "optimizer": private_attributes(optimizer),
             "module_clip_bound": training.clip_bound,
             "generators": generator_states(self._generators(training)),
@@ -357,13 +364,13 @@ class ResumingEngine(RecordingEngine):
                 f"{name}={there[name]!r}. Call make_private with the saved training's arguments; "
                 "schedules go on by themselves."
             )
-
         earlier = [TrainingKernel(**kernel) for kernel in saved.get("kernels", [saved["kernel"]])]
 
         def constants() -> None:
             if training.kernel.grad_sample_mode == "ghost":
                 training.module.max_grad_norm = saved["module_clip_bound"]
             self._kernels += [kernel for kernel in earlier if kernel not in self._kernels]
+            training.tracker.resume(int(saved.get("skipped", 0)))
 
         kept = {"noise_multiplier"} if own_noise else set()
         return both(
@@ -372,6 +379,7 @@ class ResumingEngine(RecordingEngine):
             checked_pass(saved["pass"], training.tracker.loader),
             checked_generators(saved["generators"], self._generators(training)),
             checked_global_generators(saved["global_generators"]),
+            training.taken_over,
         )
 
     @staticmethod

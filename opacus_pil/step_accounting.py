@@ -7,7 +7,7 @@ parameters the step was computed at.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,11 @@ from .norm_policy import Charger, Step
 from .training.evidence import judged
 from .training.probe import Probe
 from .training.task import Task, evaluated_parts
+from .training.weights import NoteWeights, WeightsLeft
 from .training_kernel import TrainingKernel
+
+CERTIFIABLE = ("worst_case", "capped")  # policies whose label can carry a certificate
+_COARSE = 1e-4  # float32 and its sequences are far below, half precisions above
 
 # Policies whose label a probe can take away; the others are estimates whatever it finds.
 PROBED = ("worst_case", "capped", "full", "participation")
@@ -76,7 +80,7 @@ class StepAccounting:
         self.kernel = kernel
         self.dataset = dataset
         self._population = population
-        self.sample_rate = sample_rate
+        self._sample_rate = sample_rate
         self._shard = shard
         self._loaded = loaded
         self._opacus_hook = optimizer.step_hook
@@ -85,18 +89,27 @@ class StepAccounting:
         if charger.claims_as in PROBED:
             measured = charger.claims_as in ("full", "participation")
             self.probe = Probe(
-                task, dataset, random_rows=measured, dimension=0 if kernel.batch_first else 1
-            )
+                task, dataset, module=module, random_rows=measured,
+                dimension=0 if kernel.batch_first else 1,
+            )  # fmt: skip
         if charger.claims_as == "participation":
             watch_forward(module._module, recorder)
+        self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
         self._clipped_at: tuple[float, float] | None = None
-        self._buffers = Buffers(module._module)
+        self._unheld = Unheld(module._module, optimizer)
+        self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
+        self.weights = WeightsLeft(module._module)
+        plain = optimizer.original_optimizer
+        if charger.claims_as in CERTIFIABLE and isinstance(plain, Optimizer):
+            plain.register_step_post_hook(NoteWeights(self.weights))
         record_norms(optimizer, recorder, module=module)
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.changed_step = self._note_changed
+        recorder.tracker.skipped_at_end = self._note_skipped
         recorder.guarded = True
 
     def __call__(self, optimizer: DPOptimizer) -> None:
@@ -108,9 +121,11 @@ class StepAccounting:
         """
         record = self.recorder.take(max_grad_norm=self.clip_bound)
         if self.probe is not None:
+            clipped = self._clipped()
             self.probe.look(
-                record, module=self.module, parameters=self._clipped(), clipped_norm=self._norm
-            )
+                record, module=self.module, parameters=clipped, clipped_norm=self._norm,
+                sums=[getattr(p, "summed_grad", None) for p in clipped],
+            )  # fmt: skip
         std = record.noise_std
         # An instance is in at least one of k summed draws with probability at most k·q, and then
         # moves the sum by at most k clip bounds. Only steps of unknown rows have k > 1.
@@ -144,21 +159,32 @@ class StepAccounting:
                 f"{noised_to:g}. Instances are charged for what happened; Opacus's own epsilon is "
                 "not.",
             )
+        if self.sample_rate > self._sample_rate:
+            self._charger.warn(
+                "sample rate",
+                f"Rows are drawn at rate {self.sample_rate:g}, Opacus accounts for "
+                f"{self._sample_rate:g}. Instances are charged for what happened; Opacus's own "
+                "epsilon is not.",
+            )
         if self.evaluated is None:
             self.evaluated = evaluated_parts(self.module._module)
-        self._charger.note_update(
-            described_update(
-                optimizer.original_optimizer,
-                clip_bound=record.max_grad_norm,
-                noise_std=std or 0.0,
-                divisor=optimizer.expected_batch_size,
-                loss_reduction=optimizer.loss_reduction,
-                batches=batches,
-                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
-            )
-        )
+        self._charger.note_update(self._update(record.max_grad_norm, std or 0.0, batches))
         self._charger.charge(step)
         self.steps += 1
+
+    @property
+    def sample_rate(self) -> float:
+        """Largest rate that rows were drawn or accounted at: whoever raises it is charged for it.
+
+        It never sinks, since batches are drawn ahead of their steps.
+        """
+        return max(self._sample_rate, self.tracker.rate)
+
+    def taken_over(self) -> None:
+        """A checkpoint was loaded: generators, buffers and ledgers went back together."""
+        self.recorder.noise_seen.forget()
+        self.tracker.forget_randomness()
+        self._unheld.changed()
 
     @property
     def clip_bound(self) -> float:
@@ -175,7 +201,12 @@ class StepAccounting:
         return std / self.clip_bound, self.sample_rate  # one batch per step: caps refuse several
 
     def clipping_at(self) -> tuple[float, float]:
-        """Return `coming_kernel` for gradients that are being clipped now."""
+        """Return `coming_kernel` for gradients that are being clipped now.
+
+        Raises:
+            UnsupportedError: Other parts of the step were clipped for other settings.
+        """
+        self._require_unchanged_settings()
         self._clipped_at = self.coming_kernel()
         return self._clipped_at
 
@@ -186,10 +217,7 @@ class StepAccounting:
 
     def random_forward(self) -> bool:
         """Whether the training's forward pass draws dropout masks."""
-        return any(
-            isinstance(part, _DropoutNd) and part.training and part.p > 0
-            for part in self.module._module.modules()
-        )
+        return any(part.training and part.p > 0 for part in self._dropouts)
 
     def measure(self) -> Sweep:
         """Run a full pass over the instances in training.
@@ -220,7 +248,37 @@ class StepAccounting:
         )
         return replace(found, indices=members)
 
+    def left(self) -> dict[str, Any]:
+        """Return how the last step left the model, for a file: plain values."""
+        evaluated = None if self.evaluated is None else sorted(self.evaluated)
+        return {"weights": self.weights.state(), "evaluated": evaluated}
+
+    def load_left(self, state: Mapping[str, Any]) -> None:
+        """Take over what `left` returned in an earlier process; {}: nothing is known."""
+        self.weights.load(state.get("weights"))
+        names = state.get("evaluated")
+        self.evaluated = None if names is None else frozenset(names)
+
     # --- inside -------------------------------------------------------------------------------
+
+    def _update(self, clip_bound: float, noise_std: float, batches: int) -> str:
+        """Return `described_update` of this step; most steps are like the one before."""
+        plain = self.optimizer.original_optimizer
+        settings = [
+            (name, value) for group in plain.param_groups for name, value in group.items()
+            if name not in ("params", "initial_lr")
+        ]  # fmt: skip
+        divisor, reduction = self.optimizer.expected_batch_size, self.optimizer.loss_reduction
+        now = (clip_bound, noise_std, batches, divisor, reduction, settings)
+        simple = not any(isinstance(value, torch.Tensor | list) for _, value in settings)
+        if self._described is None or not simple or self._described[0] != now:
+            words = described_update(
+                plain, clip_bound=clip_bound, noise_std=noise_std, divisor=divisor,
+                loss_reduction=reduction, batches=batches,
+                default_batches=self._loaded and self.task.collate_fn in (None, default_collate),
+            )  # fmt: skip
+            self._described = (now, words)
+        return self._described[1]
 
     def _facts(self, record: StepRecord, released_count: float) -> list[Fact]:
         """Return everything that takes away from what may be claimed for this step."""
@@ -241,7 +299,12 @@ class StepAccounting:
             facts.append(Fact("random_instance_on_empty"))
         if released_count:
             facts.append(Fact("count_released"))
-        changed = self._buffers.changed()
+        if record.rounding > _COARSE:
+            facts.append(Fact("coarse_rounding", f"rounded to {record.rounding:.1g}"))
+        divisor, named = self.optimizer.expected_batch_size, self.kernel.expected_batch_size
+        if divisor != named and self.kernel.loss_reduction == "mean":
+            facts.append(Fact("divisor_changed", f"{divisor} instead of {named}"))
+        changed = self._unheld.changed()
         if changed:
             facts.append(Fact("buffer_changed", changed))
         return facts
@@ -283,10 +346,25 @@ class StepAccounting:
         if self._clipped_at != self.coming_kernel():
             raise UnsupportedError(_OTHER_SETTINGS)
 
+    def _note_skipped(self, stepped: bool) -> bool:
+        """A pass ended with draws that made no step: note it, unless the loader was only looked at.
+
+        Args:
+            stepped: Whether other draws of the pass did.
+        """
+        trained = stepped or (self.probe is not None and self.probe.model_trains)
+        if trained:
+            self._charger.find_later(Fact("draw_skipped"))
+        return trained
+
     def _charge_without_noise(self) -> None:
         """The plain optimizer is about to step by gradients that nobody noised."""
         facts = [Fact("not_noised", "the plain optimizer stepped by itself")]
         self._charger.charge_unnoised(judged(self._charger.claims_as, facts))
+
+    def _note_changed(self) -> None:
+        """The model is about to move by something else than what was noised and charged."""
+        self._charger.find_later(Fact("noised_gradient_changed"))
 
 
 _OTHER_SETTINGS = (
@@ -296,20 +374,35 @@ _OTHER_SETTINGS = (
 )
 
 
-class Buffers:
-    """Notices whether buffers of a module change, by their versions."""
+class Unheld:
+    """Notices, by their versions, whether buffers of a module change, and parameters that train
+    and that an optimizer does not hold.
+    """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: torch.nn.Module, optimizer: Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._places = [
+            (f"{name}.{own}".lstrip("."), tensors, own)
+            for name, part in module.named_modules()
+            for tensors in (part._buffers, part._parameters)
+            for own, tensor in tensors.items()
+            if id(tensor) not in held
+        ]
         self._seen = self._versions()
 
     def changed(self) -> str:
-        """Return the name of a buffer that has changed since it was asked last; "": none."""
+        """Return the name of one that has changed since it was asked last; "": none."""
         before, self._seen = self._seen, self._versions()
-        return next((name for name, v in self._seen.items() if before.get(name) != v), "")
+        changed = (name for name, v in self._seen.items() if before.get(name, v) != v)
+        return next(changed, "")
 
     def _versions(self) -> dict[str, tuple[int, int]]:
-        return {n: (b.data_ptr(), b._version) for n, b in self._module.named_buffers()}
+        found = ((name, tensors.get(own)) for name, tensors, own in self._places)
+        return {
+            name: (t.data_ptr(), t._version)
+            for name, t in found
+            if t is not None and (t.requires_grad or not isinstance(t, torch.nn.Parameter))
+        }
 
 
 def described_update(

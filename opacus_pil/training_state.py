@@ -16,6 +16,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 from .capture.indices import RecordingSampler
+from .capture.norms import held
 from .capture.passes import Remainder
 from .capture.shards import RecordingShardSampler
 from .errors import LedgerError
@@ -262,7 +263,7 @@ def checked_attributes(
                 setattr(optimizer, name, _copied(value, device=device))
         optimizer._step_skip_queue.clear()  # belonged to batches fetched ahead
         optimizer._is_last_step_skipped = False
-        for p in optimizer.params:
+        for p in held(optimizer):
             p.grad_sample = p.summed_grad = None
 
     return apply

@@ -303,7 +303,7 @@ class TestCaps:
             accountant="rdp", norm_policy="capped", budget=(50.0, DELTA)
         )
         train(engine, noise_multiplier=noise, max_grad_norm=bound)
-        charged = engine.per_instance._balances.pending.kernel
+        charged = engine.per_instance._state.balances.pending.kernel
         assert engine._accountings[0].coming_kernel() == charged
 
 

@@ -1,31 +1,57 @@
-"""PerInstanceAccountant: who is charged how much at a step, for every training instance.
+"""PerInstanceAccountant: the account of every training instance, under its public names.
 
-Meets training only through arrays (indices, sensitivities); knows no model and no optimizer. What
-can be read afterwards, and the saved form, is `privacy_losses.py`.
+Meets training only through arrays (indices, sensitivities); knows no model and no optimizer. It
+holds one state (`account_state`); what changes it is `charging`, what can be read is `readings`.
+Longer than most files because every public name of an account is told or named here.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _validate as check
-from .._validate import FloatArray, IntArray
-from .balances import Kernel
+from .._validate import FloatArray
+from . import charging, readings
+from .account_state import AccountState
+from .charge_checks import checked_caps, checked_grid, checked_ids
 from .filter import PrivacyFilter
-from .guarantee import weakest
-from .instance_ids import InstanceIds
-from .ledger import STRONGEST_LABEL
-from .levels import LevelGrid
-from .privacy_losses import MOST_REASONS, PrivacyLosses
+from .ledger import Ledger
+from .ledger_rows import Columns, ledger_chunks, write_ledger
 from .rdp import DEFAULT_ORDERS
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-class PerInstanceAccountant(PrivacyLosses):
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_state(
+    function: Callable[Concatenate[AccountState, P], R],
+) -> Callable[Concatenate[PerInstanceAccountant, P], R]:
+    """Return a function of a state as the method of the accountant that holds the state."""
+
+    @wraps(function)
+    def method(self: PerInstanceAccountant, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return function(self._state, *args, **kwargs)
+
+    method.__module__, method.__qualname__ = __name__, f"PerInstanceAccountant.{function.__name__}"
+    told = signature(function)
+    _, *others = told.parameters.values()
+    holder = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+    method.__signature__ = told.replace(parameters=[holder, *others])  # type: ignore[attr-defined]
+    return method
+
+
+class PerInstanceAccountant:
     """Rényi privacy loss of every instance of a training set, step by step.
 
     Guarantee: `rdp()[i]` is at least the sum over steps of the divergence of each step at the level
@@ -92,384 +118,227 @@ class PerInstanceAccountant(PrivacyLosses):
         memory_map: str | os.PathLike[str] | None = None,
     ) -> None:
         size = check.integer("num_instances", num_instances, low=1)
-        count = check.integer("levels", levels, low=2, high=60_000)
-        top = check.real(
-            "max_sensitivity", max_sensitivity, low=1.0, cure="1 is the clipping bound itself."
-        )
-        if top > 1.0 and count < 3:
-            raise ValueError(
-                check.expected("levels", "to be >= 3 with max_sensitivity > 1", levels)
-            )
-        grid = LevelGrid(count, max_sensitivity=top, orders=check.orders(orders))
-        if budget is None:
-            privacy_filter = None
-        else:
+        grid = checked_grid(levels, max_sensitivity, orders)
+        privacy_filter = None
+        if budget is not None:
             privacy_filter = PrivacyFilter.from_budget(budget, size=size, orders=grid.orders)
-            caps = np.full(size, top) if caps is None else caps
-        super().__init__(
+            caps = np.full(size, grid.sensitivities[-1]) if caps is None else caps
+        self._state = AccountState.unspent(
             grid,
-            instance_ids=_checked_ids(instance_ids, size),
+            instance_ids=checked_ids(instance_ids, size),
             privacy_filter=privacy_filter,
             history=bool(history),
-            memory_map=memory_map,
+            folder=memory_map,
         )
         if caps is not None:
-            self._set_caps(self._checked_caps(caps))
+            self._state.set_caps(checked_caps(self._state, caps))
 
     # --- charging -----------------------------------------------------------------------------
 
-    def step(
+    step = on_state(charging.step)
+    participate = on_state(charging.participate)
+    caps_for = on_state(charging.caps_for)
+    observe_all = on_state(charging.observe_all)
+    set_caps = on_state(charging.set_caps)
+    forget = on_state(charging.forget)
+    weaken = on_state(charging.weaken)
+    lose_everything = on_state(charging.lose_everything)
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def num_instances(self) -> int:
+        """Number of instances, forgotten ones included."""
+        return self._state.size
+
+    @property
+    def orders(self) -> FloatArray:
+        """Rényi orders, shape (orders,)."""
+        return self._state.grid.orders.copy()
+
+    @property
+    def levels(self) -> FloatArray:
+        """Sensitivities on the grid, ascending, shape (levels,)."""
+        return self._state.grid.sensitivities.copy()
+
+    @property
+    def instance_ids(self) -> npt.NDArray[Any]:
+        """Stable id of each instance, shape (instances,)."""
+        return self._state.instance_ids.copy()
+
+    @property
+    def steps(self) -> int:
+        """Number of steps charged."""
+        return self._state.steps
+
+    @property
+    def unattributed_steps(self) -> int:
+        """Number of steps in which everyone was charged the worst case, for want of indices."""
+        return self._state.unattributed
+
+    @property
+    def guarantee(self) -> str:
+        """What the numbers may claim: the weakest label of any step so far."""
+        return self._state.guarantee
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the label is not a stronger one, a sentence each, with the number of steps.
+
+        Of "bound" what it takes for granted without a check; empty if that is nothing.
+        """
+        return readings.reasons(self._state)
+
+    @property
+    def realised_guarantee(self) -> str:
+        """What a sum along the run that happened may claim: `spent_rdp`, `tight_epsilon`, a set's.
+
+        That is `guarantee`, and under a budget "output_specific" at most: a filter holds everyone
+        to the budget, not to what happens to be spent of it.
+        """
+        return readings.realised_guarantee(self._state)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a filter holds every instance to a budget."""
+        return self._state.privacy_filter is not None
+
+    @property
+    def caps(self) -> FloatArray | None:
+        """Enforced clipping bounds in units of max_grad_norm, shape (instances,), or None.
+
+        Under a budget those of a step like the last one: 0 for whoever has none left for it.
+        """
+        return readings.caps(self._state)
+
+    @property
+    def active(self) -> npt.NDArray[np.bool_]:
+        """Shape (instances,): False once forgotten, or out of budget for a step like the last."""
+        return readings.active(self._state)
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether levels are logged, so that `group_rdp` can be read."""
+        return self._state.history is not None
+
+    @property
+    def forgotten(self) -> npt.NDArray[np.bool_]:
+        """Shape (instances,): True for tombstones, whose losses stand still since they left.
+
+        What is read for them is what the model had given away until then, not what an unlearned
+        model still does: that is what a certificate says.
+        """
+        return ~self._state.present
+
+    @property
+    def sensitivities(self) -> FloatArray:
+        """Sensitivity each instance is charged at now, rounded up, shape (instances,).
+
+        0 for the forgotten: they pay nothing more. What they paid is not 0.
+        """
+        return readings.sensitivities(self._state)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    rdp = on_state(readings.rdp)
+    spent_rdp = on_state(readings.spent_rdp)
+    worst_case_rdp = on_state(readings.worst_case_rdp)
+    get_epsilon = on_state(readings.get_epsilon)
+    worst_case_epsilon = on_state(readings.worst_case_epsilon)
+    group_rdp = on_state(readings.group_rdp)
+    tight_epsilon = on_state(readings.tight_epsilon)
+
+    def to_dataframe(self, *, delta: float | None = None) -> pd.DataFrame:
+        """Return one row per instance, tombstones of forgotten ones included and marked.
+
+        Columns: instance_id, epsilon, order, sensitivity, active, forgotten, delta, guarantee;
+        under a budget also spent_epsilon, the realised sum's ε, with its own label spent_guarantee.
+        The ε of a tombstone is what it had lost when it left; it has no sensitivity (NaN).
+
+        Args:
+            delta: δ of the epsilons. Default 1 / num_instances.
+
+        Raises:
+            ImportError: pandas is missing; install the extra `report`.
+        """
+        import pandas as pd  # an optional extra
+
+        return pd.concat(map(pd.DataFrame, ledger_chunks(self, delta=delta)), ignore_index=True)
+
+    def to_parquet(
         self,
+        path: str | os.PathLike[str],
         *,
-        indices: npt.ArrayLike | None,
-        sensitivities: npt.ArrayLike | None,
-        noise_multiplier: float,
-        sample_rate: float,
-        guarantee: str = "estimate",
-        reasons: Sequence[str] = (),
+        delta: float | None = None,
+        columns: Columns | None = None,
     ) -> None:
-        """Charge every instance for one step of the Poisson-sampled Gaussian mechanism.
+        """Write the rows of `to_dataframe` to a Parquet file, for `ledger_table.LedgerTable`.
 
-        The levels of `indices` are first rounded up from `sensitivities`; then every instance is
-        charged at its level, drawn or not. Caps are never moved by a step's own rows. With a budget
-        whoever cannot bear this step is left out first, for good: cap 0, charge 0.
+        RDP is formed a chunk of instances at a time, however many there are.
 
         Args:
-            indices: Shape (batch,), each instance once. None: nobody knows who was in the batch;
-                everyone is charged `max_sensitivity`, levels stay.
-            sensitivities: Shape (batch,), min(norm, clip bound) / max_grad_norm. Ignored (pass
-                None) when `indices` is None.
-            noise_multiplier: Noise std on the gradient sum / max_grad_norm. Unitless, >= 0.
-            sample_rate: Probability that an instance is drawn. In [0, 1].
-            guarantee: What the caller can vouch for: "bound" (levels are constants or caps fixed
-                before the run), "output_specific" (every level was measured at this step) or
-                "estimate".
-            reasons: Why it is no stronger label, a sentence each; of "bound" what it takes for
-                granted. They are counted and come with every result.
+            path: Target; its folder must exist. Created with mode 0600, whole or absent.
+            delta: δ of the epsilons. Default 1 / num_instances.
+            columns: More columns, name -> shape (instances,), for example {"label": labels}.
 
         Raises:
-            TypeError, ValueError: A value outside its domain, a repeated or forgotten instance, a
-                sensitivity above `max_sensitivity` or above an enforced cap (0 for whoever the
-                budget leaves out, see `caps_for`), a label stronger than what the levels allow,
-                unknown rows under a budget. The accountant is left as it was.
+            ImportError: pyarrow is missing; install the extra `report`.
+            OSError: The folder is missing or not writable.
+            TypeError, ValueError: δ outside (0, 1); a column of another length, or with a name that
+                is taken.
+
+        Privacy: the rows depend on private data.
         """
-        noise, rate = _checked_kernel(noise_multiplier, sample_rate)
-        table = self._grid.rdp(noise_multiplier=noise, sample_rate=rate)
-        privacy_filter, caps = self._allowed(table)
-        rows, levels = self._checked_rows(indices, sensitivities, caps)
-        label = self._checked_label(guarantee, rows)  # the last thing to fail
+        write_ledger(path, ledger_chunks(self, delta=delta, columns=columns))
 
-        if self._source == "absent":  # fixed batches came before: nothing is known about the others
-            self._move_everyone(len(self._grid) - 1)
-            self._source = "stale"
-        if privacy_filter is not None and caps is not None:
-            self._leave_out(privacy_filter, caps)
-        if rows is not None and self._caps is None and len(rows):
-            self._move(rows, levels)
-            everyone = len(rows) >= self._num_present
-            self._source = "measured" if everyone else "stale"
-        self._charge(table, (noise, rate), attributed=rows is not None, label=label)
-        self._note(label, reasons)
-        if self._source == "measured":
-            self._source = "stale"  # exact for this step only
+    # --- copying, saving and joining ----------------------------------------------------------
 
-    def participate(
-        self,
-        *,
-        indices: npt.ArrayLike | None,
-        sensitivities: npt.ArrayLike | None,
-        noise_multiplier: float,
-        guarantee: str = "output_specific",
-        reasons: Sequence[str] = (),
-    ) -> None:
-        """Charge only the instances in a batch that was not drawn by independent coins.
+    def copy(self) -> Self:
+        """Return an independent accountant with the same state."""
+        return copy.deepcopy(self)
 
-        For fixed or shuffled batches: the full Gaussian mechanism for whoever is in the batch,
-        nothing for the others, no amplification by sampling.
-
-        Guarantee: as `step`, under *zero-out* adjacency (the instance's slot stays empty) and with
-            the schedule of batches taken as public: "output_specific" at most.
+    def rename(self, instance_ids: npt.NDArray[Any]) -> None:
+        """Give the instances other ids, in their order.
 
         Args:
-            indices: Shape (batch,), each instance once. None: everyone is charged
-                `max_sensitivity`.
-            sensitivities: Shape (batch,), min(norm, clip bound) / max_grad_norm.
-            noise_multiplier: Noise std on the gradient sum / max_grad_norm. Unitless, >= 0.
-            guarantee: "output_specific" or "estimate".
-            reasons: As in `step`.
+            instance_ids: Shape (instances,), unique.
 
         Raises:
-            TypeError, ValueError: As in `step`; or caps or budgets are in force, which are meant
-                for sampled batches. The accountant is left as it was.
-
-        Source: Mironov (2017), arXiv:1702.07476, Gaussian mechanism. Under add/remove adjacency
-            another instance would move into the slot, and the shift could be larger by 1.
+            ValueError: Not one id per instance.
         """
-        noise, _ = _checked_kernel(noise_multiplier, 1.0)
-        label = check.choice("guarantee", guarantee, ("output_specific", "estimate"))
-        if self._caps is not None:
-            raise ValueError(
-                "Expected an accountant without caps or budget for fixed batches, got one with. "
-                "Call step, or construct it without."
-            )
-        table = self._grid.rdp(noise_multiplier=noise, sample_rate=1.0)
-        rows, levels = self._checked_rows(indices, sensitivities, None)
+        check.same_length("instance_ids", instance_ids, "instances", self.num_instances)
+        self._state.instance_ids = instance_ids.copy()
 
-        if self._source != "absent":
-            self._move_everyone(0)
-            self._source = "absent"
-        if rows is not None:
-            self._move(rows, levels)
-        self._charge(table, (noise, 1.0), attributed=rows is not None, label=label)
-        self._note(label, reasons)
-        if rows is not None:
-            self._move(rows, np.zeros(len(rows), dtype=np.int64))
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledger: numpy arrays and plain values, safe to save and to load."""
+        return self._state.to_ledger().to_dict()
 
-    def caps_for(self, *, noise_multiplier: float, sample_rate: float) -> FloatArray:
-        """Return the bounds to clip the coming step to, in units of max_grad_norm.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a ledger saved from an accountant of the same instances, orders and levels.
+
+        Caps, budgets and history are the ledger's from then on.
 
         Args:
-            noise_multiplier: As the coming `step` will be charged. >= 0.
-            sample_rate: As the coming `step` will be charged. In [0, 1].
-
-        Returns:
-            Shape (instances,): the caps (`max_sensitivity` without caps), 0 for whoever was
-            forgotten or has no budget left for such a step. Nothing is changed.
-        """
-        noise, rate = _checked_kernel(noise_multiplier, sample_rate)
-        _, caps = self._allowed(self._grid.rdp(noise_multiplier=noise, sample_rate=rate))
-        if caps is None:
-            caps = np.full(self.num_instances, self._grid.sensitivities[-1])
-        return np.where(self._present(), caps, 0.0)
-
-    def observe_all(self, sensitivities: npt.ArrayLike) -> None:
-        """Set every instance's level from a full pass at the current parameters.
-
-        Args:
-            sensitivities: Shape (instances,); entries of forgotten instances are ignored.
+            state: From `state_dict`; arrays may be CPU tensors or lists.
 
         Raises:
-            ValueError: Wrong length, NaN or above `max_sensitivity`; or caps are in force.
+            LedgerError: Another number of instances, other ids, orders or levels, an unknown
+                version or damaged values; or no history, where this accountant keeps one. The
+                accountant is left as it was.
         """
-        values = self._checked_sensitivities(sensitivities)
-        check.same_length("sensitivities", values, "instances", self.num_instances)
-        if self._caps is not None:
-            raise ValueError(
-                "Expected no caps in force, got an accountant with caps. Call set_caps instead."
-            )
-        present = np.flatnonzero(self._present())
-        self._move(present, self._grid.round_up(values[present]))
-        self._source = "measured"
+        ledger = Ledger.from_dict(state)
+        self._state.to_ledger().require_same_instances(ledger)
+        self._state.adopt(ledger)
 
-    def set_caps(self, caps: npt.ArrayLike) -> None:
-        """Charge each instance at an enforced clipping bound from the next step on.
+    def merge(self, other: PerInstanceAccountant) -> None:
+        """Take in the instances of another accountant that was charged the same steps.
 
-        Args:
-            caps: Shape (instances,), in units of max_grad_norm, in [0, max_sensitivity]. Whoever
-                was left out for want of budget stays out.
+        For shards of distinct instances (distributed ranks). Instances end up ordered by id. A step
+        whose rows one shard did not know charges that shard the worst case and the other nothing
+        more; with a history both must know the same.
 
         Raises:
-            ValueError: Not one finite cap per instance; or steps labelled "bound" were charged at
-                other levels already, and caps chosen after them cannot be fixed before the run
-                (a budget allows it).
+            LedgerError: Ids in common, other orders or levels, or other steps (noise, sample rate
+                or their number). The accountant is left as it was.
         """
-        checked = self._checked_caps(caps)
-        if self._steps and self._guarantee == "bound" and self._filter is None:
-            raise ValueError(
-                f"Expected caps to be fixed before the run, got new caps after {self._steps} steps "
-                "labelled 'bound'. Start a new accountant, set a budget, or charge with "
-                "guarantee='output_specific' from the first step."
-            )
-        self._set_caps(checked)
-
-    def forget(self, indices: npt.ArrayLike) -> None:
-        """Stop charging instances that left the training set; their rows become tombstones.
-
-        Their losses so far stay readable, marked by `forgotten`.
-
-        Args:
-            indices: Shape (n,), instances, each once.
-
-        Raises:
-            TypeError, ValueError: An index out of range, repeated, or forgotten before.
-        """
-        rows = check.index_array("indices", indices, size=self.num_instances)
-        self._refuse_forgotten(rows)
-        self._move(rows, np.full(len(rows), len(self._grid)))
-        self._num_present -= len(rows)
-
-    def weaken(self, guarantee: str, *, reason: str = "") -> None:
-        """Lower the label of what was charged so far, where something outside voids it.
-
-        Args:
-            guarantee: "output_specific" or "estimate"; a stronger label than the present one
-                changes nothing.
-            reason: Why, in a sentence.
-        """
-        label = check.choice("guarantee", guarantee, ("output_specific", "estimate"))
-        self._guarantee = weakest([self._guarantee, label])
-        if reason:
-            self._reasons.setdefault(reason, 0)
-
-    def lose_everything(self, indices: npt.ArrayLike | None) -> None:
-        """Charge instances infinitely: something without a bound was given away about them.
-
-        Args:
-            indices: Shape (n,), instances, each once. None: everyone.
-
-        Raises:
-            TypeError, ValueError: An index out of range or repeated; or a budget, which nobody may
-                exceed. The accountant is left as it was.
-        """
-        if self._filter is not None:
-            raise ValueError(
-                "Expected an accountant without budgets, got one with: nobody may exceed a budget. "
-                "Leave such an instance out before the step."
-            )
-        size = self.num_instances
-        rows = np.arange(size) if indices is None else indices
-        self._balances.infinite[check.index_array("indices", rows, size=size)] = True
-
-    # --- inside -------------------------------------------------------------------------------
-
-    def _charge(self, table: FloatArray, kernel: Kernel, *, attributed: bool, label: str) -> None:
-        """Charge one step: each level its row of `table`, or everyone the highest level's."""
-        if attributed:
-            self._balances.charge(table, kernel)
-        else:
-            self._balances.charge_everyone(table[-1])
-            self._unattributed += 1
-        if self._history is not None:
-            self._history.charge(*kernel, attributed=attributed)
-        self._guarantee = weakest([self._guarantee, label])
-        self._steps += 1
-
-    def _note(self, label: str, reasons: Sequence[str]) -> None:
-        """Count the reasons of a step's label; a label without any has the caller's word."""
-        if not reasons and label != "bound":
-            reasons = (f"the caller vouched for {label!r} only",)
-        for reason in dict.fromkeys(reasons):
-            if reason in self._reasons or len(self._reasons) < MOST_REASONS:
-                self._reasons[reason] = self._reasons.get(reason, 0) + 1
-
-    def _move(self, rows: IntArray, levels: IntArray) -> None:
-        """Put `rows` on other levels from the next step on."""
-        if self._history is not None:
-            changed = self._balances.level[rows] != levels
-            self._history.move(rows[changed], levels[changed])
-        self._balances.move(rows, levels)
-
-    def _move_everyone(self, level: int) -> None:
-        present = np.flatnonzero(self._present())
-        self._move(present, np.full(len(present), level))
-
-    def _set_caps(self, caps: FloatArray) -> None:
-        if self._filter is not None:
-            caps = np.where(self._filter.dropped, 0.0, caps)
-        present = np.flatnonzero(self._present())
-        self._move(present, self._grid.round_up(caps[present]))
-        self._caps = caps
-        self._source = "enforced" if self._steps else "fixed"
-
-    def _allowed(self, table: FloatArray) -> tuple[PrivacyFilter | None, FloatArray | None]:
-        """Return the filter and the caps in force for a step with RDP `table`."""
-        if self._filter is None or self._caps is None:
-            return None, self._caps
-        settled = self._filter.settled_for(table, self._balances.level, self._grid.orders)
-        return settled, np.where(settled.affords(self._balances, table), self._caps, 0.0)
-
-    def _leave_out(self, settled: PrivacyFilter, caps: FloatArray) -> None:
-        """Take whoever pays something but has no cap in this step out of it and all later ones."""
-        level = self._balances.level
-        rows = np.flatnonzero((caps == 0.0) & (level > 0) & self._present())
-        self._filter, self._caps = settled, caps
-        settled.dropped[rows] = True
-        self._move(rows, np.zeros(len(rows), dtype=np.int64))
-
-    def _checked_caps(self, caps: npt.ArrayLike) -> FloatArray:
-        checked = check.real_array(
-            "caps", caps, low=0.0, high=float(self._grid.sensitivities[-1]),
-            cure="A cap is a clipping bound divided by max_grad_norm.",
-        ).copy()  # fmt: skip
-        check.same_length("caps", checked, "instances", self.num_instances)
-        return checked
-
-    def _checked_sensitivities(self, sensitivities: npt.ArrayLike | None) -> FloatArray:
-        return check.real_array(
-            "sensitivities", sensitivities, low=0.0, high=float(self._grid.sensitivities[-1]),
-            cure="Pass min(norm, clip bound) / max_grad_norm, or raise max_sensitivity.",
-        )  # fmt: skip
-
-    def _checked_rows(
-        self,
-        indices: npt.ArrayLike | None,
-        sensitivities: npt.ArrayLike | None,
-        caps: FloatArray | None,
-    ) -> tuple[IntArray | None, IntArray]:
-        """Return the batch's rows and the levels they round up to."""
-        if indices is None:
-            if self._filter is not None:
-                raise ValueError(
-                    "Expected indices under a budget, got None. Nobody knows whose cap was in "
-                    "force: skip the batch, or train with a loader whose rows are known."
-                )
-            return None, np.empty(0, dtype=np.int64)
-        cure = "An instance drawn twice has one sensitivity: the norm of the sum."
-        rows = check.index_array("indices", indices, size=self.num_instances, cure=cure)
-        values = self._checked_sensitivities(sensitivities)
-        check.same_length("sensitivities", values, "indices", len(rows))
-        self._refuse_forgotten(rows)
-        if caps is not None:
-            above = np.flatnonzero(values > caps[rows])
-            if len(above):
-                row = int(rows[above[0]])
-                raise ValueError(
-                    f"Expected sensitivities within the enforced caps, got {len(above)} of "
-                    f"{len(rows)} above (first: instance {row}, sensitivity {values[above[0]]:g}, "
-                    f"cap {caps[row]:g}). Clip each instance to its cap before the step; "
-                    "under a budget to caps_for(noise_multiplier=…, sample_rate=…)."
-                )
-        return rows, self._grid.round_up(values)
-
-    def _refuse_forgotten(self, rows: IntArray) -> None:
-        gone = rows[self._balances.level[rows] == len(self._grid)]
-        if len(gone):
-            raise ValueError(
-                f"Expected instances that are still in the training set, got {len(gone)} of "
-                f"{len(rows)} forgotten (first: instance {int(gone[0])}). Leave them out."
-            )
-
-    def _checked_label(self, guarantee: str, rows: IntArray | None) -> str:
-        """Return the caller's label if the levels can carry it."""
-        label = check.choice("guarantee", guarantee, ("bound", "output_specific", "estimate"))
-        strongest = STRONGEST_LABEL[self._source]
-        if self._filter is not None:
-            strongest = "bound"  # caps only need to be known before each step
-        elif rows is None:
-            fixed = self._source == "fixed" and self._caps is None
-            strongest = "bound" if fixed else "output_specific"
-        elif len(rows) and self._caps is None and self._source != "measured":
-            everyone = len(rows) == self._num_present
-            strongest = "output_specific" if everyone else "estimate"
-        if weakest([label, strongest]) != label:
-            raise ValueError(
-                f"Expected guarantee to be at most {strongest!r} at this step, got "
-                f"guarantee={label!r}. Only constants and caps fixed before the run give a bound; "
-                "only a full pass at this step is output-specific."
-            )
-        return label
-
-
-def _checked_ids(instance_ids: npt.ArrayLike | None, size: int) -> npt.NDArray[Any]:
-    ids = InstanceIds(instance_ids)
-    ids.require_size(size)
-    return np.arange(size) if ids.array is None else ids.array
-
-
-def _checked_kernel(noise_multiplier: float, sample_rate: float) -> tuple[float, float]:
-    noise = check.real(
-        "noise_multiplier", noise_multiplier, low=0.0,
-        cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
-    )  # fmt: skip
-    rate = check.probability("sample_rate", sample_rate, "Pass batch_size / len(dataset).")
-    return noise, rate
+        self._state.merge(other._state)

@@ -9,7 +9,8 @@ the last step*,
 
 (the law of the starting point is the same with and without the instance, so no Hölder factor is
 paid for it). Runs *with* the instance give D(P‖Q) with α_i = 1 + (α−1)ρ^i, and D(Q‖P) with
-α_i = αρ^i. Takes D as a function of the order; how it comes from gradients is the caller's.
+α_i = αρ^i. Takes D as a function of the order; how it comes from gradients is the caller's. Longer
+than most files: the theorem, its result and what may be claimed of it are one thing to read.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from .. import _validate
 from .._validate import FloatArray
-from .holder_sums import SHORT_RUN, Evidence, HolderSum, StepRdp, StepSource, knots_of
+from .holder_sums import SHORT_RUN, Evidence, HolderSum, StepRdp, StepSource, StepValues, knots_of
 from .repeated_runs import RepeatedRuns, repeated_runs
 
 # Candidates for the Hölder exponent, by what they do to the first step's order: ρ^(T−1) = e^κ.
@@ -295,28 +296,36 @@ def _compose(
         )
         for h in exponents.tolist()
     ]
+    _fill(sums, source, (order, first), confident=confident)
+    totals = np.stack([each.total for each in sums]) / (order - 1.0)
+    totals = np.where(allowed, totals * (1.0 + _ROUNDING), np.inf)
+    best = totals.argmin(axis=0)
+    rdp = totals.min(axis=0)
+    found = repeated_runs(first.rdp, worst=first.worst)
+    if first.worst is None:
+        return _Composed(rdp[()], exponents[best][()], (), found)
+    # Constants compose at the order itself: the plain sum, without any Hölder.
+    worst = first.worst.sum(axis=-1) * (1.0 + _ROUNDING)
+    parts = [each.tangents for each, use in zip(sums, confident, strict=True) if use]
+    evidence = Evidence([p for p in parts if p is not None], allowed[confident], worst)
+    return _Composed(np.minimum(rdp, worst)[()], exponents[best][()], (evidence,), found)
 
+
+def _fill(
+    sums: list[HolderSum],
+    source: StepSource,
+    known: tuple[float, StepValues],
+    *,
+    confident: npt.NDArray[np.bool_],
+) -> None:
+    """Add the divergences at every order that a sum needs; those at one order are `known`."""
     knots = knots_of(sums)
-    low = first if knots[0] == order else source.at(knots[0])
+    low = known[1] if knots[0] == known[0] else source.at(knots[0])
     for knot, next_knot in itertools.pairwise([*knots, math.inf]):
         high = low if next_knot == math.inf else source.at(next_knot)
         for each, use in zip(sums, confident, strict=True):
             each.add(knot, next_knot, low, high, tangents=use)
         low = high
-
-    totals = np.stack([each.total for each in sums]) / (order - 1.0)
-    totals = np.where(allowed, totals * (1.0 + _ROUNDING), np.inf)
-    best = totals.argmin(axis=0)
-    rdp = totals.min(axis=0)
-    evidence: tuple[Evidence, ...] = ()
-    if first.worst is not None:
-        # Constants compose at the order itself: the plain sum, without any Hölder.
-        worst = first.worst.sum(axis=-1) * (1.0 + _ROUNDING)
-        rdp = np.minimum(rdp, worst)
-        parts = [each.tangents for each, use in zip(sums, confident, strict=True) if use]
-        evidence = (Evidence([p for p in parts if p is not None], allowed[confident], worst),)
-    found = repeated_runs(first.rdp, worst=first.worst)
-    return _Composed(rdp[()], exponents[best][()], evidence, found)
 
 
 def _one_run(repeated: RepeatedRuns) -> tuple[str, ...]:

@@ -186,17 +186,7 @@ class PrivacyFilter:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"Expected a readable filter, got one with {error!r}.") from error
-        sound = (
-            made.limits.ndim == 2
-            and made.limits.shape == made.columns.shape
-            and len(made.limits) == size
-            and made.dropped.shape == (size,)
-            and bool((made.limits >= 0).all())
-            and bool(((made.columns >= 0) & (made.columns < orders)).all())
-            and (made.target is None or made.target[0].shape == (size,))
-            and (made.settled or made.target is not None)
-        )
-        if not sound:
+        if not (made._has_shapes(size) and made._has_limits_at(orders)):
             raise LedgerError(
                 f"Expected a filter with limits >= 0 for {size} instances at {orders} orders, got "
                 "one without. Use an earlier copy."
@@ -229,6 +219,24 @@ class PrivacyFilter:
         )
 
     # --- inside -------------------------------------------------------------------------------
+
+    def _has_shapes(self, size: int) -> bool:
+        """Whether everything is there for each of `size` instances."""
+        return (
+            self.limits.ndim == 2
+            and self.limits.shape == self.columns.shape
+            and len(self.limits) == size
+            and self.dropped.shape == (size,)
+            and (self.target is None or self.target[0].shape == (size,))
+        )
+
+    def _has_limits_at(self, orders: int) -> bool:
+        """Whether limits can be such, at some of so many orders, final or with a target."""
+        return (
+            bool((self.limits >= 0).all())
+            and bool(((self.columns >= 0) & (self.columns < orders)).all())
+            and (self.settled or self.target is not None)
+        )
 
     def _choose(self, rows: IntArray, costs: FloatArray, orders: FloatArray) -> None:
         """Enforce the (ε, δ) of `rows` at the order that bears the most steps of `costs`."""

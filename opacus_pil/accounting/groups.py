@@ -113,24 +113,30 @@ def group_rdp(
         return sampled_gaussian_rdp(
             values[members], noise_multiplier=noise, sample_rate=rate, orders=alphas
         )[0]
+    chosen = None if products is None else products[np.ix_(members, members)]
     with np.errstate(over="ignore", under="ignore"):
-        shifts = values[members] / noise * (1.0 + _EPS)
-        ceiling = alphas * (shifts.sum() ** 2 / 2.0) * (1.0 + (members.size + 8) * _EPS)
-        ceiling = np.maximum(ceiling, SMALLEST)
-        chosen = None if products is None else products[np.ix_(members, members)]
-        if rate == 1.0 and chosen is not None:
-            square = float(chosen.sum() + members.size**2 * 4.0 * _EPS * np.abs(chosen).sum())
-            square *= 1.0 + 8.0 * _EPS
-            return np.minimum(
-                ceiling, np.maximum(alphas * (square / noise / noise / 2.0), SMALLEST)
-            )
-        if rate == 1.0 or ceiling.max() <= SMALLEST or not shifts.sum() < 1e100:
-            return ceiling
-        inner = None
-        if chosen is not None:
-            inner = chosen / noise / noise
-            inner += 4.0 * _EPS * np.abs(inner)
-        return np.minimum(ceiling, _sampled(shifts, inner, rate, alphas))
+        return _several(values[members], chosen, noise, rate, alphas)
+
+
+def _several(
+    norms: FloatArray, products: FloatArray | None, noise: float, rate: float, orders: FloatArray
+) -> FloatArray:
+    """RDP of two members or more, each of a norm > 0, with noise and a rate > 0."""
+    members = norms.size
+    shifts = norms / noise * (1.0 + _EPS)
+    ceiling = orders * (shifts.sum() ** 2 / 2.0) * (1.0 + (members + 8) * _EPS)
+    ceiling = np.maximum(ceiling, SMALLEST)
+    if rate == 1.0 and products is not None:
+        square = float(products.sum() + members**2 * 4.0 * _EPS * np.abs(products).sum())
+        square *= 1.0 + 8.0 * _EPS
+        return np.minimum(ceiling, np.maximum(orders * (square / noise / noise / 2.0), SMALLEST))
+    if rate == 1.0 or ceiling.max() <= SMALLEST or not shifts.sum() < 1e100:
+        return ceiling
+    inner = None
+    if products is not None:
+        inner = products / noise / noise
+        inner += 4.0 * _EPS * np.abs(inner)
+    return np.minimum(ceiling, _sampled(shifts, inner, rate, orders))
 
 
 def _sampled(

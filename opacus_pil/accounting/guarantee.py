@@ -15,6 +15,17 @@ from .._validate import FloatArray, choice
 
 GUARANTEES = ("bound", "expectation_bound", "output_specific", "estimate")
 
+# Where the levels come from decides what a step may claim: constants or caps fixed before the run;
+# caps enforced but chosen during it; a full pass at this very step; anything older or partial;
+# nobody, between fixed batches.
+STRONGEST_LABEL = {
+    "fixed": "bound",
+    "enforced": "output_specific",
+    "measured": "output_specific",
+    "stale": "estimate",
+    "absent": "estimate",
+}
+
 
 def weakest(labels: Iterable[str]) -> str:
     """Return what a number may claim that was put together from numbers with these labels."""

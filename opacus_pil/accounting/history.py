@@ -7,7 +7,7 @@ be read from their single balances: it needs the levels they stood on at the sam
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,25 +120,12 @@ class History:
         except (KeyError, TypeError, ValueError) as error:
             raise LedgerError(f"Expected a readable history, got one with {error!r}.") from error
         made.steps = sum(kernel[3] for kernel in made._kernels)
-        step, row, level = moves
-        sound = (
-            step.ndim == row.ndim == level.ndim == 1
-            and len(step) == len(row) == len(level)
-            and bool((np.diff(step, prepend=0) >= 0).all())
-            and bool((step <= made.steps).all())
-            and bool(((row >= 0) & (row < size)).all())
-            and bool(((level >= 0) & (level <= num_levels)).all())
-            and all(
-                noise >= 0.0 and 0.0 <= rate <= 1.0 and count > 0
-                for noise, rate, _, count in made._kernels
-            )
-        )
-        if not sound:
+        if not (made._can_hold(*moves) and all(map(_possible, made._kernels))):
             raise LedgerError(
                 f"Expected a history of {size} instances on {num_levels} levels, in order of time, "
                 "got one that is not. Use an earlier copy."
             )
-        made._moves = [moves] if len(step) else []
+        made._moves = [moves] if len(moves[0]) else []
         return made
 
     def merged(self, other: History, order: IntArray) -> History:
@@ -164,6 +151,19 @@ class History:
 
     # --- inside -------------------------------------------------------------------------------
 
+    def _can_hold(
+        self, step: npt.NDArray[Any], row: npt.NDArray[Any], level: npt.NDArray[Any]
+    ) -> bool:
+        """Whether moves are of this history's instances, levels and steps, in order of time."""
+        return (
+            step.ndim == row.ndim == level.ndim == 1
+            and len(step) == len(row) == len(level)
+            and bool((np.diff(step, prepend=0) >= 0).all())
+            and bool((step <= self.steps).all())
+            and bool(((row >= 0) & (row < self.size)).all())
+            and bool(((level >= 0) & (level <= self.num_levels)).all())
+        )
+
     def _joined(self) -> tuple[npt.NDArray[np.int32], ...]:
         """Return step, row and level of every move; keeps the joined arrays."""
         if not self._moves:
@@ -172,3 +172,9 @@ class History:
         if len(self._moves) > 1:
             self._moves = [tuple(np.concatenate(kind) for kind in zip(*self._moves, strict=True))]
         return self._moves[0]
+
+
+def _possible(kernel: Sequence[Any]) -> bool:
+    """Whether a saved kernel may be that of some steps."""
+    noise, rate, _, count = kernel
+    return noise >= 0.0 and 0.0 <= rate <= 1.0 and count > 0

@@ -92,9 +92,7 @@ class InstanceIds:
         assert self._ids is not None
         if not self._place:
             self._place = {value: row for row, value in enumerate(self._ids.tolist())}
-        if isinstance(ids, str | bytes) or np.ndim(ids) != 1:
-            raise TypeError(check.expected(name, "to be a sequence of instance ids", ids))
-        wanted = [item.item() if isinstance(item, np.generic) else item for item in ids]
+        wanted = _plain(ids, name)
         unknown = [item for item in wanted if item not in self._place]
         if unknown:
             few = ", ".join(map(repr, unknown[:5]))
@@ -105,6 +103,13 @@ class InstanceIds:
             )
         found = np.array([self._place[item] for item in wanted], dtype=np.int64)
         return check.index_array(name, found, size=len(self._ids))
+
+
+def _plain(ids: Any, name: str) -> list[Any]:
+    """Return a sequence of ids as plain texts or integers."""
+    if isinstance(ids, str | bytes) or np.ndim(ids) != 1:
+        raise TypeError(check.expected(name, "to be a sequence of instance ids", ids))
+    return [item.item() if isinstance(item, np.generic) else item for item in ids]
 
 
 def _checked(ids: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -1,6 +1,7 @@
 """The ledger: the accountant's state as numpy arrays and plain values, checked when it is read.
 
-Knows what a well-formed ledger is; not how a step changes it.
+Knows what a well-formed ledger is; not how a step changes it, nor how shards become one
+(`shards`).
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import numpy.typing as npt
 
 from .._validate import FloatArray
 from ..errors import LedgerError
-from .balances import relative_error
 from .filter import PrivacyFilter
-from .guarantee import GUARANTEES, weakest
+from .guarantee import GUARANTEES, STRONGEST_LABEL
 from .history import History
 
 VERSION = 3
@@ -24,17 +24,6 @@ _WITHOUT_REASONS = 2  # written by a release that kept none
 _UNEARNED = (
     "the ledger was written by a release that did not look at what ran: the label is its own"
 )
-
-# Where the levels come from decides what a step may claim: constants or caps fixed before the run;
-# caps enforced but chosen during it; a full pass at this very step; anything older or partial;
-# nobody, between fixed batches.
-STRONGEST_LABEL = {
-    "fixed": "bound",
-    "enforced": "output_specific",
-    "measured": "output_specific",
-    "stale": "estimate",
-    "absent": "estimate",
-}
 
 
 @dataclass(frozen=True)
@@ -88,18 +77,7 @@ class Ledger:
         Raises:
             LedgerError: A key is missing, the version is unknown, or a value cannot be right.
         """
-        names = [field.name for field in fields(cls)]
-        if state.get("version") == _WITHOUT_REASONS and "reasons" not in state:
-            earlier = {_UNEARNED: int(state.get("steps", 0))} if state.get("steps") else {}
-            state = {**state, "version": VERSION, "reasons": earlier}
-        missing = [name for name in ["version", *names] if name not in state]
-        if missing:
-            raise LedgerError(f"Expected a ledger with the keys {names}, got none for {missing}.")
-        if state["version"] != VERSION:
-            raise LedgerError(
-                f"Expected ledger version {VERSION}, got version={state['version']!r}. "
-                "Install the release that wrote it."
-            )
+        state = _of_this_version(state, [field.name for field in fields(cls)])
         try:
             ledger = cls(
                 orders=_array(state["orders"], np.float64),
@@ -132,9 +110,19 @@ class Ledger:
             history=ledger._read_history(state["history"]),
         )
 
+    def require_same_frame(self, other: Ledger) -> None:
+        """Raise unless `other` is on the same orders and levels."""
+        for name in ("orders", "sensitivities"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not np.array_equal(mine, theirs):
+                raise LedgerError(
+                    f"Expected a ledger with the same {name} ({len(mine)} values), got "
+                    f"{len(theirs)} other ones. Construct the accountant with the ledger's {name}."
+                )
+
     def require_same_instances(self, other: Ledger) -> None:
         """Raise unless `other` is a ledger of the same instances on the same orders and levels."""
-        self._require_same_frame(other)
+        self.require_same_frame(other)
         if len(other.level) != len(self.level):
             raise LedgerError(
                 f"Expected a ledger of {len(self.level)} instances, got {len(other.level)}. "
@@ -172,126 +160,6 @@ class Ledger:
             )
         return read
 
-    def merged(self, other: Ledger) -> Ledger:
-        """Return the ledger of both shards' instances, ordered by id; no repeats pending in either,
-        unless they are the same.
-
-        Raises:
-            LedgerError: Ids in common, other orders or levels, or other steps.
-        """
-        self._require_same_frame(other)
-        common = np.intersect1d(self.instance_ids, other.instance_ids)
-        if len(common):
-            raise LedgerError(
-                f"Expected shards of distinct instances, got {len(common)} in common "
-                f"(first: {common[0]}). Merge each shard once."
-            )
-        if not self.same_sums(other):
-            own = self._raised_to(other.base[-2])
-            return own.merged(other._against(own))
-        for name in ("caps", "privacy_filter", "history"):
-            if (getattr(self, name) is None) != (getattr(other, name) is None):
-                raise LedgerError(f"Expected {name} in both shards or in neither, got it in one.")
-        ids = np.concatenate([self.instance_ids, other.instance_ids])
-        order = np.argsort(ids, kind="stable")
-
-        def joined(name: str) -> npt.NDArray[Any]:
-            return np.concatenate([getattr(self, name), getattr(other, name)])[order]
-
-        weakest_source = max(self.source, other.source, key=list(STRONGEST_LABEL).index)
-        return replace(
-            self,
-            base=self.base.copy(),
-            unattributed=max(self.unattributed, other.unattributed),
-            level=joined("level"),
-            offset=joined("offset"),
-            infinite=joined("infinite"),
-            worst_infinite=self.worst_infinite or other.worst_infinite,
-            caps=None if self.caps is None else joined("caps"),
-            source=weakest_source,
-            guarantee=weakest([self.guarantee, other.guarantee]),
-            reasons={
-                why: max(self.reasons.get(why, 0), other.reasons.get(why, 0))
-                for why in [*self.reasons, *other.reasons]
-            },
-            instance_ids=ids[order],
-            privacy_filter=None
-            if self.privacy_filter is None or other.privacy_filter is None
-            else self.privacy_filter.merged(other.privacy_filter, order),
-            history=None
-            if self.history is None or other.history is None
-            else self.history.merged(other.history, order),
-        )
-
-    def same_sums(self, other: Ledger) -> bool:
-        """Whether offsets of both are against the same prefix sums."""
-        shared = ("flushes", "repeats", "noise_multiplier", "sample_rate", "steps")
-        same = all(getattr(self, name) == getattr(other, name) for name in shared)
-        return same and np.array_equal(self.base, other.base)
-
-    def settled(self, table: FloatArray) -> Ledger:
-        """Return the same ledger with its repeats of `table` (levels + 1, orders) in the sums."""
-        if not self.repeats:
-            return self
-        base = self.base + self.repeats * table
-        return replace(
-            self, base=base, flushes=self.flushes + 1, repeats=0, noise_multiplier=0.0,
-            sample_rate=0.0,
-        )  # fmt: skip
-
-    def _against(self, other: Ledger) -> Ledger:
-        """Return this ledger with offsets against the sums of `other`, rounded up.
-
-        Sums of shards differ by steps whose rows one of them did not know: everyone there paid the
-        highest level, at another rate or noise perhaps. Where both have as many such steps their
-        highest levels must agree.
-
-        Raises:
-            LedgerError: They do not: the shards were charged other steps.
-        """
-        slack = relative_error(max(self.flushes, other.flushes))
-        top, expected = self.base[-2], other.base[-2]
-        differ = bool((np.abs(top - expected) > 2.0 * slack * expected).any())
-        if self.steps != other.steps or (differ and self.unattributed == other.unattributed):
-            raise LedgerError(
-                f"Expected shards that were charged the same steps, got {other.steps} and "
-                f"{self.steps} steps or other noise. Charge every shard at every step."
-            )
-        before, after = self.base[self.level], other.base[self.level]
-        error = slack * (before + after + np.abs(self.offset))
-        shared = ("flushes", "repeats", "noise_multiplier", "sample_rate")
-        return replace(
-            self,
-            base=other.base,
-            offset=self.offset + (before - after) + error,
-            **{name: getattr(other, name) for name in shared},
-        )
-
-    def _raised_to(self, top: FloatArray) -> Ledger:
-        """Return this ledger on sums whose highest level is at least `top`, charges unchanged.
-
-        A reading never exceeds the highest level: joined shards need that of all of them.
-        """
-        extra = np.maximum(top - self.base[-2], 0.0)
-        if not extra.any():
-            return self
-        slack = relative_error(self.flushes + 1)
-        base = self.base.copy()
-        base[:-1] += extra
-        present = self.level != len(self.base) - 1
-        offset = self.offset.copy()
-        offset[present] += slack * (extra + np.abs(offset[present])) - extra
-        return replace(self, base=base, offset=offset, flushes=self.flushes + 1)
-
-    def _require_same_frame(self, other: Ledger) -> None:
-        for name in ("orders", "sensitivities"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if not np.array_equal(mine, theirs):
-                raise LedgerError(
-                    f"Expected a ledger with the same {name} ({len(mine)} values), got "
-                    f"{len(theirs)} other ones. Construct the accountant with the ledger's {name}."
-                )
-
     def _check(self) -> None:
         instances, rows = len(self.level), len(self.sensitivities) + 1
         shapes = {
@@ -322,6 +190,22 @@ class Ledger:
                 raise LedgerError(
                     f"Expected a ledger with {claim}, got one without. Use an earlier copy."
                 )
+
+
+def _of_this_version(state: Mapping[str, Any], names: list[str]) -> Mapping[str, Any]:
+    """Return a saved state with every key of this version, or refuse it."""
+    if state.get("version") == _WITHOUT_REASONS and "reasons" not in state:
+        earlier = {_UNEARNED: int(state.get("steps", 0))} if state.get("steps") else {}
+        state = {**state, "version": VERSION, "reasons": earlier}
+    missing = [name for name in ["version", *names] if name not in state]
+    if missing:
+        raise LedgerError(f"Expected a ledger with the keys {names}, got none for {missing}.")
+    if state["version"] != VERSION:
+        raise LedgerError(
+            f"Expected ledger version {VERSION}, got version={state['version']!r}. "
+            "Install the release that wrote it."
+        )
+    return state
 
 
 def _array(value: Any, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import _validate as check
+from .._validate import FloatArray
 from ..atomic_file import atomic_file
+from .guarantee import PerInstanceEpsilon
 from .rdp import rdp_to_epsilon
-
-if TYPE_CHECKING:
-    from .privacy_losses import PrivacyLosses
 
 ROW_GROUP = 1 << 16  # instances; a question about one of them reads one group
 ROWS_VERSION = "2"  # of the file's columns; under VERSION_KEY in its metadata
@@ -27,8 +26,52 @@ VERSION_KEY = b"opacus_pil.ledger_rows"
 Columns = Mapping[str, npt.ArrayLike]
 
 
+class Losses(Protocol):
+    """What rows are made of: an accountant, as far as it is read here."""
+
+    @property
+    def num_instances(self) -> int:
+        """Number of rows."""
+
+    @property
+    def orders(self) -> FloatArray:
+        """Rényi orders."""
+
+    @property
+    def instance_ids(self) -> npt.NDArray[Any]:
+        """Shape (instances,)."""
+
+    @property
+    def active(self) -> npt.NDArray[np.bool_]:
+        """Shape (instances,)."""
+
+    @property
+    def forgotten(self) -> npt.NDArray[np.bool_]:
+        """Shape (instances,)."""
+
+    @property
+    def sensitivities(self) -> FloatArray:
+        """Shape (instances,)."""
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a realised sum differs from the loss."""
+
+    @property
+    def realised_guarantee(self) -> str:
+        """Label of the realised sum."""
+
+    def get_epsilon(
+        self, delta: float, *, indices: npt.ArrayLike | None = None
+    ) -> PerInstanceEpsilon:
+        """Return ε of the instances asked for."""
+
+    def spent_rdp(self, indices: npt.ArrayLike | None = None) -> FloatArray:
+        """Return the realised sum of the instances asked for."""
+
+
 def ledger_chunks(
-    losses: PrivacyLosses,
+    losses: Losses,
     *,
     delta: float | None = None,
     columns: Columns | None = None,

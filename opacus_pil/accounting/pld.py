@@ -156,18 +156,13 @@ def _epsilon(steps: list[Step], delta: float, interval: float) -> float:
     distributions = _distributions()
     probability = _validate.delta(delta)
     spacing = _validate.real("value_discretization_interval", interval, low=0.0, open_low=True)
-    steps = [step for step in steps if step[0].size and step[2] > 0 and step[3] > 0]
+    steps = [step for step in steps if _costs(*step)]
     if not steps:
         return 0.0
-    if any(step[1] == 0 for step in steps):
+    if any(noise == 0 for _, noise, _, _ in steps):
         return math.inf
 
-    rdp = np.zeros(len(DEFAULT_ORDERS))
-    for values, noise, rate, count in steps:
-        rdp += count * group_rdp(
-            values, noise_multiplier=noise, sample_rate=rate, orders=DEFAULT_ORDERS
-        )
-    rdp *= 1.0 + 2.0 * len(steps) * _EPS
+    rdp = _composed_rdp(steps)
     bound = float(rdp_to_epsilon(rdp, orders=DEFAULT_ORDERS, delta=probability)[0])
     total = sum(step[3] for step in steps)
     kept = probability - _RESERVE - 4.0 * _EPS * total
@@ -175,16 +170,38 @@ def _epsilon(steps: list[Step], delta: float, interval: float) -> float:
     reach = max(float(rdp_to_epsilon(rdp, orders=DEFAULT_ORDERS, delta=1e-15)[0]), widest)
     if kept < probability / 2.0 or not reach < 1e4:
         return bound
-    spacing = max(spacing, reach / _POINTS)
+    negligible = probability * 1e-4
+    composed = _composed(
+        distributions, steps, max(spacing, reach / _POINTS), negligible=negligible / total
+    )
+    return min(bound, float(composed.get_epsilon_for_delta(kept - negligible)))
 
+
+def _costs(sensitivities: FloatArray, noise: float, rate: float, count: int) -> bool:
+    """Whether a run gives anything away, if only without noise."""
+    return bool(sensitivities.size and rate > 0 and count > 0)
+
+
+def _composed_rdp(steps: Sequence[Step]) -> FloatArray:
+    """Sum of the RDP of all steps at DEFAULT_ORDERS, rounded up."""
+    rdp = np.zeros(len(DEFAULT_ORDERS))
+    for values, noise, rate, count in steps:
+        rdp += count * group_rdp(
+            values, noise_multiplier=noise, sample_rate=rate, orders=DEFAULT_ORDERS
+        )
+    return np.asarray(rdp * (1.0 + 2.0 * len(steps) * _EPS))
+
+
+def _composed(
+    distributions: Any, steps: Sequence[Step], spacing: float, *, negligible: float
+) -> Any:
+    """Loss distribution of all steps, each up to `negligible` total variation."""
     composed = None
     for values, noise, rate, count in steps:
-        single = _single(distributions, values, noise, rate, spacing, probability * 1e-4 / total)
+        single = _single(distributions, values, noise, rate, spacing, negligible)
         many = single.self_compose(count) if count > 1 else single
         composed = many if composed is None else composed.compose(many)
-    assert composed is not None
-    tight = float(composed.get_epsilon_for_delta(kept - probability * 1e-4))
-    return min(bound, tight)
+    return composed
 
 
 def _widest_loss(sensitivities: FloatArray, noise: float) -> float:

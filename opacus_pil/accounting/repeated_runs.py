@@ -102,10 +102,16 @@ def _relations(
 ) -> Iterator[tuple[int, int, str]]:
     """Yield pairs of the kept runs that share a history, the earlier row first, and how."""
     sums = values.sum(axis=1)  # (runs, steps)
-    steps = sums.shape[1]
     below = ceiling * (1.0 - _ROUNDED_APART)
-    counts = np.stack([((own > 0.0) & (own < below)).sum(axis=0) for own in values])
-    lengths = steps - (sums[:, ::-1] > 0.0).argmax(axis=1)  # without zeros at the end
+    telling = np.stack([((own > 0.0) & (own < below)).sum(axis=0) for own in values])
+    yield from _alike_from_the_start(values, sums, telling, kept)
+    yield from _one_inside_another(values, sums, telling, kept)
+
+
+def _alike_from_the_start(
+    values: FloatArray, sums: FloatArray, telling: IntArray, kept: IntArray
+) -> Iterator[tuple[int, int, str]]:
+    steps = sums.shape[1]
     for place, run in enumerate(kept[:-1].tolist()):
         later = kept[place + 1 :]
         begin = _close(sums[run, :2], sums[later, :2], slack=2.0).all(axis=1)
@@ -114,23 +120,25 @@ def _relations(
             stretch = steps if together.all() else int(together.argmin())
             if stretch == steps:
                 yield run, other, _SAME
-            elif counts[run, 1:stretch].sum() >= _ENOUGH:
+            elif telling[run, 1:stretch].sum() >= _ENOUGH:
                 yield run, other, _FORKED
-    for run in kept.tolist():
-        if not counts[run].any():
-            continue
-        at = int((counts[run] > 0).argmax())  # a stretch that tells contains this step
+
+
+def _one_inside_another(
+    values: FloatArray, sums: FloatArray, telling: IntArray, kept: IntArray
+) -> Iterator[tuple[int, int, str]]:
+    lengths = sums.shape[1] - (sums[:, ::-1] > 0.0).argmax(axis=1)  # without zeros at the end
+    for run in kept[telling[kept].any(axis=1)].tolist():
+        at = int((telling[run] > 0).argmax())  # a stretch that tells contains this step
         alike = _close(sums[run, at], sums[kept, at + 1 :], slack=2.0)
         for row, column in np.argwhere(alike).tolist():
             other, shift = int(kept[row]), column + 1
             stretch = int(min(lengths[other] - shift, lengths[run]))
-            if other == run or counts[run, :stretch].sum() < _ENOUGH:
+            if other == run or telling[run, :stretch].sum() < _ENOUGH:
                 continue
             mine, theirs = slice(0, stretch), slice(shift, shift + stretch)
-            if (
-                _close(sums[run, mine], sums[other, theirs], slack=2.0).all()
-                and _close(values[run, :, mine], values[other, :, theirs]).all()
-            ):
+            cheap = _close(sums[run, mine], sums[other, theirs], slack=2.0).all()
+            if cheap and _close(values[run, :, mine], values[other, :, theirs]).all():
                 yield min(run, other), max(run, other), _SHIFTED
 
 

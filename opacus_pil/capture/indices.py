@@ -28,6 +28,7 @@ from ..errors import UnsupportedError
 from .collate import DEFAULT, GIVEN, ProvingCollate, RowOrder, keeps_order
 from .draws import Draw, SplitPasses
 from .passes import Pass, Resumable, started
+from .randomness import Seen, generator_mark
 from .shards import RecordingShardSampler
 
 NOT_HANDED_OUT = RowOrder(
@@ -70,6 +71,8 @@ class BatchTracker:
 
     Attributes:
         skipped: Draws that were handed out and made no step while others did, since `settle`.
+        rate: Largest probability that a row was drawn with; 0: nothing was drawn yet.
+        coins_repeated: Whether batches were drawn by coins that had drawn others.
     """
 
     def __init__(self) -> None:
@@ -82,24 +85,51 @@ class BatchTracker:
         self.split = SplitPasses()  # knows the draws when Opacus's BatchMemoryManager loads
         self._draw: Draw | None = None
         self._order = NOT_HANDED_OUT
+        self._trained: weakref.WeakSet[Any] = weakref.WeakSet()  # passes with a claimed batch
         self._stepped = False  # a batch of this pass was claimed
         self._evaluated = True  # every batch of this pass was handed out with gradients off
+        self.rate = 0.0
+        self.coins_repeated = False
+        self.coins = Seen()
+        self.midway: Callable[[], bool] = bool  # whether a claimed batch waits for its step
+        # Told at the end of a pass of draws that made no step, and whether others did: there may
+        # be no further step to say it at. Answers whether it was taken down.
+        self.skipped_at_end: Callable[[bool], bool] = lambda stepped: False
         self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
+
+    def draws(self, generator: Any, rate: float) -> None:
+        """A sampler is about to throw a batch's coins."""
+        self.coins_repeated |= self.coins.again(generator_mark(generator))
+        self.rate = max(self.rate, float(rate))
+
+    def forget_randomness(self) -> None:
+        """The generators were put back on purpose, together with the ledgers."""
+        self.coins.forget()
+        self.coins_repeated = False
 
     def begin(self, running: Pass) -> None:
         """A sampler starts a pass: a batch of an older one is no longer the current batch.
 
         A loop may be left where it likes, at a public number of steps: the batch that was in hand
-        then is no skipped draw; those before it are.
+        then is no skipped draw; those before it are. A loop that looks through the data in between
+        is not left.
         """
         self.split.begin(running)
         if not self._explicit:
-            self._close(self.handed_out - 1)
+            left = self._owner is None or self._owner() is None
+            self._close(self.handed_out - int(left))
 
-    def end(self) -> None:
-        """A pass was gone through to its end: what nobody claimed of it was skipped."""
+    def end(self, owner: object) -> None:
+        """A pass was gone through to its end: what no step has used of it was skipped."""
         if not self._explicit:
-            self._close(self.handed_out)
+            self._stepped |= owner in self._trained
+            self._close(self.handed_out + self.midway())
+
+    def exhausted(self) -> None:
+        """The sampler has no more batches; of one that Opacus's manager reads that is the end."""
+        if self.split.left_out and not self._explicit:
+            self.skipped += 1
+            self._tell(stepped=True)
 
     def publish(
         self,
@@ -140,6 +170,9 @@ class BatchTracker:
             order = GIVEN if rows is not None else NOT_HANDED_OUT
             fresh = int(rows is not None)
         self.skipped += max(fresh - passes, 0)
+        owner = None if self._owner is None else self._owner()
+        if owner is not None:
+            self._trained.add(owner)
         self._rows, self._owner, self.handed_out, self.unclaimed = None, None, 0, 0
         self._stepped = True
         if rows is not None and not self._explicit and self.split.interfering:
@@ -159,6 +192,12 @@ class BatchTracker:
         """Return the number of skipped draws and count anew."""
         skipped, self.skipped = self.skipped, 0
         return skipped
+
+    def resume(self, skipped: int) -> None:
+        """Go on where another training stood: nothing in hand, so many draws skipped."""
+        self.skipped = 0
+        self._close(0)
+        self._owner, self.unclaimed, self.skipped = None, 0, skipped
 
     @property
     def in_hand(self) -> bool:
@@ -190,8 +229,13 @@ class BatchTracker:
         # Whoever only evaluates, with gradients off, makes no step of any draw of the pass.
         if self._stepped or not self._evaluated:
             self.skipped += max(skipped, 0)
+        self._tell(stepped=self._stepped)
         self._rows, self.handed_out = None, 0
         self._stepped, self._evaluated = False, True
+
+    def _tell(self, *, stepped: bool) -> None:
+        if self.skipped and self.skipped_at_end(stepped):
+            self.skipped = 0
 
 
 class RecordingSampler(Resumable, UniformWithReplacementSampler):
@@ -230,13 +274,18 @@ class RecordingSampler(Resumable, UniformWithReplacementSampler):
     def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        running = self.begin(self._draw, redrawn=True)
+        running = self.begin(self._draw, redrawn=True, closed=self._tracker.exhausted)
         self._tracker.begin(running)
         self.emitted = running.emitted
         return running
 
     def _draw(self, count: int) -> Iterator[list[int]]:
-        for rows in itertools.islice(super().__iter__(), count):
+        source = super().__iter__()
+        for _ in itertools.repeat(None, count):
+            self._tracker.draws(self.generator, self.sample_rate)
+            rows = next(source, None)
+            if rows is None:
+                return
             if self.population is not None:
                 rows = self.population[rows].tolist() if rows else []
             yield rows
@@ -295,7 +344,7 @@ class Batches:
             batch = next(self._batches)
         except StopIteration:
             if not self.finished:
-                self._loader.tracker.end()
+                self._loader.tracker.end(self)
             self.finished = True
             raise
         except BaseException:

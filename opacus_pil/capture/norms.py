@@ -33,6 +33,7 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from ..errors import UnsupportedError
 from .clipping import clip_factors
 from .ghost import GhostSeam
+from .randomness import generator_mark
 from .recorder import Recorder
 
 
@@ -40,6 +41,22 @@ class _Recording:
     """What all recording optimizers share. Mixed in before the Opacus class."""
 
     recorder: Recorder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refuse: torch would leave the copy without its plain optimizer, and this class broken.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "Expected one private optimizer for one accounted training, got a copy of it, whose "
+            "steps nobody would charge. Copy the plain module and build a plain optimizer for it, "
+            "or save optimizer.state_dict()."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, for the same reason."""
+        return self.__deepcopy__({})
 
     def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
         """Attach a hook; once privacy is accounted, add it after the accounting, with a warning."""
@@ -69,8 +86,17 @@ class _Recording:
         super().signal_skip_step(do_skip)  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Clear gradients as Opacus does, and the captures that belonged to them."""
+        """Clear gradients as Opacus does, and the captures that belonged to them.
+
+        Those of frozen parameters too, which Opacus keeps: unfrozen later, they would be in the sum
+        of a step that their rows were not drawn for.
+        """
         super().zero_grad(set_to_none)  # type: ignore[misc]
+        for p in held(self):
+            if not p.requires_grad and getattr(p, "grad_sample", None) is not None:
+                p.grad_sample = None
+            if not p.requires_grad and not self._is_last_step_skipped:  # type: ignore[attr-defined]
+                p.summed_grad = None
         if not self._is_last_step_skipped:  # type: ignore[attr-defined]
             self.recorder.clear()
 
@@ -81,10 +107,33 @@ class _Recording:
         self.recorder.noised = bool(moves) and bool(self.params)  # type: ignore[attr-defined]
         return moves
 
+    def scale_grad(self) -> None:
+        """Divide as Opacus does, and remember the noised gradients: nothing may touch them now."""
+        super().scale_grad()  # type: ignore[misc]
+        self._remember()
+
+    def reduce_gradients(self) -> None:
+        """Join the processes' gradients as Opacus's distributed optimizers do, likewise."""
+        whole = self.recorder.untouched()
+        super().reduce_gradients()  # type: ignore[misc]
+        if whole:
+            self._remember()
+
+    def _remember(self) -> None:
+        self.recorder.remember(self.params)  # type: ignore[attr-defined]
+
     def noise_std(self) -> float:
         """Return the standard deviation of the noise that Opacus adds to the sum right now."""
         optimizer: Any = self
         return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
+
+    def _noise_mark(self) -> int | None:
+        """Return where the noise is drawn from; None: none is, or nobody can say."""
+        optimizer: Any = self
+        rank = getattr(optimizer, "rank", 0)  # of several processes the first one adds the noise
+        if rank or optimizer.secure_mode or not optimizer.params or not self.noise_std():
+            return None
+        return generator_mark(optimizer.generator, optimizer.params[0].device)
 
     def add_noise(self) -> None:
         """Add noise as Opacus does, noting how much, to what, and whether the clip has held."""
@@ -93,13 +142,22 @@ class _Recording:
         sums = [p.summed_grad for p in parameters]
         self.recorder.before_noise([s for s in sums if s is not None])
         self.recorder.noise(self.noise_std())
+        if self.recorder.noise_seen.again(self._noise_mark()):
+            self.recorder.note("noise_repeated")
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
-        noised = {id(p) for p in parameters}
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        raw = [p for p in held if id(p) not in noised and _moves(p)]
-        if raw:
-            self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
+        everything = held(optimizer)
+        if len(everything) > len(parameters):  # else all of them were noised
+            noised = {id(p) for p in parameters}
+            raw = [p for p in everything if id(p) not in noised and _moves(p)]
+            if raw:
+                found = f"{len(raw)} of {len(everything)} parameter tensors"
+                self.recorder.note("not_noised", found)
+
+
+def held(optimizer: Any) -> list[Any]:
+    """Return every parameter of an optimizer, the frozen ones included."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _moves(parameter: torch.Tensor) -> bool:
@@ -109,6 +167,8 @@ def _moves(parameter: torch.Tensor) -> bool:
 
 class PlainStep:
     """Called before every step of the plain optimizer; reports one that no noise was added for.
+
+    Also one whose noised gradients somebody has written to since.
 
     Holds nothing alive, and a copy of the optimizer does not report to this training.
     """
@@ -132,8 +192,10 @@ class PlainStep:
         if recorder is None:
             return
         expected, recorder.noised = recorder.noised, False
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if not expected and recorder.unnoised_step is not None and any(map(_moves, held)):
+        if expected:
+            if recorder.changed_step is not None and not recorder.untouched():
+                recorder.changed_step()
+        elif recorder.unnoised_step is not None and any(map(_moves, held(optimizer))):
             recorder.unnoised_step()
 
 
@@ -158,8 +220,8 @@ def _chain(first: Callable[[Any], None], second: Callable[[Any], None], optimize
 
 
 def _norms_of(samples: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return each row's gradient norm for every parameter, as Opacus forms it."""
-    return [g.reshape(len(g), -1).norm(2, dim=-1) for g in samples]
+    """Return each row's gradient norm for every parameter, as Opacus forms it; of no row, none."""
+    return [g.reshape(len(g), math.prod(g.shape[1:])).norm(2, dim=-1) for g in samples]
 
 
 def _norms_over(layers: list[torch.Tensor]) -> torch.Tensor:
@@ -178,6 +240,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip and sum with Opacus's arithmetic, bit for bit, keeping the norms."""
+        passes = self.accumulated_iterations  # first: Opacus says so where parameters disagree
         samples = self.grad_samples
         if len(samples[0]) == 0:
             norms = torch.zeros((0,), device=samples[0].device)
@@ -189,11 +252,11 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
         )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
-        kept = None if caps is None or bool((caps > 0).all()) else caps > 0
+        kept = None if caps is None or self.recorder.everyone_in else caps > 0
         if kept is not None:
             factors = factors[kept]
         for p in self.params:
@@ -217,6 +280,7 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
         The bounds in force are the list that clips; `max_grad_norm`, which the noise follows, is
         another attribute, and a schedule of Opacus changes that one only.
         """
+        passes = self.accumulated_iterations
         samples = self.grad_samples
         # Opacus pairs parameters and bounds up to the shorter list: who has none is not clipped.
         bounds = [*map(float, self.max_grad_norms), *[math.inf] * len(samples)][: len(samples)]
@@ -229,7 +293,7 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
             _norms_over(clipped),
             max_grad_norm=math.hypot(*bounds),
             rounding=_coarsest(samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
             allowed=torch.stack([norm.sum().to(device) for norm in clipped]),
         )
         super().clip_and_accumulate()
@@ -240,12 +304,13 @@ class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Record the norms, then clip, count and sum as Opacus does."""
+        passes = self.accumulated_iterations
         norms = _norms_over(_norms_of(self.grad_samples))
         self.recorder.capture(
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(self.grad_samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
         )
         super().clip_and_accumulate()
 

@@ -6,6 +6,7 @@ which label a step has earned is `training/evidence.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from ..errors import UnsupportedError
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
 from .indices import BatchTracker
+from .randomness import Seen
 
 _OUT_OF_STEP = (
     "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
@@ -61,6 +63,9 @@ class StepRecord:
         noise_std: Standard deviation of the noise on the sum, as it was when it was added; None: no
             noise was seen.
         unfinite: Shape (batch,), rows whose gradient was not finite.
+        factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
+            None: layers were clipped one by one.
+        parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
 
@@ -75,6 +80,8 @@ class StepRecord:
     copies: int = 1
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
+    factors: FloatArray | None = None
+    parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
 
 
@@ -91,7 +98,9 @@ class _Capture:
     unclaimed: int  # batches that loaders had given since the one before
     passes: int
     foreign: bool  # a batch that no loader had just handed out
-    allowed: torch.Tensor  # most that the sum can be, over all layers or of each
+    limits: FloatArray | None  # of each row, where caps are in force
+    allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
+    phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
 class Recorder:
@@ -121,19 +130,26 @@ class Recorder:
         publish: Any = None,
     ) -> None:
         self.tracker = tracker
+        tracker.midway = lambda: self.midway
         self.caps = caps
         self.publish = publish
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
         self.guards: list[Callable[[], None]] = []  # each may refuse the step that begins
         self.guarded = False  # True once the accounting hook is attached and must stay
+        self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
+        self.noise_seen = Seen()
+        self.changed_step: Callable[[], None] | None = None  # and of one by a changed gradient
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
         self._captures: list[_Capture] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
+        self._lasting: dict[Fact, None] = {}
         self._noise_std: float | None = None
-        self._exceeded: torch.Tensor | None = None
+        self._sums: torch.Tensor | None = None  # norm of each layer's clipped sum
+        self._sum_rounding = 0.0
+        self._noised: list[tuple[Any, tuple[int, int]]] = []  # parameters, and what they step by
 
     @property
     def midway(self) -> bool:
@@ -142,12 +158,23 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
-        self._captures, self._facts = [], {}
-        self._noise_std, self._exceeded = None, None
+        self.tracker.skipped += bool(self._captures)  # of a draw that was used for nothing
+        self._reset()
 
-    def note(self, code: str, detail: str = "") -> None:
-        """Keep a fact about the step under way."""
-        self._facts.setdefault(Fact(code, detail))
+    def _reset(self) -> None:
+        self._captures, self._facts = [], {}
+        self._noise_std, self._sums = None, None
+
+    def note(self, code: str, detail: str = "", *, lasting: bool = False) -> None:
+        """Keep a fact about the step under way.
+
+        Args:
+            code: What it is.
+            detail: What was found.
+            lasting: Keep it for all later steps too, and when gradients are dropped, which ghost
+                clipping does between its two backward passes.
+        """
+        (self._lasting if lasting else self._facts).setdefault(Fact(code, detail))
 
     def capture(
         self,
@@ -192,27 +219,25 @@ class Recorder:
         elif rows is not None and len(rows) != len(norms):
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
             rows = None
-        caps = dropped = None
+        caps = dropped = limits = None
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
             self._require_enforceable(rows, draw, coarsest, mismatch)
             if phantom:
+                self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
             else:
                 assert rows is not None
-                caps = torch.as_tensor(self.caps(rows), device=norms.device, dtype=norms.dtype)
+                limits = self.caps(rows)
+                self.everyone_in = bool((limits.astype(np.float32) > 0.0).all())
+                caps = torch.as_tensor(limits, device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
-        if allowed is None:
-            bounds: Any = max_grad_norm if caps is None or phantom else caps * max_grad_norm
-            limits = torch.as_tensor(bounds).to(norms)  # NaN of a row that is left out stays out
-            clipped = torch.where(limits > 0, torch.minimum(norms, limits), 0.0)
-            allowed = clipped.sum() + (max_grad_norm if phantom else 0.0)
         self._captures.append(
             _Capture(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, allowed.detach(),
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, phantom,
             )
         )  # fmt: skip
         return caps
@@ -223,7 +248,7 @@ class Recorder:
             guard()
 
     def before_noise(self, sums: Sequence[torch.Tensor]) -> None:
-        """Hold the clipped sums against what their rows allow, on their device.
+        """Keep how large the clipped sums are, on their device, to be held against their rows.
 
         A tripwire: a sum above it shows that clipping did not hold. One below it shows nothing: it
         does not see rows that depend on each other, a batch used twice, or gradients that cancel.
@@ -233,15 +258,19 @@ class Recorder:
         """
         if not sums or not self._captures:
             return
-        device = sums[0].device
-        parts = torch.stack([norm.to(device) for norm in torch._foreach_norm(list(sums))])
-        limits = [c.allowed.to(device, parts.dtype) for c in self._captures]
-        rows = sum(len(c.norms) for c in self._captures)
-        eps = max(torch.finfo(s.dtype).eps for s in sums)
-        slack = 1.0 + _TRIPWIRE_SLACK + rows * eps
-        limit = torch.stack(limits).sum(dim=0) * slack
-        found = parts if limit.ndim else parts.norm(2)
-        self._exceeded = (found > limit + torch.finfo(parts.dtype).tiny).any()
+        norms = list(torch._foreach_norm(list(sums)))
+        if any(s.device != sums[0].device for s in sums):
+            norms = [norm.to(sums[0].device) for norm in norms]
+        self._sums = torch.stack(norms)
+        self._sum_rounding = max(torch.finfo(s.dtype).eps for s in sums)
+
+    def remember(self, parameters: Sequence[Any]) -> None:
+        """Note the noised gradients as they are, by which the model is to move."""
+        self._noised = [(p, written(p.grad)) for p in parameters if p.grad is not None]
+
+    def untouched(self) -> bool:
+        """Whether the gradients noted by `remember` are as they were then."""
+        return all(p.grad is not None and written(p.grad) == seen for p, seen in self._noised)
 
     def noise(self, std: float) -> None:
         """Note the standard deviation of the noise that is being added to the sum.
@@ -257,12 +286,15 @@ class Recorder:
         Args:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
-        captures, facts, std = self._captures, list(self._facts), self._noise_std
-        norms, exceeded = _joined([c.norms for c in captures], self._exceeded)
-        self.clear()
+        captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
+        norms, sums, allowed = _joined(captures, self._sums)
+        exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
+        self._reset()
         skipped = self.tracker.settle()
         if skipped:
             facts.append(Fact("draw_skipped"))
+        if self.tracker.coins_repeated:
+            facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
         if any(c.foreign for c in captures):
@@ -293,6 +325,8 @@ class Recorder:
             copies=copies,
             noise_std=std,
             unfinite=~np.isfinite(norms),
+            factors=_factors(captures, unclipped),
+            parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )
 
@@ -320,6 +354,11 @@ class Recorder:
                 "drawn into each would enter the step with a cap for every time. Step after every "
                 "batch, or split large batches with opacus_pil.BatchMemoryManager."
             )
+
+
+def written(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when somebody replaces a tensor or writes to it."""
+    return tensor.data_ptr(), tensor._version
 
 
 def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) -> None:
@@ -366,19 +405,72 @@ def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
     return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
 
 
+def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
+    """Return what Opacus multiplied each gradient with; None: no one number per row."""
+    if any(c.allowed is not None for c in captures):
+        return None
+    ones = [np.ones(len(c.norms)) if c.limits is None else c.limits for c in captures]
+    parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
+    bounds = np.concatenate(parts) if parts else np.empty(0)
+    return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
+
+
 def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:
     unknown = sum(c.draw is None for c in captures)
     passes = sum(c.passes for c in captures if c.passes > 1)
     return max(len(draws) + unknown, passes, sum(c.unclaimed for c in captures), 1)
 
 
-def _joined(parts: list[torch.Tensor], exceeded: torch.Tensor | None) -> tuple[FloatArray, bool]:
-    """Return all norms and whether the tripwire fired, in one transfer from the device."""
+def _joined(
+    captures: list[_Capture], sums: torch.Tensor | None
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """Return norms, layers' sums and what layers allow, in one transfer from the device."""
+    parts = [c.norms for c in captures]
+    layers = [c.allowed for c in captures if c.allowed is not None]
+    rows = sum(map(len, parts))
+    last = rows if sums is None else rows + len(sums)
+    parts = [*parts, *([] if sums is None else [sums]), *layers]
     if not parts:
-        return np.empty(0), exceeded is not None and bool(exceeded)
+        return np.empty(0), np.empty(0), None
+    device = parts[0].device
+    if any(p.device != device for p in parts):
+        parts = [p.to(device) for p in parts]
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if exceeded is None:
-        return together.to("cpu", torch.float64).numpy(), False
-    flag = exceeded.to(together).reshape(1)
-    found = torch.cat([together, flag]).to("cpu", torch.float64).numpy()
-    return found[:-1], bool(found[-1])
+    found: FloatArray = together.to("cpu", torch.float64).numpy()
+    return found[:rows], found[rows:last], _allowed(found[last:], [len(a) for a in layers])
+
+
+def _allowed(found: FloatArray, sizes: list[int]) -> FloatArray | None:
+    """Return what each layer's sum may be; over all layers, if parts of the step trained others."""
+    if not sizes:
+        return None
+    parts = np.split(found, np.cumsum(sizes)[:-1])
+    if len(set(sizes)) > 1:
+        return np.array([sum(math.sqrt(float(part @ part)) for part in parts)])
+    together: FloatArray = np.sum(parts, axis=0)
+    return together
+
+
+def _exceeds(
+    captures: list[_Capture], norms: FloatArray, sums: FloatArray, layers: FloatArray | None, *,
+    rounding: float,
+) -> bool:  # fmt: skip
+    """Whether clipped sums are larger than their rows allow, over all layers or in one of them."""
+    if not len(sums):
+        return False
+    slack = 1.0 + _TRIPWIRE_SLACK + len(norms) * rounding
+    if layers is not None and len(layers) == len(sums):
+        return bool((sums > layers * slack).any())
+    if layers is not None:  # one limit, or parameters frozen since
+        return math.sqrt(float(sums @ sums)) > float(layers.sum()) * slack
+    limit, start = 0.0, 0
+    for part in captures:
+        own, start = norms[start : start + len(part.norms)], start + len(part.norms)
+        if part.limits is None:
+            limit += float(np.minimum(own, part.max_grad_norm).sum())
+        else:  # a row that caps leave out may hold NaN
+            kept = part.limits > 0.0
+            limit += float(np.minimum(own, part.limits * part.max_grad_norm)[kept].sum())
+        if part.phantom:  # Opacus's random row is in the sum and not here
+            limit += part.max_grad_norm
+    return math.sqrt(float(sums @ sums)) > limit * slack

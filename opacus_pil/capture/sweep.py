@@ -7,7 +7,7 @@ as they were, so that training with and without sweeps stays bit-identical.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.utils.data import default_collate
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .collate import keeps_order, order_of_rows
 from .randomness import untouched_generators
 from .row_losses import LossOf, moved_to, pair_loss
 
@@ -88,7 +89,8 @@ def sweep(
             tokens) joins them when the criterion does not say so itself.
         batch_first: As in Opacus: False if the batch is the inputs' second dimension.
         chunk_size: Instances per forward pass; bounds the memory.
-        collate_fn: Joins items to a batch. Default: torch's default_collate.
+        collate_fn: Joins items to a batch. Default: torch's default_collate. One that moves rows,
+            as by sorting them, is asked for each row alone.
         parameters: Names of the parameters that count. Default: all that require a gradient.
         layer_bounds: Clip bound of each parameter by name, where layers are clipped one by one: of
             each layer's norm what is left of it counts. Default: norms are unclipped.
@@ -114,14 +116,16 @@ def sweep(
     plain = plain_copy(module)
     _count_only(plain, parameters)
     join = default_collate if collate_fn is None else collate_fn
+    dimension = 0 if batch_first else 1
     device = next(plain.parameters()).device
     with untouched_generators(device) as moved:
         measure = _Measure(plain, loss_of, batch_first=batch_first, layer_bounds=layer_bounds)
         parts = []
         for start in range(0, len(rows), chunk_size):
-            chunk = rows[start : start + chunk_size]
-            batch = moved_to(join([dataset[int(row)] for row in chunk]), device)
-            parts.append(measure(batch, len(chunk)))
+            items = [dataset[int(row)] for row in rows[start : start + chunk_size]]
+            for batch, order in _batches(join, items, dimension=dimension):
+                found = measure(moved_to(batch, device), len(order))
+                parts.append(tuple(part[order] for part in found))
         deterministic = not moved()
     norms = np.concatenate([part[0] for part in parts]) if parts else np.empty(0)
     losses = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
@@ -132,6 +136,25 @@ def sweep(
             _require_finite(name, values, rows)
     outputs = np.concatenate([part[2] for part in parts]) if parts and keep_outputs else None
     return Sweep(rows, norms, losses, outputs, deterministic)
+
+
+def _batches(join: Any, items: list[Any], *, dimension: int) -> Iterator[tuple[Any, IntArray]]:
+    """Join items to one batch, or to one each where the batch does not show which row is whose.
+
+    Yields:
+        A batch, and the position in it of each of its items.
+    """
+    if keeps_order(join):
+        yield join(items), np.arange(len(items))
+        return
+    single = [join([copy.copy(item)]) for item in items]  # a collate function may take items apart
+    batch = join([copy.copy(item) for item in items])
+    order, _ = order_of_rows(batch, single, dimension=dimension)
+    if order is not None:
+        yield batch, np.argsort(order)
+        return
+    for one in single:
+        yield one, np.zeros(1, dtype=np.int64)
 
 
 def _linear_norms(
@@ -233,7 +256,7 @@ class _Measure:
         norms = self._wrapped.get_norm_sample()
         for parameter in self._module.parameters():
             parameter.grad = None
-        check.same_length("norms", norms.cpu().numpy(), "instances", size)
+        check.same_length("norms", _float64(norms), "instances", size)
         return _float64(norms), _float64(losses), seen.array(size)
 
 
@@ -254,7 +277,10 @@ class _LastOutput:
     def array(self, size: int) -> npt.NDArray[Any]:
         """The output as an array; of a record with logits (transformers) these."""
         output = getattr(self._output, "logits", self._output)
-        return output.detach().cpu().numpy() if torch.is_tensor(output) else np.empty(size)
+        if not torch.is_tensor(output):
+            return np.empty(size)
+        coarse = output.dtype is torch.bfloat16  # which numpy does not have
+        return (output.float() if coarse else output).detach().cpu().numpy()
 
 
 def _float64(values: torch.Tensor) -> FloatArray:

@@ -130,19 +130,26 @@ def checked_context(context: Iterable[str | Assumption]) -> Context:
         )
     found: list[str | Assumption] = []
     for item in context:
-        if not isinstance(item, str | Assumption):
-            raise TypeError(f"Expected context to hold codes, got {item!r}. Pass them by name.")
-        one = Assumption(item) if isinstance(item, str) and item in CONTEXT else item
-        if isinstance(one, str) or one.code not in CONTEXT:
-            raise CertificateError(unknown_code(one if isinstance(one, str) else one.code))
-        if one.of or not all(isinstance(v, tuple) or math.isfinite(v) for _, v in one.numbers):
-            raise CertificateError(
-                f"Expected a context code of one certificate with finite numbers, got {one!r}."
-            )
+        one = _checked_code(item)
         plain = one if one.numbers else one.code
         if plain not in found:
             found.append(plain)
     return tuple(found)
+
+
+def _checked_code(item: object) -> Assumption:
+    """Return one entry of a context as the assumption it stands for, or refuse it."""
+    if not isinstance(item, str | Assumption):
+        raise TypeError(f"Expected context to hold codes, got {item!r}. Pass them by name.")
+    code = item if isinstance(item, str) else item.code
+    if code not in CONTEXT:
+        raise CertificateError(unknown_code(code))
+    one = as_assumption(item)
+    if one.of or not all(isinstance(v, tuple) or math.isfinite(v) for _, v in one.numbers):
+        raise CertificateError(
+            f"Expected a context code of one certificate with finite numbers, got {one!r}."
+        )
+    return one
 
 
 def as_assumption(item: str | Assumption) -> Assumption:

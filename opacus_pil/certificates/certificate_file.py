@@ -87,21 +87,7 @@ def read_certificate(path: str | os.PathLike[str]) -> CertificateRecord:
 
     Source: JSON, RFC 8259; numbers are read as IEEE doubles, exactly as written.
     """
-    data = Path(path).read_bytes()
-    try:
-        content = json.loads(
-            data,
-            object_pairs_hook=_without_repetition,
-            parse_constant=_refused,
-            parse_float=_finite,
-        )
-    except (ValueError, RecursionError) as error:
-        raise LedgerError(
-            f"Expected {path} to be a certificate in JSON, got a file that cannot be read "
-            f"({error}). Use an earlier copy."
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise LedgerError(f"Expected {path} to be a certificate, got another kind of file.")
+    content = _content(path)
     version = content.get("version")
     if type(version) is not int or version not in FIELDS:
         raise LedgerError(
@@ -127,6 +113,26 @@ def read_certificate(path: str | os.PathLike[str]) -> CertificateRecord:
     for name in ("key_mac", "earlier_steps", "earlier_forgotten"):
         fields[name] = None
     return CertificateRecord(**fields, assumption_codes=(), version1=old)
+
+
+def _content(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the JSON object of a certificate file."""
+    data = Path(path).read_bytes()
+    try:
+        content = json.loads(
+            data,
+            object_pairs_hook=_without_repetition,
+            parse_constant=_refused,
+            parse_float=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        raise LedgerError(
+            f"Expected {path} to be a certificate in JSON, got a file that cannot be read "
+            f"({error}). Use an earlier copy."
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise LedgerError(f"Expected {path} to be a certificate, got another kind of file.")
+    return content
 
 
 def read_key(path: str | os.PathLike[str]) -> bytes:

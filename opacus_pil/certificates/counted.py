@@ -68,16 +68,37 @@ def count_mismatch(certificate: Certificate, run: Run, *, exact: bool = True) ->
         ("training steps", own.steps, run.training_steps, run.earlier_steps),
         ("forgotten instances", own.forgotten, run.forgotten, run.earlier_forgotten),
     ):
-        if not exact:
-            if count is not None and (count < said or (count != said and not before)):
-                return f"{count} {name} in the constants; the file says {said}"
-            continue
-        if earlier and not before:
-            return f"{earlier} {name} of earlier requests, of which there are none"
-        if count is None and earlier is not None:
-            return f"{earlier} earlier {name}, which nothing in the constants counts"
-        if count is not None and count != said + (earlier or 0):
-            return f"{count} {name} in the constants; the file says {said} + {earlier or 0}"
+        if exact:
+            wrong = _other_than(name, count, said, earlier, before=before)
+        else:
+            wrong = _less_than(name, count, said, before=before)
+        if wrong is not None:
+            return wrong
+    return _order_mismatch(own, run)
+
+
+def _other_than(
+    name: str, count: int | None, said: int, earlier: int | None, *, before: bool
+) -> str | None:
+    """Return how a count contradicts a file that says what earlier requests add."""
+    if earlier and not before:
+        return f"{earlier} {name} of earlier requests, of which there are none"
+    if count is None and earlier is not None:
+        return f"{earlier} earlier {name}, which nothing in the constants counts"
+    if count is not None and count != said + (earlier or 0):
+        return f"{count} {name} in the constants; the file says {said} + {earlier or 0}"
+    return None
+
+
+def _less_than(name: str, count: int | None, said: int, *, before: bool) -> str | None:
+    """Return how a count contradicts a file that does not say what earlier requests add."""
+    if count is not None and (count < said or (count != said and not before)):
+        return f"{count} {name} in the constants; the file says {said}"
+    return None
+
+
+def _order_mismatch(own: Counted, run: Run) -> str | None:
+    """Return how the order of steps contradicts the file."""
     if own.phases is not None and (
         len(own.phases) != run.earlier_requests + 1 or own.phases[0] != run.training_steps
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .assumptions import Assumption
@@ -54,12 +54,17 @@ def context_numbers(certificate: Certificate) -> dict[str, Any]:
 
 
 def _mismatch(certificate: Certificate) -> str | None:
-    left = {one.code for one in certificate.context if isinstance(one, Assumption)}
+    numbered = [one for one in certificate.context if isinstance(one, Assumption)]
     numbers: dict[str, Any] = {}
-    for one in certificate.context:
-        for name, value in one.numbers if isinstance(one, Assumption) else ():
-            if numbers.setdefault(name, value) != value:
-                return f"{name} is {numbers[name]!r} in one context and {value!r} in another"
+    for name, value in itertools.chain.from_iterable(one.numbers for one in numbered):
+        if numbers.setdefault(name, value) != value:
+            return f"{name} is {numbers[name]!r} in one context and {value!r} in another"
+    return _broken_rule(certificate, {one.code for one in numbered}, numbers)
+
+
+def _broken_rule(certificate: Certificate, codes: set[str], numbers: Numbers) -> str | None:
+    """Return which code does not give what its rule says, or belongs to no rule."""
+    left = set(codes)
     for rule in _RULES:
         if type(certificate) is rule.kind and left & rule.codes:
             missing = sorted(rule.codes - left)
@@ -80,23 +85,21 @@ def _full_batch(certificate: ContractionCertificate, n: Numbers) -> str | None:
     beta /= n["expected_batch_size"]
     eta, decay = n["step_size"], n["weight_decay"]
     factor = full_batch_factor(step_size=eta, weight_decay=decay, smoothness=beta)
-    # The digits of ηλ are what counts, 1 − ηλ would hide them; or of η(λ + β), where it expands.
-    large = 1.0 - factor < (1.0 - 1e-9) * eta * decay
-    slack = _SIX_DIGITS * eta * (decay + (beta if large else 0.0)) + 1e-12
     kept, noise = certificate.contraction, certificate.noise_std
-    if not (isinstance(kept, float) and isinstance(noise, float)) or (
-        certificate.unlearning_contraction is not None
-        or certificate.unlearning_noise_std is not None
-    ):
+    later = (certificate.unlearning_contraction, certificate.unlearning_noise_std)
+    if not (isinstance(kept, float) and isinstance(noise, float) and later == (None, None)):
         return "other constants at some steps"
-    if not abs(kept - factor) <= slack:
+    if not abs(kept - factor) <= _slack(factor, step_size=eta, decay=decay, growth=beta):
         return f"another contraction, {kept!r},"
     scale = eta * n["max_grad_norm"] / n["expected_batch_size"]
     if not _near(noise, scale * n["noise_multiplier"]):
         return f"other noise, {noise!r},"
-    # Whoever left earlier does not move the later steps: shifts may only become smaller.
-    shifts = certificate.shifts
-    if shifts and not _near(shifts[0], scale * n["cap_sum"] * SHIFT_ROUND_UP):
+    return _other_shifts(certificate.shifts, scale * n["cap_sum"] * SHIFT_ROUND_UP)
+
+
+def _other_shifts(shifts: Sequence[float], first: float) -> str | None:
+    """Return how shifts are others; whoever left earlier does not move the later steps."""
+    if shifts and not _near(shifts[0], first):
         return f"another shift, {shifts[0]!r},"
     if any(later > earlier for earlier, later in itertools.pairwise(shifts)):
         return "a larger shift at a later step"
@@ -126,8 +129,7 @@ def _known_batches(certificate: ContractionCertificate, n: Numbers) -> str | Non
             expected_batch_size=n["expected_batch_size"],
         )
     )
-    large = 1.0 - factor < (1.0 - 1e-9) * eta * decay
-    slack = _SIX_DIGITS * eta * (decay + (growth if large else 0.0)) + 1e-12
+    slack = _slack(factor, step_size=eta, decay=decay, growth=growth)
     kept = certificate.unlearning_contraction
     if kept is None or not abs(kept - factor) <= slack:
         return f"another unlearning contraction, {kept!r},"
@@ -175,6 +177,15 @@ _RULES = (
     _Rule(PoissonContractionCertificate, _ONE_OUTPUT, _mini_batches),
     _Rule(LangevinCertificate, frozenset({"replaced_records", "full_batch_descent"}), _stationary),
 )
+
+
+def _slack(factor: float, *, step_size: float, decay: float, growth: float) -> float:
+    """What a step's factor may be off, by the digits of what it comes from.
+
+    The digits of ηλ are what counts, 1 − ηλ would hide them; or of η(λ + β), where it expands.
+    """
+    expands = 1.0 - factor < (1.0 - 1e-9) * step_size * decay
+    return _SIX_DIGITS * step_size * (decay + (growth if expands else 0.0)) + 1e-12
 
 
 def _square(value: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CertificateError, OpacusPilError
@@ -139,22 +139,14 @@ def encoded(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        if math.isnan(value):
-            raise CertificateError(f"Expected {where} to be a number, got NaN.")
-        return value if math.isfinite(value) else dict(_INFINITY)
+        return _encoded_float(value, where)
     if isinstance(value, Certificate):
         name, constants = constants_of(value)
         return {"class": name, "constants": constants}
     if isinstance(value, Assumption):
         return {"code": value.code, **{n: encoded(v, where) for n, v in value.numbers}}
     if isinstance(value, list | tuple):
-        if len(value) > _LONGEST:
-            raise CertificateError(
-                f"Expected {where} to have at most {_LONGEST} entries, got {len(value)}."
-            )
-        items = [encoded(item, where) for item in value]
-        runs = [[item, len(list(same))] for item, same in itertools.groupby(items)]
-        return {"runs": runs} if 2 * len(runs) < len(items) else items
+        return _encoded_sequence(value, where)
     if callable(value):
         raise CertificateError(
             f"Expected {where} to be a number, got a function. A file cannot hold it, and a table "
@@ -162,6 +154,23 @@ def encoded(value: Any, where: str) -> Any:
             "be used, but not written."
         )
     raise CertificateError(f"Expected {where} to be a plain value, got {type(value).__name__}.")
+
+
+def _encoded_float(value: float, where: str) -> Any:
+    if math.isnan(value):
+        raise CertificateError(f"Expected {where} to be a number, got NaN.")
+    return value if math.isfinite(value) else dict(_INFINITY)
+
+
+def _encoded_sequence(value: Sequence[Any], where: str) -> Any:
+    """Return a list of the items, or how often each stands in a row where that is shorter."""
+    if len(value) > _LONGEST:
+        raise CertificateError(
+            f"Expected {where} to have at most {_LONGEST} entries, got {len(value)}."
+        )
+    items = [encoded(item, where) for item in value]
+    runs = [[item, len(list(same))] for item, same in itertools.groupby(items)]
+    return {"runs": runs} if 2 * len(runs) < len(items) else items
 
 
 def decoded(value: Any) -> Any:
@@ -175,18 +184,27 @@ def decoded(value: Any) -> Any:
     if set(value) == {"class", "constants"} and isinstance(value["constants"], dict):
         return rebuilt(value["class"], value["constants"])
     if isinstance(value.get("code"), str):
-        numbers = {name: decoded(item) for name, item in value.items() if name != "code"}
-        return assumption(value["code"], **numbers)
-    if set(value) == {"runs"} and isinstance(value["runs"], list):
-        pairs = value["runs"]
-        if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            counts = [count for _, count in pairs]
-            if all(type(count) is int and count > 0 for count in counts):
-                if sum(counts) > _LONGEST:
-                    raise CertificateError(
-                        f"Expected at most {_LONGEST} entries in a sequence, got {sum(counts)}."
-                    )
-                return tuple(
-                    itertools.chain.from_iterable([decoded(item)] * count for item, count in pairs)
-                )
+        return _decoded_assumption(**value)
+    if set(value) == {"runs"} and _are_runs(value["runs"]):
+        return _decoded_runs(value["runs"])
     raise CertificateError(f"Expected a constant, got {str(value)[:80]}.")
+
+
+def _decoded_assumption(code: str, **numbers: Any) -> Assumption:
+    return assumption(code, **{name: decoded(item) for name, item in numbers.items()})
+
+
+def _are_runs(pairs: Any) -> bool:
+    """Whether these are pairs of an item and how often it stands in a row."""
+    return (
+        isinstance(pairs, list)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        and all(type(count) is int and count > 0 for _, count in pairs)
+    )
+
+
+def _decoded_runs(pairs: list[list[Any]]) -> tuple[Any, ...]:
+    total = sum(count for _, count in pairs)
+    if total > _LONGEST:
+        raise CertificateError(f"Expected at most {_LONGEST} entries in a sequence, got {total}.")
+    return tuple(itertools.chain.from_iterable([decoded(item)] * count for item, count in pairs))

@@ -120,6 +120,18 @@ class LangevinCertificate(Certificate):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(_validate.expected(name, "to be True or False", value))
+        self._check_divergences()
+        if self.two_sided and self.reference == "retrained":
+            raise CertificateError(
+                'Expected two_sided=False for reference="retrained", got two_sided=True. '
+                "That bound is known for D(unlearned ‖ retrained) only."
+            )
+        checked["context"] = checked_context(self.context)
+        for name, result in checked.items():
+            object.__setattr__(self, name, result)
+
+    def _check_divergences(self) -> None:
+        """Raise unless both functions are there for "retrained", and neither otherwise."""
         needed = self.reference == "retrained"
         for name in ("retrained_to_stationary", "stationary_to_retrained"):
             value = getattr(self, name)
@@ -131,14 +143,6 @@ class LangevinCertificate(Certificate):
                 )
             if needed and not callable(value):
                 raise TypeError(_validate.expected(name, "to be a function of the order", value))
-        if self.two_sided and needed:
-            raise CertificateError(
-                'Expected two_sided=False for reference="retrained", got two_sided=True. '
-                "That bound is known for D(unlearned ‖ retrained) only."
-            )
-        checked["context"] = checked_context(self.context)
-        for name, result in checked.items():
-            object.__setattr__(self, name, result)
 
     @staticmethod
     def chien2024(

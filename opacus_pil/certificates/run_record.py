@@ -98,19 +98,8 @@ def certificate_record(
             )
         )
     ids = _identifiers(forgotten)
-    for name, value in (("model_before", model_before), ("model_after", model_after)):
-        if not is_hex(value):
-            raise ValueError(
-                _validate.expected(
-                    name, "to be a SHA-256 in hex", value, "Use unlearning.model_hash."
-                )
-            )
-    if epsilon == math.inf:
-        raise CertificateError(
-            "Expected a finite epsilon to certify, got inf. It says nothing: run more steps."
-        )
-    claimed = _validate.epsilon(epsilon)
-    target = _validate.real("target_epsilon", target_epsilon, low=0.0)
+    _require_hashes(model_before=model_before, model_after=model_after)
+    claimed, target = _checked_epsilon(epsilon, target_epsilon)
     own = certificate.epsilon(delta=delta, steps=steps)
     if not own * (1.0 - TOLERANCE) <= claimed <= target * (1.0 + TOLERANCE):
         raise CertificateError(
@@ -137,7 +126,7 @@ def certificate_record(
             raise CertificateError(f"Expected the certificate of this run, got {wrong}.")
     key = None if plain_ids else secrets.token_bytes(32)
     record = CertificateRecord(
-        forgotten=tuple(ids) if key is None else tuple(sorted(hashed_id(i, key=key) for i in ids)),
+        forgotten=_written_ids(ids, key),
         ids_hashed=not plain_ids,
         key_mac=None,
         number_forgotten=len(ids),
@@ -164,6 +153,30 @@ def certificate_record(
     if key is not None:
         record = dataclasses.replace(record, key_mac=record.computed_mac(key=key))
     return dataclasses.replace(record, checksum=record.computed_checksum())
+
+
+def _require_hashes(**models: str) -> None:
+    for name, value in models.items():
+        if not is_hex(value):
+            raise ValueError(
+                _validate.expected(
+                    name, "to be a SHA-256 in hex", value, "Use unlearning.model_hash."
+                )
+            )
+
+
+def _checked_epsilon(epsilon: float, target: float) -> tuple[float, float]:
+    """Return ε and the target that it was asked for."""
+    if epsilon == math.inf:
+        raise CertificateError(
+            "Expected a finite epsilon to certify, got inf. It says nothing: run more steps."
+        )
+    return _validate.epsilon(epsilon), _validate.real("target_epsilon", target, low=0.0)
+
+
+def _written_ids(ids: Sequence[str | int], key: bytes | None) -> tuple[str | int, ...]:
+    """Return ids in plain in their order, or hashed in that of the hashes, which tells nothing."""
+    return tuple(ids) if key is None else tuple(sorted(hashed_id(one, key=key) for one in ids))
 
 
 def _run(certificate: Certificate, **said: Any) -> Run:

@@ -70,33 +70,20 @@ def verify_certificate(
                 "signed_by", "to be a public key in hex", signed_by, "Use read_public_key."
             )
         )
-    checks = [_checksum(record)]
-    certificate: Certificate | None = None
-    try:
-        certificate = record.certificate
-    except REFUSALS as error:
-        checks.append(Check("constants", False, str(error)))
-        later = ("assumptions", "direction", "epsilon", "target", "run")
-        checks += [Check(name, None, "not asked: there is no certificate") for name in later]
-    else:
-        checks += [
-            Check("constants", True, f"{record.certificate_class} was rebuilt from them"),
-            *_assumptions(record, certificate),
-            _direction(record, certificate),
-            *_epsilon(record, certificate),
-            _run(record, certificate),
-        ]
+    certificate, recomputed = _recomputed(record)
     fits = _key(record, key)
     found, missing = _ids(record, key if fits.passed is not False else None, ids)
-    covers = None if missing is None else not missing
-    checks += [
+    checks = (
+        _checksum(record),
+        *recomputed,
         _forgotten(record),
         fits,
         found,
         _model(record, model_sha256),
         _signature(record, signed_by),
-    ]
-    report = VerificationReport(tuple(checks), covers, missing or ())
+    )
+    covers = None if missing is None else not missing
+    report = VerificationReport(checks, covers, missing or ())
     if certificate is None or not report.holds:
         return report
     return dataclasses.replace(
@@ -104,6 +91,24 @@ def verify_certificate(
         statement=statement_of(record, certificate),
         assumptions=tuple((one.code, one.sentence) for one in certificate.assumption_codes),
     )
+
+
+def _recomputed(record: CertificateRecord) -> tuple[Certificate | None, list[Check]]:
+    """Rebuild the certificate and compare what its constants give; None: it cannot be rebuilt."""
+    try:
+        certificate = record.certificate
+    except REFUSALS as error:
+        later = ("assumptions", "direction", "epsilon", "target", "run")
+        unasked = [Check(name, None, "not asked: there is no certificate") for name in later]
+        return None, [Check("constants", False, str(error)), *unasked]
+    return certificate, [
+        Check("constants", True, f"{record.certificate_class} was rebuilt from them"),
+        _assumptions(record, certificate),
+        *_words(record, certificate),
+        _direction(record, certificate),
+        *_epsilon(record, certificate),
+        _run(record, certificate),
+    ]
 
 
 def _checksum(record: CertificateRecord) -> Check:
@@ -114,29 +119,37 @@ def _checksum(record: CertificateRecord) -> Check:
     return Check("checksum", good, "of all fields" if good else "the file was edited or damaged")
 
 
-def _assumptions(record: CertificateRecord, certificate: Certificate) -> Iterator[Check]:
-    """Hold codes, contexts and, in version 1, words against what the constants give."""
+def _assumptions(record: CertificateRecord, certificate: Certificate) -> Check:
+    """Hold codes and contexts against what the constants give."""
     own = tuple(one.code for one in certificate.assumption_codes)
     try:
         contradiction = derivation_mismatch(certificate)
     except REFUSALS as error:
         contradiction = str(error)
-    codes_agree = record.version == 1 or own == record.assumption_codes
     if contradiction is not None:
-        yield Check("assumptions", False, f"the constants have {contradiction}")
-    elif not codes_agree:
-        odd = [code for code in record.assumption_codes if code not in own]
-        odd += [code for code in own if code not in record.assumption_codes]
-        wrong = repr(odd[0]) if odd else f"{len(record.assumption_codes)} of {len(own)}"
-        yield Check("assumptions", False, f"not what the constants give: {wrong}")
+        return Check("assumptions", False, f"the constants have {contradiction}")
+    if record.version == 1 or own == record.assumption_codes:
+        return Check("assumptions", True, f"{len(own)}, their words generated from the constants")
+    wrong = _first_odd(own, record.assumption_codes)
+    return Check("assumptions", False, f"not what the constants give: {wrong}")
+
+
+def _first_odd(own: Sequence[str], said: Sequence[str]) -> str:
+    """Name a code that is on one side only; without any, how many there are."""
+    odd = [code for code in said if code not in own]
+    odd += [code for code in own if code not in said]
+    return repr(odd[0]) if odd else f"{len(said)} of {len(own)}"
+
+
+def _words(record: CertificateRecord, certificate: Certificate) -> Iterator[Check]:
+    """Hold the words of version 1 against what the constants give; later files hold none."""
+    if record.version1 is None:
+        return
+    other = words_mismatch(certificate, record.version1.sentences)
+    if other is None:
+        yield Check("words", True, "of version 1, as the constants give them")
     else:
-        yield Check("assumptions", True, f"{len(own)}, their words generated from the constants")
-    if record.version1 is not None:
-        other = words_mismatch(certificate, record.version1.sentences)
-        if other is None:
-            yield Check("words", True, "of version 1, as the constants give them")
-        else:
-            yield Check("words", False, f"not generated from the constants: {other!r}")
+        yield Check("words", False, f"not generated from the constants: {other!r}")
 
 
 def _direction(record: CertificateRecord, certificate: Certificate) -> Check:
@@ -207,16 +220,23 @@ def _run(record: CertificateRecord, certificate: Certificate) -> Check:
 def _forgotten(record: CertificateRecord) -> Check:
     """Ask whether the list of ids is as long as it says, without repetition, hashed or not."""
     ids, number = record.forgotten, record.number_forgotten
-    if not number or not len({str(item) for item in ids}) == len(ids) == number:
+    if not number or not len(set(map(str, ids))) == len(ids) == number:
         return Check("forgotten", False, f"{len(ids)} ids; the file says {number}, each once")
+    if not _hashed_as_said(record):
+        return Check("forgotten", False, "ids are not hashed as the file says")
+    if record.ids_hashed and list(ids) != sorted(map(str, ids)):
+        return Check("forgotten", False, "hashed ids are not in their order")
+    return Check(
+        "forgotten", True, f"{number} ids, {'hashed' if record.ids_hashed else 'in plain'}"
+    )
+
+
+def _hashed_as_said(record: CertificateRecord) -> bool:
+    """Whether ids are hashes with the trace of a key, or in plain without one."""
     old = record.version1
     held = record.key_mac if old is None else old.key_sha256
-    hashes = record.ids_hashed and all(is_hex(item) for item in ids)
-    if hashes != is_hex(held) or hashes != record.ids_hashed:
-        return Check("forgotten", False, "ids are not hashed as the file says")
-    if hashes and list(ids) != sorted(map(str, ids)):
-        return Check("forgotten", False, "hashed ids are not in their order")
-    return Check("forgotten", True, f"{number} ids, {'hashed' if hashes else 'in plain'}")
+    hashes = record.ids_hashed and all(map(is_hex, record.forgotten))
+    return hashes == is_hex(held) == record.ids_hashed
 
 
 def _key(record: CertificateRecord, key: bytes | None) -> Check:

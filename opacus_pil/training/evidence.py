@@ -83,9 +83,15 @@ _TABLE = (
     ),
     Finding(
         "draw_skipped", "estimate",
-        "a drawn batch was skipped while others made steps: how many steps there are then tells "
-        "who was drawn",
-            ),
+        "a drawn batch made no private step (it was skipped, or another optimizer used it): how "
+        "many steps there are then tells who was drawn",
+    ),
+    Finding(
+        "coins_repeated", "estimate",
+        "batches were drawn by random numbers that had drawn others before (a generator was seeded "
+        "again), so that who is in both was decided by the same coins; seed once",
+        unamplified=True, breaks_caps=True,
+    ),
     Finding(
         "rows_not_once", "estimate",
         "a batch had another number of gradients than rows were drawn (several views of a row, "
@@ -140,6 +146,12 @@ _TABLE = (
         "in the same position without being drawn",
         policies=("worst_case", "capped", "refresh", "last_seen"), breaks_caps=True,
     ),
+    Finding(
+        "coarse_rounding", "estimate",
+        "gradients were kept in a precision ({detail}) whose rounding moves their sum by more than "
+        "the clip allows; leave autocast out of the forward pass, or train in float32",
+        breaks_caps=True,
+    ),
     # --- what was noised ------------------------------------------------------------------------
     Finding(
         "not_noised", "estimate",
@@ -152,8 +164,27 @@ _TABLE = (
         unbounded=True, breaks_caps=True,
     ),
     Finding(
+        "noise_repeated", "estimate",
+        "two steps got the same noise (a generator was seeded again), and their difference has "
+        "none; seed once",
+        unbounded=True, breaks_caps=True,
+    ),
+    Finding(
+        "noised_gradient_changed", "estimate",
+        "a gradient was changed after its noise was added and before the model moved by it (by a "
+        "step hook, or between pre_step and the plain optimizer's step)",
+        breaks_caps=True,
+    ),
+    Finding(
         "buffer_changed", "estimate",
-        "a buffer of the model changed during training, which adds no noise to it ({detail})",
+        "a buffer of the model, or a parameter that the private optimizer does not hold, changed "
+        "during training, which adds no noise to it ({detail})",
+    ),
+    Finding(
+        "divisor_changed", "estimate",
+        "the noisy sum was divided by another number than make_private had set ({detail}): one "
+        "that follows the batch tells how many were drawn; leave expected_batch_size alone",
+        breaks_caps=True,
     ),
     # --- what a row's gradient is ---------------------------------------------------------------
     Finding(
@@ -197,9 +228,22 @@ _TABLE = (
     Finding(
         "not_compared",
         "bound",
-        "assumed, not compared: rows are trained on as described (the forward pass is random)",
-        policies=("worst_case", "capped"),
+        "assumed, not compared: rows are trained on as described (their order is not known, or "
+        "data set or loss are random)",
+        policies=("worst_case",),
         certifiable=True,
+    ),
+    Finding(
+        "not_compared",
+        "estimate",
+        "it was not compared whether rows are trained on as described, each under its own cap "
+        "(data set or loss are random)",
+        policies=("capped",),
+    ),
+    Finding(
+        "not_measured", "estimate",
+        "a full pass failed, and everyone was charged the clip bound: {detail}",
+        policies=("full", "refresh"),
     ),
     Finding(
         "random_gradient", "estimate",

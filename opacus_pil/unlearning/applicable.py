@@ -5,7 +5,7 @@ Reads the ledger and what has run so far; every refusal names the assumption tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from .._validate import IntArray
 from ..certificates import Certificate, DataProcessingCertificate, best_of
 from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.task import Task
 from .glm import OneOutputRun
 from .phase import Phase
 
@@ -30,8 +31,11 @@ def certificates_for(
     adaptive: bool,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    criterion: nn.Module,
+    task: Task,
+    evidence: Callable[[], None],
+    random_rows: Callable[[], bool],
     dataset: Dataset,
+    present: IntArray,
     privacy_engine: PerInstancePrivacyEngine | None,
     feature_norm: float | None,
     phases: Sequence[Phase],
@@ -42,6 +46,9 @@ def certificates_for(
     Args:
         measured: Use the sensitivities the ledger stands at, whatever its label: a prediction.
         adaptive: The request was chosen after a look at released models.
+        evidence: Raises where no certificate may rest on the ledger.
+        random_rows: Says whether items are drawn anew whenever they are asked for.
+        present: Rows that were not forgotten before.
         phases: What has run.
         forgotten: Rows forgotten so far.
 
@@ -67,7 +74,9 @@ def certificates_for(
     if method != "langevin" or adaptive:
         # Of all bounds only this one is on the whole transcript, released models included: given a
         # release, the others' two runs are no longer hidden by the noise of the steps before it.
-        return _training_alone(rows, privacy_engine, forgotten, measured=measured)
+        return _training_alone(
+            rows, privacy_engine, forgotten, measured=measured, evidence=evidence
+        )
     others = [phase.method for phase in phases if phase.method not in _SAME_KERNEL]
     if others:
         raise CertificateError(
@@ -77,12 +86,19 @@ def certificates_for(
     run = OneOutputRun(
         module,
         optimizer=optimizer,
-        criterion=criterion,
+        task=task,
         dataset=dataset,
+        present=present,
         privacy_engine=privacy_engine,
         feature_norm=feature_norm,
         measured=measured,
+        evidence=evidence,
     )
+    if not measured and random_rows():
+        raise CertificateError(
+            "Expected items that are the same whenever they are asked for, got random ones. Their "
+            "features cannot be held against feature_norm; use method='dp_sgd'."
+        )
     everyone = sorted(forgotten.union(rows.tolist()))
     parts = [
         (phase.steps, [row for row in everyone if row not in phase.forgotten]) for phase in phases
@@ -92,7 +108,9 @@ def certificates_for(
     if privacy_engine.kernel.sample_rate == 1.0:
         return ours, worst  # never above what training alone gives: a_t = s_t is one way to hide
     try:  # mini-batches: contraction knows no amplification by sampling, training alone does
-        trained, _ = _training_alone(rows, privacy_engine, forgotten, measured=measured)
+        trained, _ = _training_alone(
+            rows, privacy_engine, forgotten, measured=measured, evidence=evidence
+        )
     except CertificateError:
         return ours, worst
     return best_of([ours, trained]), worst
@@ -104,19 +122,23 @@ def _training_alone(
     forgotten: frozenset[int],
     *,
     measured: bool,
+    evidence: Callable[[], None],
 ) -> tuple[Certificate, Certificate | None]:
     """Return what the whole transcript of training bounds, whatever steps follow."""
     ledger = privacy_engine.per_instance
     orders = ledger.orders.tolist()
     # Under a budget `guarantee` vouches for each instance; a set's loss is as realised.
     bound = measured or ledger.guarantee == "bound"
+    if not measured:
+        evidence()
     everyone = np.array(sorted(forgotten.union(rows.tolist())), dtype=np.int64)
     group = ledger.keeps_history and not ledger.budgeted
     if not bound or not (len(everyone) == 1 or group):
+        why = "" if bound or not ledger.reasons else f" ({'; '.join(ledger.reasons)})"
         raise CertificateError(
             "Expected one instance, or a set and a ledger with history, and the label 'bound' for "
             f"a certificate from training alone, got {len(everyone)} instances and "
-            f"{ledger.guarantee!r}. A sum of per-instance losses does not bound a set. Pass a "
+            f"{ledger.guarantee!r}{why}. A sum of per-instance losses does not bound a set. Pass a "
             "certificate, or steps for a run without a claim."
         )
     if len(everyone) > 1:  # a member that was forgotten weighs nothing from then on

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .._validate import IntArray
@@ -15,6 +15,7 @@ from ..capture.averaged_clip import AveragedClipOptimizer, clip_to_norm
 from ..certificates import NoisyFineTuningCertificate
 from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.task import Task, training_mode
 from .methods import AfterStep, reported
 
 
@@ -39,12 +40,13 @@ def noisy_finetuning_steps(
     *,
     certificate: NoisyFineTuningCertificate,
     dataset: Dataset,
-    criterion: nn.Module,
+    task: Task,
     retain_set: IntArray,
     batch_size: float,
     steps: int,
     done: int,
     sampler_generator: torch.Generator,
+    evaluated: frozenset[str] = frozenset(),
     noise_generator: torch.Generator | None = None,
     sampler_state: torch.Tensor | None = None,
     privacy_engine: PerInstancePrivacyEngine | None = None,
@@ -54,8 +56,9 @@ def noisy_finetuning_steps(
     """Run steps done + 1 … done + steps of the certificate's update on the retain set, in place.
 
     θ ← (1 − ηλ)θ − η·clip(g, C1) + N(0, ζ²I), from a model clipped to norm C0 before step 1; g is
-    the gradient of the criterion on a Poisson batch, zero for an empty one. A member of the retain
-    set moves a clipped gradient by at most 2·C1, which the ledgers of `privacy_engine` are charged.
+    the gradient of the task's loss on a Poisson batch, zero for an empty one. A member of the
+    retain set moves a clipped gradient by at most 2·C1, which the ledgers of `privacy_engine` are
+    charged.
     """
     require_all_trainable(module)  # now: the plan looked at it some time ago
     parameters = list(module.parameters())
@@ -80,14 +83,14 @@ def noisy_finetuning_steps(
     rate = min(batch_size / max(len(retain_set), 1), 1.0)
     if privacy_engine is not None:
         rate = privacy_engine.kernel.sample_rate
-    module.train()
+    training_mode(module, evaluated=evaluated)
     for number in range(1, steps + 1):
         drawn = torch.rand(len(retain_set), generator=sampler_generator, dtype=torch.float64) < rate
         rows = retain_set[drawn.numpy()]
         optimizer.zero_grad(set_to_none=True)
         if len(rows):
-            x, y = default_collate([dataset[int(row)] for row in rows])
-            criterion(module(x.to(device)), y.to(device)).backward()
+            batch = task.collate([dataset[int(row)] for row in rows], device=device)
+            task.batch_loss(module, batch).backward()
         std = _noise_std(certificate, done + number)
         optimizer.noise_multiplier = std / certificate.step_size
         optimizer.step()

@@ -31,7 +31,8 @@ def certified_record(
         plan: The plan.
         before: `model_hash` of the model that the run started from.
         after: `model_hash` of the unlearned model.
-        instance_ids: Id of every row of the data set. Default: the row numbers.
+        instance_ids: Id of every row of the data set. Default: the ids that the plan names, which
+            are the row numbers where there are no others.
         plain_ids: Write ids as they are instead of hashing them.
         earlier_steps: Steps of earlier requests that the certificate counts, as whoever ran them
             knows; held against its constants. Default: what they count beyond training.
@@ -46,7 +47,7 @@ def certified_record(
         raise TypeError(uncertified_message(plan))
     rows = plan.forget_set.tolist()
     if instance_ids is None:
-        ids: list[str | int] = rows
+        ids: list[str | int] = list(plan.ids) or rows
     else:
         known = np.asarray(instance_ids)
         if known.ndim != 1 or len(known) <= max(rows):

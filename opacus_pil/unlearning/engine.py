@@ -9,27 +9,27 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from .. import _validate as check
+from .._validate import IntArray
+from ..capture.row_losses import LossOf
 from ..certificates import Certificate, DataProcessingCertificate, NoisyFineTuningCertificate
 from ..errors import CertificateError
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.task import Collate
 from .applicable import certificates_for
 from .calibration import Calibration
-from .methods import optimizer_like, plain_copy
-from .phase import Phase
-from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
+from .carrying_out import carried_out
+from .grounds import training_codes as trained_codes
+from .plan import METHODS, UnlearningPlan
 from .planning import Facts, make_plan, predicted_plan
 from .queued_model import QueuedModel
-from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
-from .running import run_plan
-from .saved_run import SavedRun, seeds
+from .rehearsal import Rehearsal
+from .result import UnlearningResult
 from .trained_model import MakeModel
 
 
@@ -47,8 +47,15 @@ class UnlearningEngine(QueuedModel):
         optimizer: The optimizer it was trained with, plain or private. Its settings are kept, its
             state (momentum) is not: that was computed with the forget set.
         dataset: The training set, in the row order of training.
-        criterion: The plain loss.
+        criterion: Plain loss of (outputs, targets). Default: what `privacy_engine` trained with,
+            its loss_of and collate_fn included (`privacy_engine.task`); another loss than that
+            takes its place.
         privacy_engine: The engine that trained it. None: only plain fine-tuning is possible.
+        loss_of: In place of criterion, where batches are no pairs (inputs, targets) or the loop
+            does more: loss_of(module, batch) -> one loss per row, shape (rows,), unreduced.
+        collate_fn: Joins items to a batch. Default: the training's; without one torch's.
+        instance_ids: Without `privacy_engine`: your own ids of the rows, as it takes them. With
+            ids every call that names instances takes ids, and rows by `rows=`.
         training_steps: Without `privacy_engine`: steps of training. Else those in the ledger.
         feature_norm: For method "langevin": public bound on the norm of every feature vector.
         batch_size: Without `privacy_engine`: batch size of fine-tuning.
@@ -60,7 +67,10 @@ class UnlearningEngine(QueuedModel):
         progress: Show a progress bar when the output is a terminal.
 
     Raises:
-        UnsupportedError: The model has BatchNorm, whose buffers keep traces of forgotten instances.
+        UnsupportedError: The model has BatchNorm that trains or updates: its buffers keep traces of
+            forgotten instances.
+        TypeError: An opacus.PrivacyEngine, which keeps no account of instances.
+        LedgerError: A model was served from `requests` before, on other data or in another order.
 
     Source: Sepahvand et al. (2025), arXiv:2505.18786, fine-tuning budgets from per-instance losses;
         certificates as each of them cites.
@@ -72,8 +82,11 @@ class UnlearningEngine(QueuedModel):
         *,
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
-        criterion: nn.Module,
+        criterion: Any = None,
         privacy_engine: PerInstancePrivacyEngine | None = None,
+        loss_of: LossOf | None = None,
+        collate_fn: Collate | None = None,
+        instance_ids: npt.ArrayLike | None = None,
         training_steps: int | None = None,
         feature_norm: float | None = None,
         batch_size: int | None = None,
@@ -87,6 +100,9 @@ class UnlearningEngine(QueuedModel):
             dataset=dataset,
             criterion=criterion,
             privacy_engine=privacy_engine,
+            loss_of=loss_of,
+            collate_fn=collate_fn,
+            instance_ids=instance_ids,
             training_steps=training_steps,
             feature_norm=feature_norm,
             batch_size=batch_size,
@@ -97,8 +113,9 @@ class UnlearningEngine(QueuedModel):
 
     def plan(
         self,
-        forget: npt.ArrayLike,
+        forget: npt.ArrayLike | None = None,
         *,
+        rows: npt.ArrayLike | None = None,
         epsilon: float | None = None,
         delta: float | None = None,
         method: str = "dp_sgd",
@@ -129,7 +146,9 @@ class UnlearningEngine(QueuedModel):
             retraining          from the start, without the forget set
 
         Args:
-            forget: Rows of the data set, each once, not all of them.
+            forget: Instances, each once, not all of them: by their ids if there are instance_ids,
+                else by row; or a boolean mask over all rows.
+            rows: Rows of the data set, in its place.
             epsilon: Target of a certified plan.
             delta: Its δ.
             method: One of the above.
@@ -153,72 +172,29 @@ class UnlearningEngine(QueuedModel):
             CertifiedPlan, PredictedPlan or RetrainPlan.
 
         Raises:
-            ValueError: Rows out of range, repeated, empty, forgotten before, or the whole set;
-                arguments that contradict each other.
-            CertificateError: No certificate applies; the message names the broken assumption.
+            ValueError: Rows out of range, repeated, empty, forgotten before, or the whole set; ids
+                that nobody has; arguments that contradict each other.
+            CertificateError: No certificate applies; the message names the broken assumption. Or
+                steps that would not move the model.
+            UnsupportedError: The training cannot be run again as it is described.
+            LedgerError: The data set, the weights or the ledger are not what they were.
         """
-        self._require_own_ledger()
-        rows = self._checked_forget(forget)
-        check.choice("method", method, METHODS)
-        self._require_chargeable(method)
-        if certificate is not None:
-            _require_plain_descent(certificate, self._optimizer)
-        facts = Facts(
-            forget_set=rows,
+        plan = self._planned(
+            self._named(forget, rows),
+            epsilon=epsilon,
+            delta=delta,
             method=method,
-            steps_retrain=self._training_steps,
-            batch_size=self._batch_size,
-            requests_served=self._requests_served,
-            module=self._module,
-            noisy=self._engine is not None and self._engine.kernel.noise_multiplier > 0.0,
+            certificate=certificate,
+            steps=steps,
+            max_steps=max_steps,
+            step_grid=step_grid,
+            strength=strength,
+            predict=predict,
+            calibration=calibration,
+            adaptive=adaptive,
         )
-        if calibration is not None:
-            if any(value is not None for value in (epsilon, delta, certificate, steps, strength)):
-                raise ValueError(
-                    "Expected calibration alone, got a target, a certificate, steps or strength "
-                    "beside it. A calibrated plan makes no claim and takes its steps from pilots."
-                )
-            return self._bound(
-                predicted_plan(
-                    facts,
-                    calibration,
-                    log_loss=self.mean_log_loss(rows, order=calibration.order),
-                    max_steps=max_steps,
-                    step_grid=step_grid,
-                )
-            )
-
-        def applicable() -> tuple[Certificate, Certificate | None]:
-            return certificates_for(
-                rows,
-                method=method,
-                measured=predict,
-                adaptive=adaptive,
-                module=self._module,
-                optimizer=self._optimizer,
-                criterion=self._criterion,
-                dataset=self._dataset,
-                privacy_engine=self._engine,
-                feature_norm=self._feature_norm,
-                phases=self._phases,
-                forgotten=self._forgotten,
-            )
-
-        return self._bound(
-            make_plan(
-                facts,
-                epsilon=epsilon,
-                delta=delta,
-                certificate=certificate,
-                applicable=applicable,
-                steps=steps,
-                max_steps=max_steps,
-                step_grid=step_grid,
-                strength=strength,
-                predict=predict,
-                adaptive=adaptive,
-            )
-        )
+        self._data.require_same()
+        return plan
 
     def unlearn(
         self,
@@ -239,9 +215,9 @@ class UnlearningEngine(QueuedModel):
             checkpoint_every: Steps between two writes of that file.
             seed: Seed of batches and noise. Default: drawn from torch's global generator. Whoever
                 knows it can remove the noise: fix it in experiments only.
-            on_step: Called as on_step(step, module) before the first step and after every
-                `record_every`-th one; what it returns (numbers in dictionaries or lists) becomes
-                `history`.
+            on_step: Called as on_step(step, copy of the model) before the first step and after
+                every `record_every`-th one; what it returns (numbers in dictionaries or lists)
+                becomes `history`. The copy is one object, refreshed before each call.
             record_every: See `on_step`.
             until: Stop an uncertified run early: called like `on_step`, after it, and the run ends
                 where it returns True. A certified run goes to its last step, since stopping on a
@@ -253,117 +229,107 @@ class UnlearningEngine(QueuedModel):
             ValueError: The plan is not this engine's latest state.
             LedgerError: A checkpoint of another run lies in `checkpoint_dir`.
         """
-        if isinstance(plan, RetrainPlan) and self._make_model is None:
-            raise CertificateError(
-                f"Expected a plan that unlearns, got 'retrain instead': {plan.reason} To retrain "
-                "here, build the engine with make_model."
-            )
-        if until is not None and isinstance(plan, CertifiedPlan):
-            raise CertificateError(
-                "Expected a certified plan to run to its last step, got until=. Stopping on what "
-                "the model shows voids the certificate; plan with steps alone."
-            )
-        if self._queue is not None and not self._serving:
-            raise ValueError(
-                "Expected submit and serve on an engine with requests, got unlearn: the next "
-                "server would not know of this run. Build another engine without requests."
-            )
-        self._check_current(plan)
-        every = check.integer("record_every", record_every, low=1)
-        private_length = until is not None or not plan.fixed_length
-        before = self._model_hash  # it was just compared with the weights
-        number = int(torch.randint(2**62, ()).item())
-        number = number if seed is None else check.integer("seed", seed, low=0)
-        twin, optimizer = self._start(plan, seed=number)
-        ledger = None if self._engine is None else self._engine.fork()
-        reads_forget_set = plan.method == "gradient_difference"
-        if ledger is not None and not reads_forget_set:
-            ledger.forget(plan.forget_set)
-        if ledger is not None and plan.method == "retraining":
-            ledger.note_new_model()
-        run = SavedRun(
-            plan=plan,
-            module=twin,
-            optimizer=optimizer,
-            privacy_engine=ledger,
-            seed=number,
+        return carried_out(
+            self,
+            plan,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+            on_step=on_step,
+            record_every=record_every,
+            until=until,
         )
-        path = run.resume(checkpoint_dir)
-        start = run.done
-
-        def observed(step: int) -> bool:
-            if step % every and step != plan.steps:
-                return False
-            if on_step is not None:
-                run.history.append(_observed(on_step, step, twin))
-            return until is not None and bool(_observed(until, step, twin))
-
-        def after_step(taken: int) -> bool:
-            run.done = start + taken
-            stop = observed(run.done)
-            due = run.done % checkpoint_every == 0 or run.done == plan.steps
-            if path is not None and due and not stop:
-                run.save(path)
-            return stop
-
-        stopped = start == 0 and observed(0)
-        with tqdm(
-            total=plan.steps,
-            initial=start,
-            desc="unlearning",
-            disable=None if self._progress else True,
-        ) as bar:
-            if not stopped:
-                stopped = run_plan(
-                    plan,
-                    run,
-                    dataset=self._dataset,
-                    criterion=self._criterion,
-                    retain_set=np.setdiff1d(self.retain_set, plan.forget_set),
-                    batch_size=self._batch_size,
-                    after_step=after_step,
-                    progress=bar,
-                )
-        if run.done != plan.steps and not stopped:
-            raise RuntimeError(f"Expected {plan.steps} steps, got {run.done}. Nothing was changed.")
-        if ledger is not None and self._engine is not None:
-            if plan.method in NOISE_FREE_METHODS:
-                ledger.charge_without_noise(run.done)
-            if reads_forget_set:  # its members paid for these steps too
-                ledger.forget(plan.forget_set)
-            if private_length and ledger.per_instance.steps > self._ledger_steps:
-                ledger.per_instance.weaken("estimate")
-            self._engine.adopt(ledger)
-        self._module, self._optimizer = twin, optimizer_like(optimizer, twin, twin)
-        self._forgotten |= frozenset(plan.forget_set.tolist())
-        phase = Phase(run.done, self._forgotten, plan.method, private_length)
-        # What was there before a retraining left nothing in the model.
-        self._phases = [phase] if plan.method == "retraining" else [*self._phases, phase]
-        self._requests_served += 1
-        self._note_ledger()
-        if not self._serving:  # a server deletes it when the new state is safe on disk
-            run.remove(path)
-        kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
-        kind: Any = kinds.get(type(plan), UncertifiedResult)
-        hashes: dict[str, str] = {}
-        if isinstance(plan, CertifiedPlan):
-            hashes = {"model_before": before, "model_after": self._model_hash}
-        result: UnlearningResult = kind(
-            module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history), **hashes
-        )
-        return result
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _start(self, plan: UnlearningPlan, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return the model that the run starts from, the caller's own left alone."""
-        if isinstance(plan, RetrainPlan):
-            assert self._make_model is not None
-            with torch.random.fork_rng():
-                torch.manual_seed(seeds(seed)[0])
-                return self._make_model()
-        twin = plain_copy(self._module)
-        return twin, optimizer_like(self._optimizer, self._module, twin)
+    def _planned(
+        self, rows: IntArray, *, method: str, certificate: Certificate | None = None, **wish: Any
+    ) -> UnlearningPlan:
+        """Return the plan for these rows; whether the data are the training's is not asked."""
+        self._require_own_ledger()
+        rows = self._checked_forget(rows)
+        check.choice("method", method, METHODS)
+        self._require_chargeable(method)
+        if certificate is not None:
+            _require_plain_descent(certificate, self._optimizer)
+        ledger = None if self._engine is None else self._engine.per_instance
+        facts = Facts(
+            forget_set=rows,
+            ids=tuple(self._ids.of(rows)),
+            method=method,
+            steps_retrain=self._training_steps,
+            batch_size=self._batch_size,
+            requests_served=self._requests_served,
+            module=self._module,
+            noisy=self._engine is not None and self._engine.kernel.noise_multiplier > 0.0,
+            label=None if ledger is None else tuple(ledger.reasons),
+            progress=self._progress,
+        )
+        calibration, predict = wish.pop("calibration", None), wish["predict"]
+        if calibration is not None:
+            others = [wish[name] for name in ("epsilon", "delta", "steps", "strength")]
+            if certificate is not None or any(value is not None for value in others):
+                raise ValueError(
+                    "Expected calibration alone, got a target, a certificate, steps or strength "
+                    "beside it. A calibrated plan makes no claim and takes its steps from pilots."
+                )
+            plan = predicted_plan(
+                facts,
+                calibration,
+                log_loss=self.mean_log_loss(rows=rows, order=calibration.order),
+                max_steps=wish["max_steps"],
+                step_grid=wish["step_grid"],
+            )
+            self._rehearsed(rows)
+            return self._bound(self._moving(plan))
+        seen: list[Rehearsal] = []
+
+        def evidence() -> None:
+            self._rehearsed(rows, seen)  # what cannot be run at all is said first
+            assert self._engine is not None
+            self._engine.require_evidence()
+
+        def applicable() -> tuple[Certificate, Certificate | None]:
+            return certificates_for(
+                rows,
+                method=method,
+                measured=predict,
+                adaptive=wish["adaptive"],
+                module=self._module,
+                optimizer=self._optimizer,
+                task=self._task,
+                evidence=evidence,
+                random_rows=lambda: self._rehearsed(rows, seen).random_rows,
+                dataset=self._dataset,
+                present=self.retain_set,
+                privacy_engine=self._engine,
+                feature_norm=self._feature_norm,
+                phases=self._phases,
+                forgotten=self._forgotten,
+            )
+
+        def run_codes() -> tuple[str, ...]:
+            rehearsal = self._rehearsed(rows, seen)
+            rehearsal.require_independent_rows()
+            return (*self._data.codes(), *rehearsal.codes)
+
+        def training_codes(*, rests_on_ledger: bool) -> tuple[str, ...]:
+            return trained_codes(
+                self._engine if rests_on_ledger else None,
+                module=self._module,
+                weights=self._weights,
+            )
+
+        plan = make_plan(
+            facts,
+            certificate=certificate,
+            applicable=applicable,
+            run_codes=run_codes,
+            training_codes=training_codes,
+            **wish,
+        )
+        self._rehearsed(rows, seen)
+        return self._bound(self._moving(plan))
 
 
 def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
@@ -377,14 +343,3 @@ def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Opti
             f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
             "couples steps; train and unlearn with plain SGD."
         )
-
-
-def _observed(on_step: Callable[[int, nn.Module], Any], step: int, module: nn.Module) -> Any:
-    """Let the caller look at the model without disturbing its mode or the random numbers."""
-    mode, state = module.training, torch.random.get_rng_state()
-    module.eval()
-    try:
-        return on_step(step, module)
-    finally:
-        module.train(mode)
-        torch.random.set_rng_state(state)

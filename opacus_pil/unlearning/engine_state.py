@@ -43,17 +43,25 @@ def engine_state(engine: TrainedModel) -> dict[str, Any]:
         },
         "param_groups": engine._optimizer.state_dict()["param_groups"],
         "ledgers": None if engine._engine is None else tensors(engine._engine.ledger_state()),
+        "data": engine._data.state(),
+        "weights_of_training": engine._weights,
+        "evaluated": sorted(engine._evaluated),
     }
 
 
-def load_engine_state(engine: TrainedModel, state: Mapping[str, Any]) -> None:
+def load_engine_state(engine: TrainedModel, state: Mapping[str, Any], *, own: bool = False) -> None:
     """Take over a state of an engine that was built alike.
 
     Its module and optimizer become copies with the state's weights and settings; the caller's are
     left alone. The ledgers of its privacy engine become the state's.
 
+    Args:
+        engine: Becomes the one that saved the state.
+        state: From `engine_state`.
+        own: It is a state of this very engine, which goes back to it: the data are not read again.
+
     Raises:
-        LedgerError: Another data set size, kernel, model, optimizer, training or ledger. Nothing is
+        LedgerError: Another data set, kernel, model, optimizer, training or ledger. Nothing is
             changed.
     """
     missing = [key for key in _KEYS if key not in state]
@@ -74,6 +82,10 @@ def load_engine_state(engine: TrainedModel, state: Mapping[str, Any]) -> None:
             f"Expected the state of a model trained for {engine._training_steps} steps, got one "
             f"for {state['training_steps']}: it belongs to another training. Use its own engine."
         )
+    if not own:
+        if "data" in state:  # earlier releases kept nothing of it
+            engine._data.require_state(state["data"])
+        engine._data.require_same()
     twin = plain_copy(engine.module)
     optimizer = optimizer_like(engine._optimizer, engine.module, twin)
     try:
@@ -94,6 +106,8 @@ def load_engine_state(engine: TrainedModel, state: Mapping[str, Any]) -> None:
         for steps, forgotten, method, private_length in state["phases"]
     ]
     engine._forgotten = frozenset(state["forgotten"])
+    engine._weights = state.get("weights_of_training")
+    engine._evaluated = frozenset(state.get("evaluated", engine._evaluated))
 
 
 def _frame(engine: TrainedModel) -> dict[str, Any]:

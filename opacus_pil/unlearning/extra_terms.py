@@ -5,13 +5,12 @@ Nothing is proved about either; they are baselines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
 from .._validate import IntArray
+from ..training.task import Task
 from .methods import ExtraTerm, random_batch
 
 
@@ -39,7 +38,7 @@ def gradient_difference(
     strength: float,
     dataset: Dataset,
     forget_set: IntArray,
-    criterion: Callable[..., torch.Tensor],
+    task: Task,
     batch_size: int,
     generator: torch.Generator,
 ) -> ExtraTerm:
@@ -53,9 +52,9 @@ def gradient_difference(
     """
 
     def term(module: nn.Module) -> torch.Tensor:
-        x, y = random_batch(
-            dataset, forget_set, size=batch_size, generator=generator, module=module
+        batch = random_batch(
+            dataset, forget_set, task=task, size=batch_size, generator=generator, module=module
         )
-        return -strength * criterion(module(x), y)
+        return -strength * task.batch_loss(module, batch)
 
     return term

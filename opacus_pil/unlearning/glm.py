@@ -7,7 +7,7 @@ loss, momentum, caps that were not fixed before the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
 
-from .. import _validate as check
-from .._validate import FloatArray
+from .._validate import FloatArray, IntArray
 from ..certificates import Certificate, ContractionCertificate, PoissonContractionCertificate
-from ..errors import CertificateError
+from ..certificates.contraction import SHIFT_ROUND_UP
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.task import Task
+from .feature_norm import checked_feature_norm, require_contracting
 
 # Lipschitz constant of the loss's derivative in the one linear output; the loss is convex in it.
 LOSS_SMOOTHNESS: dict[type[nn.Module], float] = {nn.BCEWithLogitsLoss: 0.25}
+_STEEPEST = 1.0  # largest derivative of that loss in its output
 
 
 class OneOutputRun:
@@ -36,12 +38,14 @@ class OneOutputRun:
         module: A plain torch.nn.Linear with one output.
         optimizer: The plain inner optimizer: SGD without momentum. Its weight decay acts after
             clipping and noise, hence is decoupled from them.
-        criterion: nn.BCEWithLogitsLoss with reduction "mean" and no weights.
-        dataset: Yields (features, target); every feature vector is held against `feature_norm`.
+        task: Of training and unlearning: nn.BCEWithLogitsLoss with reduction "mean" and no weights.
+        dataset: Yields (features, target).
+        present: Its rows that are still there; each one's features are held against `feature_norm`.
         privacy_engine: Made the run private with caps fixed before it, or at the worst case.
         feature_norm: Public bound on the norm of every feature vector, without the bias.
         measured: Take the sensitivities the ledger stands at for caps, whatever its label. What
             comes out is a prediction; never call it certified.
+        evidence: Raises where no certificate may rest on the ledger. Default: the ledger's own.
 
     Raises:
         CertificateError: An assumption does not hold; the message names it.
@@ -52,14 +56,17 @@ class OneOutputRun:
         module: nn.Module,
         *,
         optimizer: torch.optim.Optimizer,
-        criterion: nn.Module,
+        task: Task,
         dataset: Dataset,
+        present: IntArray,
         privacy_engine: PerInstancePrivacyEngine,
         feature_norm: float | None,
         measured: bool = False,
+        evidence: Callable[[], None] | None = None,
     ) -> None:
         kernel, ledger = privacy_engine.kernel, privacy_engine.per_instance
-        _require(
+        criterion: Any = task.criterion if task.own_loss is None else task.own_loss
+        require_contracting(
             type(module) is nn.Linear and module.out_features == 1,
             "a torch.nn.Linear model with one output",
             type(module).__name__,
@@ -67,7 +74,7 @@ class OneOutputRun:
         )
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         foreign = [hook for hook in hooks if not _of_opacus(hook)]
-        _require(
+        require_contracting(
             not foreign,
             "a model without forward hooks of yours",
             f"{len(foreign)}",
@@ -76,25 +83,40 @@ class OneOutputRun:
         weighted = any(
             getattr(criterion, name, None) is not None for name in ("weight", "pos_weight")
         )
-        _require(
+        require_contracting(
             type(criterion) in LOSS_SMOOTHNESS and not weighted,
             "nn.BCEWithLogitsLoss without weights",
             type(criterion).__name__ + (" with weights" if weighted else ""),
             "The loss must be convex and smooth in the output, with a known constant.",
         )
-        _require(
+        require_contracting(
             kernel.loss_reduction == "mean" and getattr(criterion, "reduction", None) == "mean",
             "loss_reduction 'mean'",
             f"{kernel.loss_reduction!r} and criterion reduction {criterion.reduction!r}",
             "Other reductions scale the step by the batch.",
         )
-        _require(
+        require_contracting(
+            measured or task == privacy_engine.task or not privacy_engine.task.named,
+            "the training's own loss and collate_fn",
+            "others",
+            "Its steps are counted too: leave criterion, loss_of and collate_fn out.",
+        )
+        assert isinstance(module, nn.Linear)
+        self.feature_norm = checked_feature_norm(
+            feature_norm, dataset, rows=present, bias=module.bias is not None
+        )
+        evidence = evidence or privacy_engine.require_evidence
+        if not measured:
+            self._require_small_norms(privacy_engine)
+        if not measured and ledger.guarantee != "bound":
+            evidence()  # says why, where a step is the cause
+        require_contracting(
             measured or ledger.guarantee == "bound",
             "caps fixed before the run (guarantee 'bound')",
             f"guarantee={ledger.guarantee!r}",
             "Train with norm_policy='capped' and caps from public data only.",
         )
-        _require(
+        require_contracting(
             not ledger.budgeted,
             "caps fixed before the run",
             "a budget, under which caps follow what was spent",
@@ -102,10 +124,8 @@ class OneOutputRun:
         )
         self.step_size, self.weight_decay = _plain_sgd(optimizer)
         privacy_engine.require_constant_steps(optimizer)
-        assert isinstance(module, nn.Linear)
-        self.feature_norm = _checked_feature_norm(
-            feature_norm, dataset, bias=module.bias is not None
-        )
+        if not measured:
+            evidence()
         self.kernel = kernel
         self.smoothness = LOSS_SMOOTHNESS[type(criterion)]
         caps = ledger.sensitivities if measured and ledger.caps is None else ledger.caps
@@ -135,6 +155,19 @@ class OneOutputRun:
             training_steps=sum(steps for steps, _ in phases),
         )
 
+    def _require_small_norms(self, privacy_engine: PerInstancePrivacyEngine) -> None:
+        """Hold the gradients that were clipped against those that loss and features allow."""
+        if "earlier_release" in privacy_engine.findings:
+            return  # it kept none; the certificate's context says so
+        largest, allowed = privacy_engine.largest_norm, _STEEPEST * self.feature_norm
+        require_contracting(
+            largest <= allowed * SHIFT_ROUND_UP,
+            f"gradients of norm at most {allowed:g}, as the loss and feature_norm allow,",
+            f"norm {largest:.6g} in training" if math.isfinite(largest) else "none that were kept",
+            "The loss was scaled, features were others or targets not in [0, 1]: train on what is "
+            "named.",
+        )
+
     def _full_batch(
         self, steps: int, members: Sequence[int], worst: bool
     ) -> ContractionCertificate:
@@ -159,22 +192,15 @@ class OneOutputRun:
         }
 
 
-def _require(holds: bool, domain: str, found: str, cure: str) -> None:
-    if not holds:
-        raise CertificateError(
-            f"Expected {domain} for a contraction certificate, got {found}. {cure}"
-        )
-
-
 def _of_opacus(hook: Any) -> bool:
-    """Whether a forward hook is one that Opacus hangs on layers to see their inputs."""
-    owner = getattr(hook, "__self__", None)
-    return type(owner).__module__.startswith("opacus.")
+    """Whether a forward hook is one that Opacus, or we, hang on modules to see their inputs."""
+    owner = getattr(hook, "__self__", hook)
+    return type(owner).__module__.startswith(("opacus.", "opacus_pil."))
 
 
 def _plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """Return step size and weight decay of plain gradient descent, or refuse."""
-    _require(
+    require_contracting(
         type(optimizer) is torch.optim.SGD and len(optimizer.param_groups) == 1,
         "torch.optim.SGD with one parameter group",
         f"{type(optimizer).__name__} with {len(optimizer.param_groups)}",
@@ -182,33 +208,7 @@ def _plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     )
     group = optimizer.param_groups[0]
     for name in ("momentum", "dampening", "nesterov", "maximize"):
-        _require(not group[name], f"SGD without {name}", f"{name}={group[name]}", f"Set {name}=0.")
+        require_contracting(
+            not group[name], f"SGD without {name}", f"{name}={group[name]}", f"Set {name}=0."
+        )
     return float(group["lr"]), float(group["weight_decay"])
-
-
-def _checked_feature_norm(feature_norm: float | None, dataset: Dataset, *, bias: bool) -> float:
-    """Hold every record against the bound; return it with the bias counted as a feature."""
-    _require(
-        feature_norm is not None,
-        "feature_norm, a public bound on the norm of every feature vector",
-        "feature_norm=None",
-        "Scale each record by public constants and pass the bound.",
-    )
-    bound = check.real("feature_norm", feature_norm, low=0.0, open_low=True)
-    for row in range(len(dataset)):  # type: ignore[arg-type]
-        features = torch.as_tensor(dataset[row][0])
-        _require(
-            features.ndim == 1,
-            "one vector of features per instance",
-            f"shape {tuple(features.shape)} (row {row})",
-            "Each further dimension gives an instance several outputs. Flatten the features.",
-        )
-        found = float(features.double().norm())
-        # float32 features that were scaled to the bound may exceed it by a rounding
-        _require(
-            found <= bound * (1.0 + 1e-6),
-            f"every feature vector within feature_norm={bound:g}",
-            f"norm {found:.8g} (row {row})",
-            "Scale each record by public constants, or raise the bound.",
-        )
-    return math.sqrt((bound * (1.0 + 1e-6)) ** 2 + (1.0 if bias else 0.0))

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..capture.norms import PlainStep  # reports to its own training only; a copy is silent
 from ..errors import UnsupportedError
 
 _SETTINGS = ("defaults", "param_groups")
@@ -57,16 +56,15 @@ def fresh_optimizer(
     partners: dict[int, Any] = {
         id(mine): theirs
         for kind in ("parameters", "buffers", "modules")
-        for mine, theirs in zip(
-            getattr(module, kind)(), getattr(twin, kind)(), strict=True
-        )
-    }  # fmt: skip
+        for mine, theirs in zip(getattr(module, kind)(), getattr(twin, kind)(), strict=True)
+    }
     for part in _optimizers(optimizer):
         _require_own_parameters(part, partners)
     left_behind = {
         id(thing): thing for thing in _own_things(optimizer) if partners.get(id(thing)) is not thing
     }
-    result = _rebuilt(optimizer, dict(partners))
+    copying = _Copying(partners)
+    result = copying.of(optimizer)
     for name, value in result.__dict__.items():
         if any(id(thing) in left_behind for thing in _reachable(value)):
             raise UnsupportedError(
@@ -74,6 +72,7 @@ def fresh_optimizer(
                 f"{type(optimizer).__name__} whose {name!r} holds on to the parameters or state of "
                 "this one. Let a hook use the optimizer that it is called with."
             )
+    copying.refuse_computed()
     return result
 
 
@@ -100,35 +99,70 @@ def _own_things(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
 
 
 def _optimizers(value: Any) -> Iterator[torch.optim.Optimizer]:
-    return (thing for thing in _reachable(value) if isinstance(thing, torch.optim.Optimizer))
+    """Yield the optimizers that would be copied with a value."""
+    copied = _reachable(value, shared=False)
+    return (thing for thing in copied if isinstance(thing, torch.optim.Optimizer))
 
 
-def _rebuilt(optimizer: torch.optim.Optimizer, memo: dict[int, Any]) -> torch.optim.Optimizer:
-    """Copy an optimizer's attributes into an empty object of its type, without its state."""
-    result: torch.optim.Optimizer = object.__new__(type(optimizer))
-    memo[id(optimizer)] = result
-    own = dict(optimizer.__dict__)
-    if hasattr(own.get("step"), "_wrapped_by_lr_sched"):
-        own = {name: value for name, value in own.items() if name not in _SCHEDULER}
-    if "state" in own:  # some wrappers share it with the optimizer inside, or ask that one
-        memo.setdefault(id(own["state"]), defaultdict(dict))
-    for inner in list(_optimizers(own)):
-        if id(inner) not in memo:
-            _rebuilt(inner, memo)
-    for name, value in own.items():
-        if name not in (*_SETTINGS, "state"):
-            _refuse_computed(optimizer, name, value, memo)
+class _Copying:
+    """Copies an optimizer and those inside it; the parts of the twin stand for the module's."""
+
+    def __init__(self, partners: dict[int, Any]) -> None:
+        self._memo = dict(partners)  # as of copy.deepcopy
+        self._known = {id(part): part for part in partners.values()}
+        self._copies: list[torch.optim.Optimizer] = []
+
+    def of(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Copy the attributes into an empty object of the type, but not what `state` holds."""
+        result: torch.optim.Optimizer = object.__new__(type(optimizer))
+        self._memo[id(optimizer)] = result
+        own = dict(optimizer.__dict__)
+        if hasattr(own.get("step"), "_wrapped_by_lr_sched"):
+            own = {name: value for name, value in own.items() if name not in _SCHEDULER}
+        if "state" in own:  # some wrappers share it with the optimizer inside, or ask that one
+            self._memo.setdefault(id(own["state"]), defaultdict(dict))
+        for inner in list(_optimizers(own)):
+            if id(inner) not in self._memo:
+                self.of(inner)
+        for name, value in own.items():
+            result.__dict__[name] = self._copy(optimizer, name, value)
+        if isinstance(result, torch.optim.Adagrad):
+            result.state.update(_initial_state(result))
+        self._copies.append(result)
+        for part in (result, result.state, result.defaults, result.param_groups):
+            self._known[id(part)] = part
+        return result
+
+    def _copy(self, optimizer: torch.optim.Optimizer, name: str, value: Any) -> Any:
         try:
-            result.__dict__[name] = copy.deepcopy(value, memo)
+            return copy.deepcopy(value, self._memo)
         except (TypeError, RuntimeError, NotImplementedError) as error:
             raise UnsupportedError(
                 f"Expected attributes of {type(optimizer).__name__} that can be copied, got "
                 f"{name!r} of type {type(value).__name__}: {error}. Keep it outside of the "
                 "optimizer."
             ) from error
-    if isinstance(result, torch.optim.Adagrad):
-        result.state.update(_initial_state(result))
-    return result
+
+    def refuse_computed(self) -> None:
+        """Raise if a copy holds numbers that may have been computed in training."""
+        for result in self._copies:
+            for name, value in result.__dict__.items():
+                for thing in _reachable(value, known=self._known):
+                    if _size(thing) > 1:
+                        raise UnsupportedError(
+                            f"Expected {type(result).__name__} to keep what it computes in "
+                            f"`state`, got attribute {name!r} with a {type(thing).__name__} of "
+                            f"shape {tuple(thing.shape)}: it may hold something of the instances "
+                            "that are to be forgotten. Move it into `state`, or, if it is a "
+                            "setting, into the parameter groups."
+                        )
+
+
+def _size(thing: Any) -> int:
+    """Return how many numbers a tensor or an array holds; 0 for everything else."""
+    if isinstance(thing, torch.Tensor):
+        return thing.numel()
+    return thing.size if isinstance(thing, np.ndarray) else 0
 
 
 def _initial_state(optimizer: torch.optim.Adagrad) -> dict[Any, Any]:
@@ -138,23 +172,17 @@ def _initial_state(optimizer: torch.optim.Adagrad) -> dict[Any, Any]:
     return torch.optim.Adagrad(groups, initial_accumulator_value=value).state
 
 
-def _refuse_computed(optimizer: Any, name: str, value: Any, memo: dict[int, Any]) -> None:
-    """Raise if an attribute holds numbers that may have been computed in training."""
-    for thing in _reachable(value, known=memo):
-        size = thing.numel() if isinstance(thing, torch.Tensor) else getattr(thing, "size", 0)
-        if isinstance(thing, torch.Tensor | np.ndarray) and size > 1:
-            raise UnsupportedError(
-                f"Expected {type(optimizer).__name__} to keep what it computes in `state`, got "
-                f"attribute {name!r} with a {type(thing).__name__} of shape {tuple(thing.shape)}: "
-                "it may hold something of the instances that are to be forgotten. Move it into "
-                "`state`, or, if it is a setting, into the parameter groups."
-            )
+def _reachable(
+    value: Any, *, shared: bool = True, known: dict[int, Any] | None = None
+) -> Iterator[Any]:
+    """Yield what a value holds: in containers, attributes, bound methods.
 
-
-def _reachable(value: Any, known: dict[int, Any] | None = None) -> Iterator[Any]:
-    """Yield what a value holds: containers, attributes, weak references, variables of functions.
-
-    Not what a name in a function's module stands for, and nothing behind what is `known` already.
+    Args:
+        value: Where to begin.
+        shared: Also what a deep copy leaves where it is: the variables of functions, weak
+            references, and what belongs to objects that know how to copy themselves. Never what a
+            name in a function's module stands for.
+        known: Neither these things, by id, nor what is behind them.
     """
     seen: dict[int, Any] = {}  # holds what it names: the number of a thing that is gone is reused
     todo = [value]
@@ -168,16 +196,20 @@ def _reachable(value: Any, known: dict[int, Any] | None = None) -> Iterator[Any]
             todo += [*thing.keys(), *thing.values()]
         elif isinstance(thing, list | tuple | set | frozenset):
             todo += thing
-        elif isinstance(thing, types.FunctionType):
-            todo += [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-            todo += [thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
         elif isinstance(thing, types.MethodType):
             todo += [thing.__self__, thing.__func__]
         elif isinstance(thing, functools.partial):
             todo += [thing.func, thing.args, thing.keywords]
+        elif isinstance(thing, types.FunctionType):
+            if shared:
+                todo += [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+                todo += [thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
         elif isinstance(thing, weakref.ref):
-            todo.append(thing())
-        elif not isinstance(thing, type | types.ModuleType | torch.Tensor | PlainStep):
+            if shared:
+                todo.append(thing())
+        elif isinstance(thing, type | types.ModuleType | torch.Tensor):
+            pass
+        elif shared or not hasattr(thing, "__deepcopy__"):
             todo.append(getattr(thing, "__dict__", None))
 
 

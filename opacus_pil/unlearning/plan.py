@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import _validate as check
 from .._validate import IntArray
@@ -30,6 +31,10 @@ class UnlearningPlan(abc.ABC):
         steps_retrain: Steps that retraining from scratch takes.
         batch_size: Expected number of per-instance gradients in a step, for both.
         reason: Why these steps.
+        ids: What the rows of the forget set are called, in their order: the caller's instance ids,
+            or the rows themselves.
+        reasons: What the claim takes for granted, or why there is none: a sentence each, among
+            them those of the label of the ledger that the plan rests on.
         strength: Weight of what the method adds to the loss, where it adds something.
         requests_served: Requests the engine had served when it made the plan.
         basis: Digest of the model, ledger and settings that the plan was made for.
@@ -41,6 +46,8 @@ class UnlearningPlan(abc.ABC):
     steps_retrain: int
     batch_size: float
     reason: str
+    ids: tuple[Any, ...] = ()
+    reasons: tuple[str, ...] = ()
     strength: float | None = None
     requests_served: int = 0
     basis: str = field(default="", repr=False)
@@ -71,12 +78,16 @@ class UnlearningPlan(abc.ABC):
             f"  why               {self.reason}",
             *self._details(),
         ]
+        if self.reasons:
+            lines += [f"  {self._because}", *[f"    - {reason}" for reason in self.reasons]]
         if self.method in NOISE_FREE_METHODS and self.steps:
             lines.append(
                 "  afterwards        every retained instance's privacy loss is infinite: these "
                 "steps add no noise"
             )
         return "\n".join(lines)
+
+    _because = "label of the ledger"
 
     def _details(self) -> list[str]:
         return []
@@ -144,6 +155,8 @@ class PredictedPlan(UnlearningPlan):
 
     interval: tuple[float, float] | None = None
     measured: bool = False
+
+    _because = "not certified because"
 
     @property
     def fixed_length(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn as nn
@@ -21,6 +21,7 @@ from ..certificates import (
 from ..errors import CertificateError
 from .averaged import require_all_trainable
 from .calibration import Calibration
+from .grounds import with_codes
 from .plan import (
     NOISE_FREE_METHODS,
     CertifiedPlan,
@@ -30,35 +31,51 @@ from .plan import (
     certified_steps,
     on_grid,
 )
+from .search import searching
 
 _STRENGTH = {"l1_sparse": 1e-4, "gradient_difference": 1.0}
 _WORST_CASE_SEARCH = 1_000_000
+_MEASURED = "the norms are those that the deployed run itself measured"
 _SUPPLIED = "; the certificate is the caller's, and that it describes this run was not checked"
 
 Applicable = Callable[[], tuple[Certificate, Certificate | None]]
+Codes = Callable[..., tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What every plan of one request has in common; attributes as in UnlearningPlan.
+    """What every plan of one request has in common.
 
-    Also `module`, and `noisy`: whether steps of the training's kernel add noise.
+    Attributes:
+        forget_set, ids, method, steps_retrain, batch_size, requests_served: As in UnlearningPlan.
+        module: The model as it is.
+        noisy: Whether steps of the training's kernel add noise.
+        label: Why the ledger's label is not a stronger one; None: there is no ledger.
+        progress: Show how long a search takes, when the output is a terminal.
     """
 
     forget_set: IntArray
+    ids: tuple[Any, ...]
     method: str
     steps_retrain: int
     batch_size: float
     requests_served: int
     module: nn.Module
     noisy: bool
+    label: tuple[str, ...] | None
+    progress: bool
 
     def common(self, **changes: Any) -> dict[str, Any]:
         """Return the fields of a plan."""
-        fields = {
-            name: value for name, value in vars(self).items() if name not in ("module", "noisy")
-        }
-        return {**fields, **changes}
+        own = ("module", "noisy", "label", "progress")
+        fields = {name: value for name, value in vars(self).items() if name not in own}
+        return {**fields, "reasons": self.label or (), **changes}
+
+    def unproved(self, why: str) -> tuple[str, ...]:
+        """Return the reasons of a plan without a claim."""
+        if self.label is None:
+            return (why, "there is no privacy_engine: nothing bounds what training gave away")
+        return (why, *self.label)
 
 
 def make_plan(
@@ -68,6 +85,8 @@ def make_plan(
     delta: float | None,
     certificate: Certificate | None,
     applicable: Applicable,
+    run_codes: Codes,
+    training_codes: Codes,
     steps: int | None,
     max_steps: int | None,
     step_grid: int,
@@ -80,6 +99,8 @@ def make_plan(
     Args:
         facts: Of the request.
         applicable: Gives the certificate and its worst case, or refuses; called where needed only.
+        run_codes: Gives the codes of what a certified run takes for granted, or refuses.
+        training_codes: The same of the training and the model, for certificates that speak of it.
     """
     grid = check.integer("step_grid", step_grid, low=1)
     weight = _checked_strength(strength, facts.method)
@@ -124,7 +145,7 @@ def make_plan(
             steps=budget,
             reason="a fixed budget chosen by the caller",
             strength=weight,
-            **facts.common(),
+            **facts.common(reasons=facts.unproved(_why_not_asked(facts.method))),
         )
     if probability is None or (target is None and budget is None):
         raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
@@ -144,6 +165,15 @@ def make_plan(
         certificate, worst = applicable()
     elif predict:
         raise ValueError("Expected a certificate or predict=True, got both. Leave one out.")
+    if facts.method == "noisy_finetuning":
+        facts = replace(facts, label=())  # of any training: no ledger stands behind it
+    if not predict:
+        codes = run_codes()
+        if facts.method != "noisy_finetuning":
+            codes += training_codes(rests_on_ledger=not supplied)
+        if supplied:
+            codes += ("supplied_by_caller",)
+        certificate = with_codes(certificate, *codes)
     if budget is not None:
         if predict:
             raise ValueError("Expected epsilon with predict=True, got steps. Pass steps alone.")
@@ -199,7 +229,10 @@ def predicted_plan(
         f"{found.estimate:.0f}",
         interval=(found.low, found.high),
         measured=True,
-        **facts.common(method=calibration.method),
+        **facts.common(
+            method=calibration.method,
+            reasons=facts.unproved("the steps are those that pilot sets took to be forgotten"),
+        ),
     )
 
 
@@ -217,7 +250,8 @@ def _for_target(
 ) -> UnlearningPlan:
     goal = {"epsilon": epsilon, "delta": delta}
     try:
-        exact = certificate.steps_for(**goal, max_steps=limit)
+        with searching(certificate, progress=facts.progress) as watched:
+            exact = watched.steps_for(**goal, max_steps=limit)
         needed = on_grid(exact, step_grid=grid)
         if needed > limit:
             raise CertificateError(
@@ -239,13 +273,14 @@ def _for_target(
             reason=f"the formula of {name} with what the deployed run itself measured, for "
             f"epsilon={epsilon:g} at delta={delta:g}; a prediction, no claim",
             measured=True,
-            **facts.common(),
+            **facts.common(reasons=facts.unproved(_MEASURED)),
         )
     if isinstance(certificate, BestCertificate):
         name = certificate.winner(delta=delta, steps=needed).name
     worst_steps = None
     if worst is not None:
-        worst_steps = certified_steps(worst, **goal, max_steps=max(limit, _searched(worst)))
+        with searching(worst, progress=facts.progress) as watched:
+            worst_steps = certified_steps(watched, **goal, max_steps=max(limit, _searched(worst)))
     return CertifiedPlan(
         steps=needed,
         reason=f"fewest steps at which {name} reaches the target, rounded up to a multiple of "
@@ -257,6 +292,12 @@ def _for_target(
         steps_worst_case=None if worst_steps is None else on_grid(worst_steps, step_grid=grid),
         **facts.common(),
     )
+
+
+def _why_not_asked(method: str) -> str:
+    if method in NOISE_FREE_METHODS:
+        return "steps without noise have no certificate"
+    return "steps alone were asked for: with delta= the plan says which ε is certified, or why none"
 
 
 def _searched(certificate: Certificate) -> int:

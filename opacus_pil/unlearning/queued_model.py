@@ -42,6 +42,7 @@ class QueuedModel(TrainedModel):
         self._state_name: str | None = None  # of the file with this state, once it was served
         self._queue = None if requests is None else RequestQueue(requests)
         if self._queue is not None:
+            self._require_queued_data()
             go_on(cast("UnlearningEngine", self), self._queue)
 
     def branch(self) -> Self:
@@ -66,30 +67,41 @@ class QueuedModel(TrainedModel):
             )
         return self._queue
 
-    def submit(self, forget: npt.ArrayLike, *, request_id: str) -> Request:
+    def submit(
+        self,
+        forget: npt.ArrayLike | None = None,
+        *,
+        rows: npt.ArrayLike | None = None,
+        request_id: str,
+    ) -> Request:
         """Put a deletion request into the queue; nothing runs before `serve`, in any process.
 
         Args:
-            forget: Rows of the data set, each once, not all of them. Rows that are forgotten
-                already, or that another request names as well, are fine.
+            forget: Instances, each once, not all of them: by their ids if there are instance_ids,
+                else by row; or a boolean mask over all rows. Who is forgotten already, or named by
+                another request as well, is fine.
+            rows: Rows of the data set, in its place.
             request_id: The requester's name for it. Submitting the same again changes nothing.
 
         Returns:
             The request as it stands.
 
         Raises:
-            ValueError: Rows that are not in the data set, repeated, none or all; or a known
-                request_id for other rows. The queue is left as it was.
-            LedgerError: The database is locked, read-only or no queue. Likewise.
+            ValueError: Rows that are not in the data set, ids that nobody has, repeated, none or
+                all; or a known request_id for other rows. The queue is left as it was.
+            LedgerError: The database is locked, read-only or no queue, or its rows are those of
+                other data. Likewise.
         """
         queue = self.requests
-        rows = check.index_array("forget", forget, size=self._size)
-        if len(rows) == self._size:
+        named = self._named(forget, rows)
+        if len(named) == self._size:
             raise ValueError(
                 f"Expected a forget set that leaves something to train on, got all {self._size} "
                 "rows. Delete the model instead."
             )
-        return queue.submit(request_id, rows)
+        self._require_queued_data()
+        ids = self._ids.of(named) if self._ids.given else None
+        return queue.submit(request_id, named, ids=ids, data=self._data.state())
 
     def serve(
         self,
@@ -144,8 +156,9 @@ class QueuedModel(TrainedModel):
             ValueError: Arguments that make no plan, or an engine without requests.
             TypeError: Another kind of certificate.
             LedgerError: The database is locked, read-only or no queue; another process serves and
-                `wait` is False; or the folder belongs to another engine. The model is the one that
-                was served last.
+                `wait` is False; the folder belongs to another engine, or its rows are those of
+                other data. The model is the one that was served last.
+            UnsupportedError: The training cannot be run again as it is described.
         """
         if certificate is not None and type(certificate) is not NoisyFineTuningCertificate:
             raise TypeError(
@@ -172,3 +185,11 @@ class QueuedModel(TrainedModel):
             checkpoint_every=check.integer("checkpoint_every", checkpoint_every, low=1),
             wait=wait,
         )
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _require_queued_data(self) -> None:
+        """Raise if the rows in the queue are those of other data, or in another order."""
+        data = self.requests.data
+        if data is not None:
+            self._data.require_state(data)

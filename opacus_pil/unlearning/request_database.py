@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ..errors import LedgerError
 
@@ -21,6 +23,14 @@ APPLICATION_ID = 0x50494C51  # "PILQ", in the file's header
 VERSION = 1
 STATES = ("queued", "planned", "running", "done", "failed")
 
+# Beside the tables of version 1, which mean what they meant: files without them get them when
+# somebody writes.
+_ADDED = (
+    "CREATE TABLE IF NOT EXISTS instance_ids ("
+    "request_id TEXT PRIMARY KEY REFERENCES requests (request_id), ids TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS data_set ("
+    "only_row INTEGER PRIMARY KEY CHECK (only_row = 1), state TEXT NOT NULL)",
+)
 _TABLES = f"""
 CREATE TABLE requests (
   position INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -95,6 +105,8 @@ class RequestDatabase:
         with self._worded(), self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")  # the write lock before the first read
             try:
+                for table in _ADDED:
+                    connection.execute(table)
                 yield connection
             except BaseException:
                 if connection.in_transaction:  # a full disk ends it by itself
@@ -190,13 +202,26 @@ def _make(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_TABLES)
+            connection.executescript(";\n".join([_TABLES, *_ADDED]))
             connection.execute(f"PRAGMA user_version = {VERSION}")
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
     finally:
         os.unlink(temporary)
+
+
+def keep_data(connection: sqlite3.Connection, state: Mapping[str, Any]) -> None:
+    """Keep what tells the data set from others, unless it is known; inside the transaction."""
+    connection.execute(
+        "INSERT OR IGNORE INTO data_set (only_row, state) VALUES (1, ?)", (json.dumps(dict(state)),)
+    )
+
+
+def has_table(connection: sqlite3.Connection, name: str) -> bool:
+    """Whether there is such a table: files of earlier releases lack some until they are written."""
+    found = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = ?"
+    return bool(connection.execute(found, (name,)).fetchone()[0])
 
 
 def _number(connection: sqlite3.Connection, question: str) -> int:

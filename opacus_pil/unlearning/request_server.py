@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import LedgerError
-from .request_database import RequestDatabase, log
+from .request_database import RequestDatabase, keep_data, log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +47,11 @@ class Server:
     def __init__(self, database: RequestDatabase, *, owner: str, process: str) -> None:
         self._database, self._owner, self._process = database, owner, process
 
-    def begin(self, state_file: str) -> None:
-        """Record the state that the first request starts from."""
+    def begin(self, state_file: str, *, data: Mapping[str, Any]) -> None:
+        """Record the state that the first request starts from, and which data it is of."""
         with self._mine() as db:
             db.execute("UPDATE served SET state_file = ?", (state_file,))
+            keep_data(db, data)
 
     def open_batch(self) -> Batch | None:
         """Return the batch that was planned and is not done, if there is one."""
@@ -110,6 +111,12 @@ class Server:
         with self._mine() as db:
             self._close(db, batch, "done", result)
             db.execute("UPDATE served SET state_file = ?", (state_file,))
+
+    def interrupt(self, batch: Batch, *, reason: str) -> None:
+        """Note that the batch does not run: its requests are planned, and are served again."""
+        with self._mine() as db:
+            db.execute("UPDATE requests SET state = 'planned' WHERE batch = ?", (batch.number,))
+            log(db, batch.request_ids, "planned", reason)
 
     def fail(self, batch: Batch, *, reason: str) -> None:
         """Give a batch up; the served state stays."""

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from ..errors import LedgerError
-from .request_database import STATES, RequestDatabase, log, readable
+from .request_database import STATES, RequestDatabase, has_table, keep_data, log, readable
 from .request_server import Server
 from .serving_lock import serving_lock
 
@@ -36,6 +36,8 @@ class Request:
     Attributes:
         request_id: The requester's own name for it.
         rows: Rows of the data set that are to leave, ascending.
+        ids: What these rows are called: the instance ids of the engine that they were submitted
+            to; the rows themselves where it had none, or nobody said so.
         state: "queued", "planned", "running", "done" or "failed".
         result: Once done: what was run and what may be claimed, as plain values; once failed:
             {"reason": why}; before: None.
@@ -43,6 +45,7 @@ class Request:
 
     request_id: str
     rows: tuple[int, ...]
+    ids: tuple[str | int, ...]
     state: str
     result: Mapping[str, Any] | None
 
@@ -93,12 +96,22 @@ class RequestQueue:
 
     # --- for everybody ------------------------------------------------------------------------
 
-    def submit(self, request_id: str, rows: npt.ArrayLike) -> Request:
+    def submit(
+        self,
+        request_id: str,
+        rows: npt.ArrayLike,
+        *,
+        ids: Sequence[str | int] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> Request:
         """Put a request into the queue; asking for the same again changes nothing.
 
         Args:
             request_id: Any text that is not empty.
             rows: Rows of the data set, each once, in any order.
+            ids: What the rows are called, in their order, to be shown with the request.
+            data: What tells the data set from others, kept with the first request that brings it;
+                see `data`.
 
         Returns:
             The request as it stands: queued, or however far an earlier submission has come.
@@ -111,9 +124,13 @@ class RequestQueue:
             raise TypeError(check.expected("request_id", "to be text", request_id))
         if not request_id:
             raise ValueError(check.expected("request_id", "not to be empty", request_id))
-        wanted = np.sort(check.index_array("rows", rows, size=_LARGEST_ROW)).tolist()
+        given = check.index_array("rows", rows, size=_LARGEST_ROW)
+        order = np.argsort(given)
+        wanted = given[order].tolist()
         if not wanted:
             raise ValueError("Expected a request to name at least one row, got none.")
+        if ids is not None:
+            check.same_length("ids", np.asarray(ids), "rows", len(wanted))
         with self._database.writing() as db:
             known = _row(db, request_id)
             if known is None:
@@ -121,6 +138,13 @@ class RequestQueue:
                     "INSERT INTO requests (request_id, rows, state) VALUES (?, ?, 'queued')",
                     (request_id, json.dumps(wanted)),
                 )
+                if ids is not None:
+                    db.execute(
+                        "INSERT INTO instance_ids (request_id, ids) VALUES (?, ?)",
+                        (request_id, json.dumps([ids[k] for k in order.tolist()])),
+                    )
+                if data is not None:
+                    keep_data(db, data)
                 log(db, [request_id], "queued", f"{len(wanted)} rows")
             elif json.loads(known["rows"]) != wanted:
                 raise ValueError(
@@ -129,6 +153,15 @@ class RequestQueue:
                     f"{len(wanted)} other ones. Submit them under an id of their own."
                 )
             return _found(db, request_id)
+
+    @property
+    def data(self) -> dict[str, Any] | None:
+        """What tells the data set that the rows are of from others; None: nobody said so yet."""
+        with self._database.reading() as db:
+            if not has_table(db, "data_set"):
+                return None
+            row = db.execute("SELECT state FROM data_set").fetchone()
+        return None if row is None else json.loads(row[0])
 
     def get(self, request_id: str) -> Request:
         """Return one request as it stands.
@@ -146,8 +179,8 @@ class RequestQueue:
         with self._database.reading() as db:
             rows = db.execute(
                 "SELECT * FROM requests WHERE ?1 IS NULL OR state = ?1 ORDER BY position", (state,)
-            )
-            return [_request(row) for row in rows]
+            ).fetchall()
+            return [_request(db, row) for row in rows]
 
     def status(self) -> dict[str, int]:
         """Return how many requests are in each state."""
@@ -205,13 +238,20 @@ def _found(db: sqlite3.Connection, request_id: str) -> Request:
         raise LedgerError(
             f"Expected a request_id that was submitted, got request_id={request_id!r}. Submit it."
         )
-    return _request(row)
+    return _request(db, row)
 
 
-def _request(row: sqlite3.Row) -> Request:
+def _request(db: sqlite3.Connection, row: sqlite3.Row) -> Request:
+    rows = tuple(json.loads(row["rows"]))
+    named = None
+    if has_table(db, "instance_ids"):
+        named = db.execute(
+            "SELECT ids FROM instance_ids WHERE request_id = ?", (row["request_id"],)
+        ).fetchone()
     return Request(
         request_id=row["request_id"],
-        rows=tuple(json.loads(row["rows"])),
+        rows=rows,
+        ids=rows if named is None else tuple(json.loads(named[0])),
         state=row["state"],
         result=None if row["result"] is None else json.loads(row["result"]),
     )

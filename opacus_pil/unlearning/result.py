@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch.nn as nn
 
 from ..certificates import Certificate, CertificateRecord
+from ..errors import CertificateError
 from .certified_record import certified_record, uncertified_message
 from .plan import CertifiedPlan, UnlearningPlan
 
@@ -53,6 +54,18 @@ class CertifiedResult(UnlearningResult):
     plan: CertifiedPlan
     model_before: str
     model_after: str
+
+    def __post_init__(self) -> None:
+        """Refuse a run that left the model as it was: nothing was forgotten by it.
+
+        Raises:
+            CertificateError: Steps, and the same model before and after.
+        """
+        if self.steps and self.model_before == self.model_after:
+            raise CertificateError(
+                f"Expected {self.steps} steps to move the model, got the model that was there "
+                "before. Nothing was forgotten."
+            )
 
     @property
     def certificate(self) -> Certificate:

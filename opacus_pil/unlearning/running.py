@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn as nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .._validate import IntArray
 from ..certificates import NoisyFineTuningCertificate
 from ..errors import CertificateError
+from ..training.task import Task
 from .averaged import noisy_finetuning_steps
 from .extra_terms import gradient_difference, l1_sparse
 from .methods import AfterStep, noisy_steps, plain_steps
@@ -21,7 +21,8 @@ def run_plan(
     run: SavedRun,
     *,
     dataset: Dataset,
-    criterion: nn.Module,
+    task: Task,
+    evaluated: frozenset[str],
     retain_set: IntArray,
     batch_size: float,
     after_step: AfterStep,
@@ -42,7 +43,8 @@ def run_plan(
     remaining = plan.steps - run.done
     common = {
         "dataset": dataset,
-        "criterion": criterion,
+        "task": task,
+        "evaluated": evaluated,
         "retain_set": retain_set,
         "steps": remaining,
         "sampler_generator": run.sampler_generator,
@@ -80,7 +82,7 @@ def run_plan(
                 strength=plan.strength,
                 dataset=dataset,
                 forget_set=plan.forget_set,
-                criterion=criterion,
+                task=task,
                 batch_size=size,
                 generator=run.sampler_generator,
             )

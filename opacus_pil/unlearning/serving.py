@@ -82,10 +82,13 @@ def serve(
     goal = {k: v.item() if isinstance(v, np.generic) else v for k, v in goal.items()}
     finished: list[str] = []
     with queue.serving(wait=wait) as server:
+        engine._require_queued_data()
         go_on(engine, queue)
+        engine._data.require_same()
+        engine._rehearsed(np.empty(0, dtype=np.int64))  # what nobody could be served with
         if queue.state_file is None:
             engine._state_name = _write_state(engine, queue.folder)
-            server.begin(engine._state_name)
+            server.begin(engine._state_name, data=engine._data.state())
         while True:
             batch = server.open_batch()
             _clean_up(queue, batch)
@@ -174,7 +177,7 @@ def _planned(
     if not rows:
         return None, None
     try:
-        plan = engine.plan(sorted(rows), **_arguments(goal))
+        plan = engine._planned(np.array(sorted(rows), dtype=np.int64), **_arguments(goal))
     except (CertificateError, UnsupportedError) as error:
         return None, str(error)
     if isinstance(plan, RetrainPlan) and goal["method"] != "retraining":
@@ -213,19 +216,24 @@ def _serve_batch(
     batch: Batch,
     checkpoint_every: int,
 ) -> None:
-    server.run(batch)
     result: dict[str, Any] = {"batch": batch.number, "rows_in_batch": len(batch.rows)}
     if not batch.rows:
+        server.run(batch)
         assert engine._state_name is not None
         result |= {"status": "forgotten before", "steps": 0, "state_file": engine._state_name}
         server.finish(batch, state_file=engine._state_name, result=result)
         return
-    plan = engine.plan(batch.rows, **_arguments(batch.goal))
+    try:  # whoever is refused here was never running
+        plan = engine._planned(np.array(batch.rows, dtype=np.int64), **_arguments(batch.goal))
+    except (CertificateError, UnsupportedError) as error:
+        server.fail(batch, reason=str(error))
+        return
     if plan.steps != batch.steps:
         raise LedgerError(
             f"Expected the plan of batch {batch.number} to take {batch.steps} steps as when it was "
             f"made, got {plan.steps}. Go on with the release and the engine that planned it."
         )
+    server.run(batch)
     before, hash_before = engine_state(engine), model_hash(engine.module)
     folder = queue.folder / f"run-{batch.number}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -235,6 +243,9 @@ def _serve_batch(
         except (CertificateError, UnsupportedError) as error:
             server.fail(batch, reason=str(error))
             return
+        except LedgerError as error:  # of the data or the engine, not of who asked
+            server.interrupt(batch, reason=str(error))
+            raise
         name = _write_state(engine, queue.folder)
         result |= {**_summary(done, adaptive=bool(batch.goal.get("adaptive"))), "state_file": name}
         if isinstance(plan, CertifiedPlan):
@@ -243,7 +254,8 @@ def _serve_batch(
         server.finish(batch, state_file=name, result=result)
         engine._state_name = name
     except BaseException:
-        load_engine_state(engine, before)  # the file says what is served, and it says: the old one
+        # The file says what is served, and it says: the old one.
+        load_engine_state(engine, before, own=True)
         raise
 
 
@@ -272,12 +284,7 @@ def _certify(
 ) -> dict[str, Any]:
     """Write the certificate file of a run; return its name, or why there is none."""
     try:
-        record = certified_record(
-            plan,
-            before=hash_before,
-            after=model_hash(engine.module),
-            instance_ids=engine._engine.per_instance.instance_ids if engine._engine else None,
-        )
+        record = certified_record(plan, before=hash_before, after=model_hash(engine.module))
     except CertificateError as error:
         return {"certificate_file": None, "no_certificate_file": str(error)}
     # Left from a killed run of this very batch, if there is one.

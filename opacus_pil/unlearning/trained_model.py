@@ -20,15 +20,24 @@ from torch.utils.data import Dataset
 
 from .. import _validate as check
 from .._validate import IntArray
+from ..accounting.instance_ids import InstanceIds
+from ..capture.row_losses import LossOf
+from ..dataset_fingerprint import dataset_fingerprint
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..step_accounting import described_groups
+from ..training.task import Collate, Task
 from .calibration import mean_log_loss
+from .described import described_task, evaluated_in_training, optimizer_of, require_own_engine
 from .engine_state import engine_state, load_engine_state
-from .methods import plain_module
+from .grounds import require_no_running_statistics, weights_left
+from .methods import plain_module, with_still_statistics
 from .model_hash import model_hash
 from .phase import Phase
 from .plan import NOISE_FREE_METHODS, CertifiedPlan, UnlearningPlan
+from .rehearsal import Rehearsal, rehearsed
+from .step_size import require_moving_steps
+from .trained_data import TrainedData
 
 MakeModel = Callable[[], tuple[nn.Module, torch.optim.Optimizer]]
 
@@ -45,20 +54,28 @@ class TrainedModel:
         *,
         optimizer: torch.optim.Optimizer,
         dataset: Dataset,
-        criterion: nn.Module,
+        criterion: Any = None,
         privacy_engine: PerInstancePrivacyEngine | None = None,
+        loss_of: LossOf | None = None,
+        collate_fn: Collate | None = None,
+        instance_ids: npt.ArrayLike | None = None,
         training_steps: int | None = None,
         feature_norm: float | None = None,
         batch_size: int | None = None,
         make_model: MakeModel | None = None,
         progress: bool = True,
     ) -> None:
-        self._module = plain_module(module)
-        _require_no_running_statistics(self._module)
+        if privacy_engine is not None:
+            require_own_engine(privacy_engine)
+        self._evaluated = evaluated_in_training(privacy_engine)
+        require_no_running_statistics(plain_module(module), evaluated=self._evaluated)
+        self._module = with_still_statistics(plain_module(module))
         inner = optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
-        self._optimizer = inner
+        self._optimizer = optimizer_of(self._module, inner, privacy_engine=privacy_engine)
         self._dataset = dataset
-        self._criterion = getattr(criterion, "criterion", criterion)  # ghost mode wraps the loss
+        self._task = described_task(
+            privacy_engine, criterion=criterion, loss_of=loss_of, collate_fn=collate_fn
+        )
         self._engine = privacy_engine
         self._feature_norm = feature_norm
         self._make_model = make_model
@@ -66,6 +83,11 @@ class TrainedModel:
         self._size = len(dataset)  # type: ignore[arg-type]
         if privacy_engine is not None:
             kernel = privacy_engine.kernel
+            if instance_ids is not None:
+                raise ValueError(
+                    "Expected instance_ids without privacy_engine only, got both. Pass them to "
+                    "PerInstancePrivacyEngine(instance_ids=...), whose ledger names them too."
+                )
             if kernel.num_instances != self._size:
                 raise ValueError(
                     check.expected(
@@ -86,6 +108,19 @@ class TrainedModel:
             cure = "It cannot be read off a ledger without privacy_engine."
             steps = check.integer("training_steps", training_steps, low=1, cure=cure)
             self._batch_size = float(check.integer("batch_size", batch_size, low=1, cure=cure))
+        self._ids = InstanceIds(instance_ids)
+        if privacy_engine is not None:
+            self._ids = privacy_engine.instance_ids
+        self._ids.require_size(self._size)
+        self._data = TrainedData(
+            dataset,
+            began=None if privacy_engine is None else privacy_engine.fingerprint,
+            fingerprint_of=(
+                dataset_fingerprint if privacy_engine is None else privacy_engine.fingerprint_of
+            ),
+            ids=self._ids,
+        )
+        self._weights = weights_left(privacy_engine, self._module)
         self._training_steps = check.integer("training_steps", steps, low=0)
         self._phases = [Phase(self._training_steps, frozenset(), "training")]
         self._forgotten: frozenset[int] = frozenset()
@@ -118,18 +153,44 @@ class TrainedModel:
         branch._phases = list(self._phases)
         return branch
 
-    def mean_log_loss(self, rows: npt.ArrayLike, *, order: float = 2.0) -> float:
-        """Return the mean over `rows` of the log of their privacy loss (RDP at `order`, in nats).
+    @property
+    def dataset(self) -> Dataset:
+        """The training set, forgotten rows included."""
+        return self._dataset
+
+    @property
+    def task(self) -> Task:
+        """What training minimised, and how its batches are joined: unlearning does the same."""
+        return self._task
+
+    @property
+    def instance_ids(self) -> InstanceIds:
+        """The ids of the data set's rows."""
+        return self._ids
+
+    def mean_log_loss(
+        self,
+        forget: npt.ArrayLike | None = None,
+        *,
+        rows: npt.ArrayLike | None = None,
+        order: float = 2.0,
+    ) -> float:
+        """Return the mean over a set of the log of its privacy losses (RDP at `order`, in nats).
 
         What `calibrate` fits times to unlearn against. The labels of the losses are the ledger's.
+
+        Args:
+            forget: Instances, by their ids if there are ids, else by row.
+            rows: Rows in their place.
+            order: Rényi order, one of the ledger's.
 
         Raises:
             ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
         """
         if self._engine is None:
             raise ValueError("Expected privacy_engine for privacy losses, got None. Pass it.")
-        ledger = self._engine.per_instance
-        return mean_log_loss(ledger.rdp(rows), orders=ledger.orders, order=order)
+        ledger, found = self._engine.per_instance, self._named(forget, rows)
+        return mean_log_loss(ledger.rdp(found), orders=ledger.orders, order=order)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, phases, optimizer settings and both ledgers, to be saved.
@@ -152,15 +213,19 @@ class TrainedModel:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _checked_forget(self, forget: npt.ArrayLike) -> IntArray:
-        rows = np.sort(check.index_array("forget", forget, size=self._size))
+    def _named(self, forget: npt.ArrayLike | None, rows: npt.ArrayLike | None) -> IntArray:
+        """Return the rows that a caller names, ascending."""
+        return np.sort(self._ids.rows(forget, rows=rows, size=self._size, name="forget"))
+
+    def _checked_forget(self, rows: IntArray) -> IntArray:
         if not len(rows):
             raise ValueError("Expected forget to name at least one row, got none.")
         before = sorted(self.forgotten.intersection(rows.tolist()))
         if before:
             raise ValueError(
                 f"Expected rows that are still in the training set, got {len(before)} of "
-                f"{len(rows)} forgotten before (first: {before[0]}). Leave them out."
+                f"{len(rows)} forgotten before (first: {self._ids.of(before[:1])[0]}). Leave them "
+                "out."
             )
         if len(rows) + len(self.forgotten) == self._size:
             raise ValueError(
@@ -168,6 +233,39 @@ class TrainedModel:
                 f"{len(rows)} remaining rows. Delete the model instead."
             )
         return rows
+
+    def _rehearsed(self, rows: IntArray, seen: list[Rehearsal] | None = None) -> Rehearsal:
+        """Run the task on two rows that stay; what was `seen` before is not run again.
+
+        Raises:
+            UnsupportedError: It cannot be run as it is described.
+        """
+        if seen:
+            return seen[0]
+        stay = np.setdiff1d(self.retain_set, rows)
+        found = rehearsed(
+            self._task,
+            module=self._module,
+            optimizer=self._optimizer,
+            dataset=self._dataset,
+            rows=np.unique(stay[[0, -1]]),
+            evaluated=self._evaluated,
+        )
+        if seen is not None:
+            seen.append(found)
+        return found
+
+    def _moving(self, plan: UnlearningPlan) -> UnlearningPlan:
+        """Return the plan, unless its steps would leave the model where it is."""
+        if plan.steps == 0 or plan.method in ("retraining", "noisy_finetuning"):
+            return plan
+        noise = None
+        if self._engine is not None and plan.method not in NOISE_FREE_METHODS:
+            kernel = self._engine.kernel
+            share = kernel.expected_batch_size if kernel.loss_reduction == "mean" else 1
+            noise = kernel.noise_multiplier * kernel.max_grad_norm / share or None
+        require_moving_steps(self._optimizer, noise_std=noise)
+        return plan
 
     def _note_ledger(self) -> None:
         """Remember how far the ledger is: whoever trains on without this engine is noticed."""
@@ -242,7 +340,7 @@ class TrainedModel:
                     f"Expected a plan whose certificate gives epsilon={plan.epsilon:g}, got "
                     f"{now:g} after {plan.steps} steps. Plan again instead of editing a plan."
                 )
-        self._checked_forget(plan.forget_set)
+        self._checked_forget(np.sort(check.index_array("forget", plan.forget_set, size=self._size)))
 
 
 def bound_to(plan: UnlearningPlan, state: str) -> str:
@@ -256,15 +354,6 @@ def bound_to(plan: UnlearningPlan, state: str) -> str:
         f"{state} {type(plan).__name__} {plan.method} {plan.steps} {plan.strength} "
         f"{plan.fixed_length} {plan.forget_set.tolist()} {claim}"
     )
+    if list(plan.ids) not in ([], plan.forget_set.tolist()):  # what the certificate will name
+        text += f" {list(plan.ids)!r}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _require_no_running_statistics(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        batch = isinstance(part, nn.modules.batchnorm._BatchNorm)
-        if batch or getattr(part, "track_running_stats", False):
-            raise UnsupportedError(
-                f"Expected a model without BatchNorm or other running statistics, got "
-                f"{type(part).__name__} at {name or 'the top'!r}. They keep traces of forgotten "
-                "instances. Use GroupNorm."
-            )

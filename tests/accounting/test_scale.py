@@ -86,8 +86,10 @@ class TestMemoryMap:
         before = accountant.state_dict()
         copied = accountant.copy()
         same_state(copied, accountant)
-        assert not np.shares_memory(copied._balances.offset, accountant._balances.offset)
-        assert not copied._balances.offset.flags.owndata  # it lies in a buffer: the map
+        assert not np.shares_memory(
+            copied._state.balances.offset, accountant._state.balances.offset
+        )
+        assert not copied._state.balances.offset.flags.owndata  # it lies in a buffer: the map
         random_run(copied, steps=3, seed=1)
         for key, value in before.items():
             np.testing.assert_array_equal(accountant.state_dict()[key], value)
@@ -97,7 +99,7 @@ class TestMemoryMap:
         state = first.state_dict()
         second = PerInstanceAccountant(SIZE, orders=COMPACT_ORDERS, levels=64, memory_map=tmp_path)
         second.load_state_dict(state)
-        assert not second._balances.offset.flags.owndata
+        assert not second._state.balances.offset.flags.owndata
         for accountant in (first, second):
             random_run(accountant, steps=4, seed=7)
         same_state(first, second)
@@ -114,13 +116,13 @@ class TestMemoryMap:
         mapped = merged(tmp_path)
         same_state(mapped, merged(None))
         assert mapped.num_instances == 2 * SIZE
-        assert not mapped._balances.offset.flags.owndata
+        assert not mapped._state.balances.offset.flags.owndata
 
     def test_what_was_pickled_comes_back_with_a_file_of_its_own(self, tmp_path):
         accountant = used(memory_map=tmp_path)
         other = pickle.loads(pickle.dumps(accountant))
         same_state(other, accountant)
-        assert not other._balances.offset.flags.owndata
+        assert not other._state.balances.offset.flags.owndata
 
     def test_a_fork_is_refused_before_it_writes_into_the_file_of_its_parent(
         self, tmp_path, monkeypatch

@@ -314,7 +314,7 @@ def test_coupled_runs_never_part_by_more_than_the_certificate_assumes():
             module,
             optimizer=torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3),
             dataset=run.dataset,
-            criterion=run.criterion,
+            task=run.engine.task,
             privacy_engine=run.engine.fork(),
             retain_set=rows,
             steps=60,

@@ -99,7 +99,7 @@ class TestNoisyFineTuning:
             module,
             certificate=certificate,
             dataset=run.dataset,
-            criterion=run.criterion,
+            task=run.engine.task,
             retain_set=np.arange(5, SIZE),
             batch_size=12.0,
             steps=steps,

@@ -409,6 +409,36 @@ def test_a_hook_that_uses_the_optimizer_it_is_called_with_comes_along():
     assert id(new) in seen
 
 
+class Namespace(types.SimpleNamespace):
+    """Anything that can be referred to weakly."""
+
+
+class Watch:
+    """A hook that reports to somebody, and whose copy reports to nobody."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __deepcopy__(self, memo):
+        return Watch(None)
+
+    def __call__(self, optimizer, args, kwargs):
+        pass
+
+
+@pytest.mark.parametrize("hold", [weakref.ref, lambda owner: owner])
+def test_a_hook_that_knows_how_to_copy_itself_is_asked_to(hold):
+    module = net()
+    old = torch.optim.Adam(module.parameters(), lr=0.1)
+    training = Namespace(optimizer=Anchored(module.parameters()), norms=np.ones(7))
+    old.register_step_pre_hook(Watch(hold(training)))
+    steps(old, module)
+    new = fresh_optimizer(old, module=module, twin=twin_of(module))
+    (hook,) = new._optimizer_step_pre_hooks.values()
+    assert hook.owner is None
+    assert_apart(new, old, module)
+
+
 # --- parameters ----------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def test_a_server_whose_lock_file_was_deleted_cannot_write_any_more(queue):
             for write in (
                 lambda: robbed.run(batch_of("ada")),
                 lambda: robbed.finish(batch_of("ada"), state_file="x", result={}),
-                lambda: robbed.begin("x"),
+                lambda: robbed.begin("x", data={}),
             ):
                 with pytest.raises(LedgerError, match="took over"):
                     write()

@@ -1,0 +1,124 @@
+"""What a certificate stands on besides its formula: evidence of the steps, weights, buffers, data.
+
+Each is checked where it can be, and named in the certificate's context where it is taken for
+granted. Knows the training's ledger and the model; no method and no number of steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..certificates import Certificate
+from ..errors import CertificateError, UnsupportedError
+from ..privacy_engine import PerInstancePrivacyEngine
+
+
+def weights_left(privacy_engine: PerInstancePrivacyEngine | None, module: nn.Module) -> bool | None:
+    """Return whether a module has the weights that a training left; None: nobody has noted them."""
+    trainings = () if privacy_engine is None else privacy_engine.trainings
+    answers = [training.weights.are(module) for training in trainings]
+    if True in answers:
+        return True
+    return False if False in answers else None
+
+
+def training_codes(
+    privacy_engine: PerInstancePrivacyEngine | None, *, module: nn.Module, weights: bool | None
+) -> tuple[str, ...]:
+    """Return what is taken for granted about the training and the model: codes of a context.
+
+    Args:
+        privacy_engine: Whose ledger a certificate rests on; None: on none.
+        module: Plain, as it is now.
+        weights: Whether training left the weights that the engine was built with; None: not known.
+
+    Raises:
+        CertificateError: Weights that are not the ones training left, or a buffer of the model.
+    """
+    if weights is False:
+        raise CertificateError(
+            "Expected the model as training left it, got weights that are not the ones training "
+            "left: no step of the ledger made them. Build the engine on the trained module (or a "
+            "copy of it), before anything else is loaded or edited."
+        )
+    held = [name for name, _ in module.named_buffers()]
+    allowed = {name for name, part in _statistics(module) for name in _names(name, part)}
+    fixed = {name for name in held if name in allowed or not _saved(module, name)}
+    other = [name for name in held if name not in fixed]
+    if other:
+        raise CertificateError(
+            f"Expected a model without buffers for a certificate, got {other[0]!r} (one of "
+            f"{len(other)}): what it holds may come from the data, and no step adds noise to it. "
+            "Compute constants in the forward pass, or register them with persistent=False."
+        )
+    codes = []
+    unseen = privacy_engine is not None and "earlier_release" in privacy_engine.findings
+    if unseen or (privacy_engine is not None and weights is None):
+        codes.append("labels_without_evidence")
+    if held or any(not p.requires_grad for p in module.parameters()):
+        codes.append("frozen_part_is_public")
+    return tuple(codes)
+
+
+def require_no_running_statistics(module: nn.Module, *, evaluated: frozenset[str]) -> None:
+    """Raise for a normalisation layer that learns from data outside of the noisy steps.
+
+    One that is frozen and in evaluation mode has neither trained nor updated, and every pass leaves
+    it so.
+
+    Args:
+        module: Plain.
+        evaluated: Submodules that were in evaluation mode while training, whatever they are in now.
+
+    Raises:
+        UnsupportedError: Names the layer, and the cure.
+    """
+    for name, part in module.named_modules():
+        batch = isinstance(part, nn.modules.batchnorm._BatchNorm)
+        if not batch and not getattr(part, "track_running_stats", False):
+            continue
+        trains = [n for n, p in part.named_parameters() if p.requires_grad]
+        kept = getattr(part, "running_mean", None) is not None
+        still = not part.training or name in evaluated
+        if isinstance(part, _NormBase) and still and kept and not trains:
+            continue
+        what = f"parameter {trains[0]!r} trains" if trains else "is in training mode"
+        if not kept:
+            what = "normalises by the batch itself"
+        raise UnsupportedError(
+            f"Expected a model without BatchNorm or other running statistics, unless frozen and in "
+            f"evaluation mode, got {type(part).__name__} at {name or 'the top'!r} that {what}. "
+            "They keep traces of forgotten instances. Use GroupNorm; or freeze it before training: "
+            "layer.requires_grad_(False) and layer.eval()."
+        )
+
+
+def with_codes(certificate: Certificate, *codes: str) -> Certificate:
+    """Return the certificate that names these codes of its context too; itself without codes.
+
+    A certificate of a class of the caller's has no context, and says what it says.
+    """
+    if not codes or not dataclasses.is_dataclass(certificate):
+        return certificate
+    return certificate.with_context(*dict.fromkeys(codes))
+
+
+def _statistics(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the frozen normalisation layers, which `training_mode` keeps as they are."""
+    for name, part in module.named_modules():
+        if isinstance(part, _NormBase) and not any(p.requires_grad for p in part.parameters()):
+            yield name, part
+
+
+def _names(name: str, part: nn.Module) -> list[str]:
+    return [f"{name}.{n}" if name else n for n, _ in part.named_buffers()]
+
+
+def _saved(module: nn.Module, name: str) -> bool:
+    """Whether a buffer is part of the saved model; others are made by its code."""
+    path, _, last = name.rpartition(".")
+    return last not in module.get_submodule(path)._non_persistent_buffers_set

@@ -31,7 +31,20 @@ class _Silent:
     def capture(self, *args: Any, **kwargs: Any) -> None:
         """Take nothing down, and cap nothing."""
 
-    before_step = before_noise = noise = note = clear = capture
+    before_step = before_noise = noise = note = clear = remember = capture
+
+    def untouched(self) -> bool:
+        """Stand-ins belong to nobody who could write to them."""
+        return True
+
+    @property
+    def noise_seen(self) -> _Silent:
+        """Remember no draw either."""
+        return self
+
+    def again(self, mark: int | None) -> bool:
+        """Call no draw repeated."""
+        return False
 
 
 class ShadowStep(Listener):

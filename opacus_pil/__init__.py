@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import OpacusPilError as OpacusPilError
     from .errors import UnsupportedError as UnsupportedError
     from .privacy_engine import PerInstancePrivacyEngine as PerInstancePrivacyEngine
+    from .replaying.replay import replay as replay
     from .unlearning import UnlearningEngine as UnlearningEngine
     from .unlearning import UnlearningPlan as UnlearningPlan
     from .unlearning import UnlearningResult as UnlearningResult
@@ -32,6 +33,7 @@ _HOME = {
     "UnlearningEngine": "unlearning",
     "UnlearningPlan": "unlearning",
     "UnlearningResult": "unlearning",
+    "replay": "replaying.replay",
 }
 
 __all__ = [*_HOME, "__version__"]

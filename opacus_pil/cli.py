@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .account_command import add_account_command
 from .check_command import add_check_command, parted
 from .errors import OpacusPilError
 
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _verify_command(commands)
     _key_command(commands)
     _study_command(commands)
+    add_account_command(commands)
     add_check_command(commands)
     return parser
 

@@ -209,9 +209,17 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "evaluation.rank_correlation",
         "evaluation.task_metrics",
         "evaluation.visits",
+        "replaying",
+        "replaying.composed",
+        "replaying.described_run",
+        "replaying.replay",
+        "replaying.row_norms",
+        "replaying.saved_weights",
+        "replaying.trajectory",
     ),
     # surface
     5: (
+        "account_command",
         "check_command",
         "cli",
         "datasets",

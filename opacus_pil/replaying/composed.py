@@ -36,9 +36,9 @@ class RunLevels:
 
     def __init__(self, size: int, *, runs: int, steps: int, levels: FloatArray) -> None:
         self.levels = levels
-        self._file = tempfile.TemporaryFile()  # nameless: gone with the process  # noqa: SIM115
         shape = (runs, steps, size)
-        self._table: Any = np.memmap(self._file, dtype=np.uint16, mode="w+", shape=shape)
+        with tempfile.TemporaryFile() as file:  # nameless: gone with the table
+            self._table: Any = np.memmap(file, dtype=np.uint16, mode="w+", shape=shape)
         for run in range(runs):
             self._table[run] = len(levels) - 1
         self.looked = np.zeros((runs, steps), dtype=bool)

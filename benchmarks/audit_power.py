@@ -7,7 +7,8 @@ same code (`CanaryRecord`) that listens to Opacus's optimizer. A few real traini
 - power: lower bound / claimed ε, median and quantiles over seeds, five bounds on the same runs;
 - coverage: share of correct runs whose bound would lie above the truth (p-value of the true claim
   below 5 %), and share of audits of runs that give nothing away with a bound above 0;
-- training: digits MLP by Opacus itself with the same design.
+- training: digits MLP by Opacus itself with the same design;
+- time: processor time of a step with canaries beside one without, in turns, medians of one run.
 
     python benchmarks/audit_power.py
 """
@@ -198,6 +199,63 @@ def training(seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def timed(steps: int, canaries: int = 1000) -> list[dict[str, Any]]:
+    """Processor time per step with and without canaries, step by step in turns."""
+    import torch
+    from opacus import PrivacyEngine
+    from torch import nn
+
+    from opacus_pil.auditing import GradientCanaries
+    from opacus_pil.datasets import load
+
+    torch.set_num_threads(1)
+    models = {
+        "mlp, digits": ("digits", lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))),
+        "cnn, mnist5k": ("mnist5k", lambda: nn.Sequential(
+            nn.Conv2d(1, 16, 8, 2, padding=3), nn.ReLU(), nn.MaxPool2d(2, 1),
+            nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(),
+            nn.Linear(512, 32), nn.ReLU(), nn.Linear(32, 10))),
+    }  # fmt: skip
+    rows = []
+    for name, (source, build) in models.items():
+        images = load(source)
+        data = torch.utils.data.TensorDataset(images.images, images.labels)
+        sides = {}
+        for kind in ("plain", "canaries"):
+            torch.manual_seed(0)
+            module = build()
+            module, optimizer, loader = PrivacyEngine(accountant="rdp").make_private(
+                module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+                data_loader=torch.utils.data.DataLoader(data, batch_size=64),
+                noise_multiplier=1.0, max_grad_norm=1.0,
+            )  # fmt: skip
+            if kind == "canaries":
+                GradientCanaries(optimizer, seed=0, count=canaries)
+            sides[kind] = (module, optimizer, loader)
+        iterators = {kind: iter(side[2]) for kind, side in sides.items()}
+        seconds: dict[str, list[float]] = {kind: [] for kind in sides}
+        for step in range(steps + 5):
+            for kind, (module, optimizer, loader) in sides.items():
+                batch = next(iterators[kind], None)
+                if batch is None:
+                    iterators[kind] = iter(loader)
+                    batch = next(iterators[kind])
+                start = time.process_time()
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(module(batch[0]), batch[1]).backward()
+                optimizer.step()
+                if step >= 5:
+                    seconds[kind].append(time.process_time() - start)
+        medians = {kind: float(np.median(values)) for kind, values in seconds.items()}
+        rows.append(
+            {"model": name, "canaries": canaries, "steps": steps, "seconds": medians,
+             "ratio": medians["canaries"] / medians["plain"]}
+        )  # fmt: skip
+        print(f"{name}: a step with canaries takes {rows[-1]['ratio']:.2f} times", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -206,6 +264,7 @@ def main() -> None:
     parser.add_argument("--large-seeds", type=int, default=10, help="at 5,000 canaries")
     parser.add_argument("--null-runs", type=int, default=200)
     parser.add_argument("--trainings", type=int, default=3)
+    parser.add_argument("--timed-steps", type=int, default=80)
     default = Path(__file__).parent / "results" / "audit_power.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()
@@ -215,7 +274,7 @@ def main() -> None:
         "delta": DELTA, "controls": CONTROLS, "machine": platform.machine(),
         "power": power(1000, options.seeds) + power(5000, options.large_seeds),
         "coverage": coverage(options.null_runs),
-        "trainings": training(options.trainings),
+        "trainings": training(options.trainings), "time": timed(options.timed_steps),
     }  # fmt: skip
     report["processor_seconds"] = time.process_time() - start
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing.audit import audit as audit
+    from .auditing.audit_record import Audit as Audit
     from .capture.memory import BatchMemoryManager as BatchMemoryManager
     from .errors import CertificateError as CertificateError
     from .errors import LedgerError as LedgerError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "auditing.audit_record",
     "BatchMemoryManager": "capture.memory",
     "CertificateError": "errors",
     "LedgerError": "errors",
@@ -33,6 +36,7 @@ _HOME = {
     "UnlearningEngine": "unlearning",
     "UnlearningPlan": "unlearning",
     "UnlearningResult": "unlearning",
+    "audit": "auditing.audit",
     "replay": "replaying.replay",
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from . import __version__
 from .account_command import add_account_command
+from .audit_command import add_audit_command
 from .check_command import add_check_command, parted
 from .errors import OpacusPilError
 
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _key_command(commands)
     _study_command(commands)
     add_account_command(commands)
+    add_audit_command(commands)
     add_check_command(commands)
     return parser
 

@@ -72,7 +72,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "auditing.lower_bound",
         "auditing.measurements",
         "auditing.one_run",
+        "auditing.exposed",
         "auditing.pairs",
+        "auditing.power",
         "auditing.sampling",
         "certificates",
         "certificates.assumptions",
@@ -220,6 +222,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
     # surface
     5: (
         "account_command",
+        "audit_command",
+        "auditing.audit",
+        "auditing.audit_page",
+        "auditing.audit_record",
         "check_command",
         "cli",
         "datasets",

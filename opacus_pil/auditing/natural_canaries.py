@@ -224,7 +224,7 @@ class CanarySplit:
         level = 1.0 - check.real(
             "confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True
         )
-        self._require_trained(trained_at)
+        self.require_trained(trained_at)
         require_same_ids(scores, self.included)
         m = len(self.rows)
         require_small_delta(delta, m)
@@ -264,7 +264,7 @@ class CanarySplit:
             ),
         )  # fmt: skip
 
-    def _require_trained(self, trained_at: float | None) -> None:
+    def require_trained(self, trained_at: float | None) -> None:
         """Raise where the coins cannot have been in the training."""
         if trained_at is not None:
             if trained_at < self.thrown_at:

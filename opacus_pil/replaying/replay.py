@@ -229,8 +229,8 @@ def _compose(
             "charged the worst case"
         )
     return composed(
-        table, accountant=accountant, orders=orders, noises=noises, rates=rates, confidence=confidence,
-        reasons=reasons, progress=progress,
+        table, accountant=accountant, orders=orders, noises=noises, rates=rates,
+        confidence=confidence, reasons=reasons, progress=progress,
     )  # fmt: skip
 
 

@@ -226,6 +226,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "auditing.audit",
         "auditing.audit_page",
         "auditing.audit_record",
+        "auditing.membership_test",
         "check_command",
         "cli",
         "datasets",

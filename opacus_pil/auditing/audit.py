@@ -12,18 +12,15 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from .. import _validate as check
 from .._validate import FloatArray
 from ..capture.row_losses import LossOf
-from ..capture.sweep import sweep
 from ..evaluation.attack import attack_summary
 from ..replaying.described_run import sample_rate_of
 from ..replaying.replay import replay
@@ -31,32 +28,16 @@ from ..replaying.row_norms import each_step
 from ..replaying.saved_weights import SavedWeights, fit_weights
 from ..replaying.trajectory import Trajectory, trajectories
 from ..training.task import Task
-from .audit_record import Audit, Design
+from .audit_record import Audit
 from .checked import CONSISTENT, POWERLESS, RED, ScriptCheck, TrainingCheck
 from .claim import Claim
 from .comparison import AGREES, UNKNOWN, Check
 from .conformance import Conformance
 from .exposed import most_exposed
-from .losses import REPLACE
-from .lower_bound import LowerBound
+from .membership_test import Tested, tested
 from .natural_canaries import CanarySplit, Shadow
-from .one_run import steinke_p_value
-from .pairs import paired_bounds
-from .power import could_have_seen
 
-LEVEL = 1e-3  # of a red flag for a correct training, over all tests of one audit
 _UNSEEN = "nobody watched the training; `opacus-pil check` measures it while it trains"
-
-
-@dataclass(frozen=True)
-class _Tested:
-    """What the scores say."""
-
-    design: Design
-    lower: tuple[LowerBound, ...] = ()
-    shown: tuple[LowerBound, ...] = ()
-    p_values: tuple[float, ...] = ()
-    scores: tuple[tuple[Hashable, bool, float], ...] = ()  # id, member, score
 
 
 def audit(
@@ -85,6 +66,7 @@ def audit(
     held_out_ids: npt.ArrayLike | None = None,
     before_first: str = "as_first",
     confidence: float = 0.95,
+    level: float = 1e-3,
     seed: int = 0,
     exposed: int = 5,
     per_record: bool = False,
@@ -94,7 +76,7 @@ def audit(
 ) -> Audit:
     """Audit a model that was trained with Opacus.
 
-    Guarantee: a correct training is a red flag with probability at most 1e-3, if the split was
+    Guarantee: a correct training is a red flag with probability at most `level`, if the split was
         random as declared (or the canaries' coins were fair). "consistent" is no proof: it says
         that nothing was found by tests that could have found twice the claimed ε.
 
@@ -127,6 +109,7 @@ def audit(
         held_out_ids: Of `held_out`.
         before_first: As in `replay`: where only the final model was kept, "as_first" ranks.
         confidence: Of each lower bound, and of values over several runs.
+        level: Of the verdict: probability that a correct training is a red flag, over all tests.
         seed: Public, of the matching of pairs; fix it before you look.
         exposed: Most exposed instances that get a tight ε.
         per_record: Keep scores and ε of single records in the result.
@@ -147,6 +130,7 @@ def audit(
         output that no ε covers.
     """
     clock = _Clock()
+    check.real("level", level, low=0.0, high=1.0, open_low=True, open_high=True)
     _require_design(held_out, split, canaries, shadows, trained_at)
     if (sample_rate is None) == (batch_size is None):
         raise ValueError("Expected sample_rate or batch_size, got both or none. Pass one.")
@@ -167,19 +151,20 @@ def audit(
     clock.stop("tight")
     saved = run.places[-1].read()
     module = _model(make_model, saved)
-    tested = _tested(
+    found = tested(
         module, dataset, task=task, held_out=held_out, split=split, strata=strata,
         canaries=canaries, shadows=shadows, trained_at=trained_at, claim=claim, seed=seed,
-        confidence=confidence, chunk_size=chunk_size, ids=(account.instance_ids, held_out_ids),
+        confidence=confidence, level=level, chunk_size=chunk_size,
+        ids=(account.instance_ids, held_out_ids),
         configuration={
             "noise_multiplier": noise_multiplier, "max_grad_norm": max_grad_norm,
             "sample_rate": rate, "steps": account.steps,
         },
     )  # fmt: skip
     clock.stop("scores and bounds")
-    seen = _conformance(watched, run, claim)
-    verdict, reasons = _verdict(tested, seen, watched)
-    scores = tested.scores
+    seen = _conformance(watched, run, claim, level)
+    verdict, reasons = _verdict(found, seen, watched)
+    scores = found.scores
     return Audit(
         verdict=verdict,
         reasons=reasons,
@@ -187,13 +172,13 @@ def audit(
         worst_case_epsilon=account.worst_case_epsilon(delta),
         upper=spent,
         exposed=top,
-        lower=tested.lower,
-        shown=tested.shown,
-        p_values=tested.p_values,
-        design=tested.design,
+        lower=found.lower,
+        shown=found.shown,
+        p_values=found.p_values,
+        design=found.design,
         conformance=seen,
         attack=_attack(scores, shadows),
-        notes=_notes(claim, len(dataset), tested.design),
+        notes=_notes(claim, len(dataset), found),
         hashes={"model": saved.sha256, "scores": _scores_hash(scores)},
         sizes={"rows": len(dataset), "held_out": 0 if held_out is None else len(held_out)},
         seconds=clock.seconds,
@@ -264,144 +249,11 @@ def _runs(noise: Any, rate: Any, steps: int) -> tuple[tuple[float, float, int], 
     return tuple((z, q, len(list(same))) for (z, q), same in itertools.groupby(pairs))
 
 
-# --- membership -----------------------------------------------------------------------------------
-
-
-def _tested(
-    module: nn.Module,
-    dataset: Any,
-    *,
-    task: Task,
-    held_out: Any,
-    split: str | None,
-    strata: tuple[npt.ArrayLike, npt.ArrayLike] | None,
-    canaries: CanarySplit | None,
-    shadows: Sequence[Shadow],
-    trained_at: float | None,
-    claim: Claim,
-    seed: int,
-    confidence: float,
-    chunk_size: int,
-    ids: tuple[Any, Any],
-    configuration: Mapping[str, Any],
-) -> _Tested:
-    if not claim.bounded:
-        return _Tested(Design("none", why_none="the claim itself is ε = inf: steps without noise"))
-    if canaries is not None:
-        return _by_canaries(
-            module, canaries, task=task, shadows=shadows, trained_at=trained_at, claim=claim,
-            confidence=confidence, chunk_size=chunk_size, configuration=configuration,
-        )  # fmt: skip
-    if held_out is None or split is None:
-        why = "neither held-out rows of a random split nor canaries were given"
-        return _Tested(Design("none", why_none=why))
-    inside = dict(zip(ids[0].tolist(), _scores(module, dataset, task, chunk_size), strict=True))
-    names: list[Any] = [("held out", i) for i in range(len(held_out))]
-    if ids[1] is not None:
-        names = np.asarray(ids[1]).tolist()
-        check.same_length("held_out_ids", np.asarray(names), "held-out rows", len(held_out))
-    outside = dict(zip(names, _scores(module, held_out, task, chunk_size), strict=True))
-    found = paired_bounds(
-        inside, held_out=outside, delta=claim.delta, split=split, seed=seed, claim=claim,
-        strata=_strata(strata, list(inside), names), confidence=confidence,
-    )  # fmt: skip
-    exchanged = Claim(claim.runs, delta=claim.delta, neighbours=REPLACE)
-    scores = [(i, True, s) for i, s in inside.items()] + [(i, False, s) for i, s in outside.items()]
-    return _against(exchanged, "pairs", found.pairs, found.lower, (), tuple(scores))
-
-
-def _by_canaries(
-    module: nn.Module,
-    canaries: CanarySplit,
-    *,
-    task: Task,
-    shadows: Sequence[Shadow],
-    trained_at: float | None,
-    claim: Claim,
-    confidence: float,
-    chunk_size: int,
-    configuration: Mapping[str, Any],
-) -> _Tested:
-    module.eval()
-    scores = canaries.loss_scores(
-        module, loss_of=task.loss_of, batch_size=chunk_size,
-        **({} if task.collate_fn is None else {"collate_fn": task.collate_fn}),
-    )  # fmt: skip
-    if shadows:
-        margins = {i: margin_of(-score) for i, score in scores.items()}
-        scores = canaries.likelihood_ratio_scores(
-            margins, shadows=shadows, configuration=configuration
-        )
-    found = canaries.bounds(
-        scores, delta=claim.delta, claim=claim, confidence=confidence, trained_at=trained_at
-    )
-    rows = tuple((i, canaries.included[i], score) for i, score in scores.items())
-    return _against(claim, "canaries", len(scores), found.lower, found.shown, rows)
-
-
-def margin_of(loss: float) -> float:
-    """Return log(p / (1 − p)) of the label's probability p = e^−loss; of shadows too."""
-    p = -math.expm1(-max(loss, 1e-12))
-    return -loss - math.log(p)
-
-
-def _against(
-    claim: Claim,
-    kind: str,
-    units: int,
-    lower: tuple[LowerBound, ...],
-    shown: tuple[LowerBound, ...],
-    scores: tuple[tuple[Hashable, bool, float], ...],
-) -> _Tested:
-    """Hold bounds against the claim for their neighbouring relation."""
-    each = LEVEL / max(len(lower), 1)
-    p_values = tuple(_p_value(bound, claim) for bound in lower)
-    powerful = any(could_have_seen(b, claim=claim, times=2.0, level=each) for b in lower)
-    design = Design(
-        kind, units=units, claimed_epsilon=claim.epsilon, level=LEVEL, powerful=powerful
-    )  # fmt: skip
-    return _Tested(design, lower, shown, p_values, scores)
-
-
-def _p_value(bound: LowerBound, claim: Claim) -> float:
-    """p-value of the claim by the bound's own test."""
-    if bound.p_value is not None:
-        return bound.p_value
-    return float(
-        steinke_p_value(
-            bound.right, guesses=bound.guesses, canaries=bound.canaries, epsilon=claim.epsilon,
-            delta=claim.delta,
-        )
-    )  # fmt: skip
-
-
-def _scores(module: nn.Module, dataset: Any, task: Task, chunk_size: int) -> list[float]:
-    """Return minus each row's loss: higher means member."""
-    found = sweep(
-        module, dataset, loss_of=task.loss_of, collate_fn=task.collate_fn, chunk_size=chunk_size
-    )
-    return (-found.losses).tolist()
-
-
-def _strata(
-    strata: tuple[npt.ArrayLike, npt.ArrayLike] | None, inside: list[Any], outside: list[Any]
-) -> dict[Any, Any] | None:
-    if strata is None:
-        return None
-    own, other = (np.asarray(values).reshape(-1).tolist() for values in strata)
-    if len(own) != len(inside) or len(other) != len(outside):
-        raise ValueError(
-            f"Expected strata of {len(inside)} and {len(outside)} rows, got {len(own)} and "
-            f"{len(other)}. Pass one per row of dataset and of held_out."
-        )
-    return {**dict(zip(inside, own, strict=True)), **dict(zip(outside, other, strict=True))}
-
-
 # --- putting together -----------------------------------------------------------------------------
 
 
 def _conformance(
-    watched: TrainingCheck | ScriptCheck | None, run: Trajectory, claim: Claim
+    watched: TrainingCheck | ScriptCheck | None, run: Trajectory, claim: Claim, level: float
 ) -> Conformance:
     """Return what was seen of the run, or that nobody looked."""
     training = _watched_training(watched)
@@ -428,7 +280,7 @@ def _conformance(
             ("divisor", "divisor of the sum"),
         )
     ]
-    return Conformance((by_ledger, *unseen), LEVEL)
+    return Conformance((by_ledger, *unseen), level)
 
 
 def _watched_training(watched: TrainingCheck | ScriptCheck | None) -> TrainingCheck | None:
@@ -443,9 +295,9 @@ def _watched_training(watched: TrainingCheck | ScriptCheck | None) -> TrainingCh
 
 
 def _verdict(
-    tested: _Tested, seen: Conformance, watched: TrainingCheck | ScriptCheck | None
+    tested: Tested, seen: Conformance, watched: TrainingCheck | ScriptCheck | None
 ) -> tuple[str, tuple[str, ...]]:
-    each = LEVEL / max(len(tested.lower), 1)
+    each = tested.design.level / max(len(tested.lower), 1)
     reasons = [
         f"membership is told better than the claim allows ({bound.method}: ε >= "
         f"{bound.epsilon:.3g}, p-value of the claim {p:.2g})"
@@ -462,12 +314,13 @@ def _verdict(
         return CONSISTENT, ()
     why = tested.design.why_none or (
         f"with {tested.design.units} {tested.design.kind} a training of twice the claimed ε would "
-        "not have been seen either"
+        "not have been seen either at this level; more rows, or canaries (canary_split, or "
+        "`opacus-pil check`), see more"
     )
     return POWERLESS, (why,)
 
 
-def _notes(claim: Claim, rows: int, design: Design) -> tuple[str, ...]:
+def _notes(claim: Claim, rows: int, tested: Tested) -> tuple[str, ...]:
     notes = []
     if claim.runs:
         rate = claim.runs[0][1]
@@ -480,10 +333,16 @@ def _notes(claim: Claim, rows: int, design: Design) -> tuple[str, ...]:
         "the claim is about one record added or removed"
         + (
             "; pairs test one record exchanged for another, which has a larger ε of its own"
-            if design.kind == "pairs"
+            if tested.design.kind == "pairs"
             else ""
         )
     )
+    notes += [
+        f"{bound.method}: at {bound.confidence:g} it lies above the claim, as happens to correct "
+        f"trainings too; the verdict's own level is {tested.design.level:g}"
+        for bound in tested.lower
+        if bound.epsilon > tested.design.claimed_epsilon
+    ]
     notes.append("trials of hyper-parameters on the private data are in no ε here")
     return tuple(notes)
 

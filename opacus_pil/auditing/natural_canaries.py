@@ -211,7 +211,7 @@ class CanarySplit:
 
         Args:
             scores: Of each canary by id, higher meaning member.
-            delta: δ of the statement, well below 1 / canaries.
+            delta: δ of the statement; well below 1 / canaries, or Steinke's bound is left out.
             claim: What the training's accountant counted, for bounds against its curve.
             guesses: Canaries that are guessed; None: chosen from the claim before scores are seen,
                 or all.
@@ -227,10 +227,13 @@ class CanarySplit:
         self.require_trained(trained_at)
         require_same_ids(scores, self.included)
         m = len(self.rows)
-        require_small_delta(delta, m)
+        if claim is None:
+            require_small_delta(delta, m)
         counts = self._guess_counts(delta, claim, guesses, level)
-        few = by_rank(scores, included=self.included, guesses=counts[0])
-        lower = [steinke_bound(few, delta=delta, level=level)]
+        lower = []
+        if delta * m < 1.0:  # else it can reject nothing; the claim's own curve can
+            few = by_rank(scores, included=self.included, guesses=counts[0])
+            lower.append(steinke_bound(few, delta=delta, level=level))
         everyone = by_rank(scores, included=self.included)
         wrong = everyone.wrong
         shown = [

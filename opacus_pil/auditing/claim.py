@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,6 @@ class Claim:
     runs: tuple[Run, ...]
     delta: float
     neighbours: str = ADD_REMOVE
-    _cache: dict[float, Losses] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check and normalise the runs."""
@@ -109,16 +108,10 @@ class Claim:
         """Whether every step has noise: otherwise nothing is claimed."""
         return all(noise > 0 for noise, _, _ in self.runs)
 
-    @functools.cached_property
+    @property
     def epsilon(self) -> float:
         """ε at δ, from above, by privacy loss distributions. May be inf."""
-        if not self.bounded:
-            return math.inf
-        runs = few(self.runs, private=False)
-        if self.neighbours == ADD_REMOVE and len(runs) <= _BY_LIBRARY:
-            return tight_epsilon([(1.0, *run) for run in runs], delta=self.delta)
-        laws = self._composed(1.0, above=True, spacing=1e-4, distinct=_DISTINCT)
-        return _epsilon(laws, self.delta - _RESERVE)
+        return _tight(self) if self.bounded else math.inf
 
     def losses(self, scale: float = 1.0) -> Losses:
         """Return what the steps allow, from above, with all noise multiplied by `scale`.
@@ -129,20 +122,12 @@ class Claim:
         Raises:
             ValueError: A step without noise, which allows everything.
         """
-        if scale not in self._cache:
-            if not self.bounded:
-                raise ValueError(
-                    "Expected every step to have noise, got noise_multiplier=0. Such a claim is ε "
-                    "= inf, and nothing refutes it."
-                )
-            laws = self._composed(scale, above=True, spacing=1e-3, distinct=_IN_FAMILY)
-            deltas = np.zeros(len(_EPSILONS))
-            for law in laws:
-                deltas = np.maximum(deltas, law.deltas(_EPSILONS) + _RESERVE)
-            self._cache[scale] = Losses(
-                _EPSILONS, np.minimum(deltas, 1.0), _epsilon(laws, self.delta - _RESERVE)
+        if not self.bounded:
+            raise ValueError(
+                "Expected every step to have noise, got noise_multiplier=0. Such a claim is ε "
+                "= inf, and nothing refutes it."
             )
-        return self._cache[scale]
+        return _losses(self, scale)
 
     def epsilon_from_below(self, scale: float, *, delta: float | None = None) -> float:
         """Return a lower bound on the ε of the steps with all noise multiplied by `scale`.
@@ -151,9 +136,7 @@ class Claim:
             scale: > 0.
             delta: Another δ than the claim's.
         """
-        spacing = min(2e-4, 0.02 / max(self.steps, 1))  # half a spacing a step is lost
-        laws = self._composed(scale, above=False, spacing=spacing, distinct=_IN_FAMILY)
-        return _epsilon(laws, (self.delta if delta is None else delta) + _RESERVE)
+        return _from_below(self, scale, self.delta if delta is None else delta)
 
     def _composed(
         self, scale: float, *, above: bool, spacing: float, distinct: int
@@ -176,6 +159,33 @@ class Claim:
                 many = tuple(a.plus(b) for a, b in zip(composed, many, strict=True))
             composed = many
         return composed
+
+
+# Searches ask for the same few scales again and again, and trainings often have the same steps.
+@functools.lru_cache(maxsize=512)
+def _losses(claim: Claim, scale: float) -> Losses:
+    laws = claim._composed(scale, above=True, spacing=1e-3, distinct=_IN_FAMILY)
+    deltas = np.zeros(len(_EPSILONS))
+    for law in laws:
+        deltas = np.maximum(deltas, law.deltas(_EPSILONS) + _RESERVE)
+    epsilon = _epsilon(laws, claim.delta - _RESERVE)
+    return Losses(_EPSILONS, np.minimum(deltas, 1.0), epsilon)
+
+
+@functools.lru_cache(maxsize=512)
+def _from_below(claim: Claim, scale: float, delta: float) -> float:
+    spacing = min(2e-4, 0.02 / max(claim.steps, 1))  # half a spacing a step is lost
+    laws = claim._composed(scale, above=False, spacing=spacing, distinct=_IN_FAMILY)
+    return _epsilon(laws, delta + _RESERVE)
+
+
+@functools.lru_cache(maxsize=512)
+def _tight(claim: Claim) -> float:
+    runs = few(claim.runs, private=False)
+    if claim.neighbours == ADD_REMOVE and len(runs) <= _BY_LIBRARY:
+        return tight_epsilon([(1.0, *run) for run in runs], delta=claim.delta)
+    laws = claim._composed(1.0, above=True, spacing=1e-4, distinct=_DISTINCT)
+    return _epsilon(laws, claim.delta - _RESERVE)
 
 
 def few(runs: Iterable[Run], *, private: bool, distinct: int = _DISTINCT) -> list[Run]:

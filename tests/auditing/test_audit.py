@@ -155,6 +155,7 @@ def test_without_rows_to_compare_with_nothing_can_be_concluded(ordinary):
     json.dumps(result.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_what_was_watched_while_it_trained_is_part_of_the_audit():
     with watch(canaries=200, controls=32, seed=1) as seen:
         _, model, optimizer, criterion, loader = private(batch=150)
@@ -250,6 +251,7 @@ def test_canaries_thrown_before_training_need_no_held_out_rows():
     assert {bound.assumption for bound in result.shown} == {"assumes independence"}
 
 
+@pytest.mark.slow
 def test_shadows_of_another_configuration_are_refused():
     split, kept = canary_run()
     scored = make_model()

@@ -70,6 +70,7 @@ def test_less_privacy_is_refuted_and_more_is_not(fault, refuted):
     assert (proof.refuted_p < 1e-4) == refuted
 
 
+@pytest.mark.slow
 def test_a_schedule_is_scored_in_units_of_each_steps_noise():
     noises = np.repeat([0.8, 1.2, 2.0], (T + 2) // 3)[:T]
     record = simulate(m=600, noises=noises)

@@ -24,6 +24,7 @@ def _nothing_stays():
 
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")  # Opacus on short runs
+@pytest.mark.slow
 def test_a_script_like_opacus_own_example_is_consistent(capsys, tmp_path):
     out = tmp_path / "audit.json"
     code = main(

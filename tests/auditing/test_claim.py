@@ -49,6 +49,7 @@ def test_trade_is_the_gaussians_from_below():
     np.testing.assert_allclose(found, exact, atol=2e-4)  # a tangent every 0.025 in ε
 
 
+@pytest.mark.slow
 def test_a_schedule_of_a_thousand_values_is_joined_towards_the_side_asked_for():
     runs = [(1.0 + i / 1000, 0.01 + i / 1e6, 1) for i in range(1000)]
     private, exposed = few(runs, private=True), few(runs, private=False)

@@ -57,6 +57,7 @@ def test_a_correct_training_agrees_everywhere_and_every_interval_holds_the_truth
             assert check.low <= check.accounted <= check.high
 
 
+@pytest.mark.slow
 def test_correct_trainings_are_flagged_no_more_often_than_the_level():
     runs, level = 400, 0.1
     counts = dict.fromkeys(TESTS, 0)
@@ -74,6 +75,7 @@ def test_correct_trainings_are_flagged_no_more_often_than_the_level():
 
 
 @pytest.mark.parametrize(("rate", "instances"), [(0.002, 2000), (0.05, 60), (0.5, 40), (0.9, 100)])
+@pytest.mark.slow
 def test_gamma_laws_of_sizes_and_rows_hold_in_the_tails_that_are_used(rate, instances):
     random = np.random.default_rng(0)
     level, runs = 0.012, 1000  # a thousandth each

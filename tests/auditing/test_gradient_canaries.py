@@ -89,6 +89,7 @@ def test_evidence_of_a_correct_run_stays_below_its_claim():
 
 
 @pytest.mark.parametrize("fault", [NoNoise, HalfNoise, NoClip])
+@pytest.mark.slow
 def test_a_fault_refutes_the_claim_and_raises_the_bound(fault):
     engine, _, _, canaries = run(fault=fault, count=400)
     proof = canaries.evidence(delta=1e-5)

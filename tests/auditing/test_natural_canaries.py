@@ -93,6 +93,7 @@ def test_an_overfitted_model_exceeds_its_claim_and_only_valid_bounds_are_for_the
     assert found.lower[0].null_share < 0.13
 
 
+@pytest.mark.slow
 def test_a_correct_mechanism_whose_canaries_share_a_coin_is_not_refuted():
     # With probability .38 everybody's answer is told at ε = 1.5; no more than 1-GDP allows, and
     # tests that take canaries as independent refute it each time.

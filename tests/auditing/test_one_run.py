@@ -178,6 +178,7 @@ def test_a_sign_slip_and_random_scores_find_nothing():
     assert flat.epsilon < 0.5  # ties are broken without a look at the coins
 
 
+@pytest.mark.slow
 def test_random_scores_exceed_zero_in_at_most_five_percent_of_runs():
     found = []
     for seed in range(200):

@@ -61,6 +61,7 @@ def test_members_that_stand_out_refute_a_small_claim():
     assert found.lower[1].p_value < 1e-6
 
 
+@pytest.mark.slow
 def test_a_sign_slip_finds_nothing_and_the_null_does_so_too():
     members, held_out = drawn(shift=-3.0)
     slip = paired_bounds(members, held_out=held_out, delta=1e-6, split="random", seed=0)

@@ -124,6 +124,7 @@ def test_a_fault_is_a_red_flag_for_the_right_reason(fault, reason, others):
     assert set(names(result)) <= {reason} | others | canaries
 
 
+@pytest.mark.slow
 def test_noise_that_begins_anew_at_every_step():
     noise = torch.Generator()
     result, _, _ = watched(each=lambda: noise.manual_seed(3), noise_generator=noise)
@@ -271,6 +272,7 @@ def test_caps_of_our_own_engine_are_not_taken_for_a_broken_clip():
     assert audit.verdict != "red flag"
 
 
+@pytest.mark.slow
 def test_two_trainings_share_the_level_and_are_judged_each():
     with watch(**FEW) as audit:
         for seed, kind in ((0, None), (1, HalfNoise)):
@@ -362,6 +364,7 @@ def test_nothing_private_is_no_power_and_fails_a_unit_test():
     assert "no private optimizer made a step" in str(audit)
 
 
+@pytest.mark.slow
 def test_assert_private_passes_a_correct_training_and_fails_a_broken_one():
     def run(fault=None):
         _, model, optimizer, criterion, loader = private()

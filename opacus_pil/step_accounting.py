@@ -124,7 +124,7 @@ class StepAccounting:
             clipped = self._clipped()
             self.probe.look(
                 record, module=self.module, parameters=clipped, clipped_norm=self._norm,
-                sums=[getattr(p, "summed_grad", None) for p in clipped],
+                sums=[self._summed(p) for p in clipped],
             )  # fmt: skip
         std = record.noise_std
         # An instance is in at least one of k summed draws with probability at most k·q, and then
@@ -320,6 +320,18 @@ class StepAccounting:
         """Return the parameters whose gradients are in the clipped norm."""
         holder = self.module.trainable_parameters if self._ghost else self.optimizer.params
         return list(holder)
+
+    def _summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        """Return the sum of the rows' clipped gradients; None: the optimizer does not hold it."""
+        found: torch.Tensor | None = getattr(parameter, "summed_grad", None)
+        shared = found is not None and parameter.grad is not None
+        if not shared or parameter.grad.data_ptr() != found.data_ptr():  # type: ignore[union-attr]
+            return found
+        # A process that adds no noise divides the sum itself: its gradient is a view of it.
+        optimizer = self.optimizer
+        if optimizer.loss_reduction != "mean":
+            return found
+        return found * (optimizer.expected_batch_size * optimizer.accumulated_iterations)
 
     def _layer_bounds(self) -> dict[str, float] | None:
         """Return each parameter's own clip bound where layers are clipped one by one."""

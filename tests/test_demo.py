@@ -26,10 +26,10 @@ SMALL_CNN = dataclasses.replace(
 SMALL_LOGISTIC = dataclasses.replace(
     logistic.SETTINGS["digits"], steps=120, weight_decay=3e-2, forget_size=10
 )
-# One epoch, and ten steps on forty instances: nothing is learned, but everything random is drawn.
+# One epoch, and twenty steps on forty instances: nothing is learned, but everything random is drawn.
 TINY_CNN = dataclasses.replace(SMALL_CNN, epochs=1, batch_size=24)
 TINY_LOGISTIC = dataclasses.replace(
-    SMALL_LOGISTIC, sizes={"public": 10, "train": 40, "test": 10}, steps=10, epsilon=4.0, records=5
+    SMALL_LOGISTIC, sizes={"public": 10, "train": 40, "test": 10}, steps=20, epsilon=5000.0, records=5
 )
 
 

@@ -206,12 +206,14 @@ def test_two_independent_runs_are_an_expectation_bound_as_the_theorem_gives_it()
         compose_per_instance(
             lambda order: order * exact**2 / 128.0, order=4.0, direction=direction,
             worst_case_rdp=lambda order: order / 128.0 * np.ones(5),
-        ).upper_confidence(0.95, simultaneous=2)
+        )
         for direction in ("with_without", "without_with")
     ]  # fmt: skip
-    close_above(account.rdp()[:, 0], np.max(found, axis=0))
+    upper = [result.upper_confidence(0.95, simultaneous=2) for result in found]
+    close_above(account.rdp()[:, 0], np.max(upper, axis=0))
     means = replay(runs, **{**full, "confidence": None})
     assert means.guarantee == "estimate"
+    close_above(means.rdp()[:, 0], np.max([result.rdp for result in found], axis=0))
     assert (means.rdp() <= account.rdp()).all()
 
 

@@ -29,7 +29,11 @@ SMALL_LOGISTIC = dataclasses.replace(
 # One epoch, and twenty steps on forty instances: nothing is learned, but everything random is drawn.
 TINY_CNN = dataclasses.replace(SMALL_CNN, epochs=1, batch_size=24)
 TINY_LOGISTIC = dataclasses.replace(
-    SMALL_LOGISTIC, sizes={"public": 10, "train": 40, "test": 10}, steps=20, epsilon=5000.0, records=5
+    SMALL_LOGISTIC,
+    sizes={"public": 10, "train": 40, "test": 10},
+    steps=20,
+    epsilon=5000.0,
+    records=5,
 )
 
 

@@ -45,7 +45,7 @@ class Design:
     kind: str
     units: int = 0
     claimed_epsilon: float = math.nan
-    level: float = 1e-3
+    level: float = 0.01
     powerful: bool = False
     why_none: str = ""
 

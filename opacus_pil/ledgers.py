@@ -21,6 +21,7 @@ from . import worst_case_accountant as worst_case_accountant  # registers itself
 from ._validate import IntArray
 from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
 from .accounting.instance_ids import InstanceIds
+from .capture.randomness import Seen
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .dataset_fingerprint import Fingerprint, dataset_fingerprint
@@ -76,7 +77,19 @@ class LedgerEngine(PrivacyEngine):
         self._shard: Shard | None = None  # rows of this process among several; None: all rows
         self._accountings: list[StepAccounting] = []
         self._task = Task()  # of the last training
+        # Where coins and noise were drawn from: what repeats is found over all trainings.
+        self._coins_seen, self._noise_seen = Seen(), Seen()
         self._origin: tuple[LedgerEngine, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or a pickle, has: the ledgers as they are, and no training.
+
+        The trainings go on to charge the engine that made them private.
+        """
+        state = dict(self.__dict__)
+        read = self._fingerprint
+        state["_fingerprint"] = None if read is None else replace(read, _old_rule=None)
+        return {**state, "_accountings": [], "_origin": None}
 
     # --- what it knows ------------------------------------------------------------------------
 
@@ -316,6 +329,7 @@ class LedgerEngine(PrivacyEngine):
         fork._charger = Charger(charges.accountant.copy(), norm_policy=policy, refresh_every=every)
         fork._charger.load_state_dict(charges.state_dict())
         fork._accountings = []
+        fork._coins_seen, fork._noise_seen = self._coins_seen.copied(), self._noise_seen.copied()
         fork._origin = (self, charges.accountant.steps)
         return fork
 
@@ -335,6 +349,8 @@ class LedgerEngine(PrivacyEngine):
                 "charges would be lost; fork again."
             )
         self.load_ledger_state(other.ledger_state())
+        self._coins_seen.join(other._coins_seen)
+        self._noise_seen.join(other._noise_seen)
         other._origin = (self, self.per_instance.steps)
 
     def charge_everyone(self, *, noise_multiplier: float, sample_rate: float) -> None:

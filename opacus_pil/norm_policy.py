@@ -115,6 +115,14 @@ class Charger:
         """The policy by whose rules labels are judged: a full pass at every step is "full"."""
         return "full" if self.refresh_every == 1 else self.norm_policy
 
+    @property
+    def moment(self) -> int:
+        """Number of charges that budgets were tested after; without budgets nothing depends on it.
+
+        A step of another training on this ledger spends what this one's caps were found from.
+        """
+        return self.accountant.steps if self.accountant.budgeted else 0
+
     def require_enforced(self, step: Step) -> None:
         """Raise where caps or budgets would not hold for a step.
 
@@ -288,10 +296,10 @@ class Charger:
         elif refreshed:
             self._charge_levels(step, verdict)  # just measured
         else:
-            finite = np.where(np.isfinite(record.norms), record.norms, np.inf)
-            self._known()[record.indices] = finite
+            rows, norms = self._charged(record)
+            self._known()[rows] = norms
             self.accountant.step(
-                indices=record.indices, sensitivities=self._sensitivities(finite),
+                indices=rows, sensitivities=self._sensitivities(norms),
                 noise_multiplier=step.noise_multiplier, sample_rate=step.sample_rate,
                 guarantee=verdict.label, reasons=verdict.reasons,
             )  # fmt: skip
@@ -299,18 +307,24 @@ class Charger:
 
     def _participate(self, step: Step, verdict: Verdict) -> None:
         """Charge the batch's rows only: fixed batches are not amplified by sampling."""
-        record, rows = step.record, step.record.indices
-        if rows is None:
+        record, rows, sensitivities = step.record, None, None
+        if record.indices is None:
             self._warn_unattributed(record)
-            sensitivities = None
         else:
-            finite = np.where(np.isfinite(record.norms), record.norms, np.inf)
-            self._known()[rows] = finite
-            sensitivities = self._sensitivities(finite)
+            rows, norms = self._charged(record)
+            self._known()[rows] = norms
+            sensitivities = self._sensitivities(norms)
         self.accountant.participate(
             indices=rows, sensitivities=sensitivities, noise_multiplier=step.noise_multiplier,
             guarantee=verdict.label, reasons=verdict.reasons,
         )  # fmt: skip
+
+    def _charged(self, record: StepRecord) -> tuple[IntArray, FloatArray]:
+        """Return the rows of a step that are charged, and norms; the forgotten pay nothing more."""
+        assert record.indices is not None
+        finite = np.where(np.isfinite(record.norms), record.norms, np.inf)
+        here = ~self.accountant.forgotten[record.indices]
+        return record.indices[here], finite[here]
 
     def _lose(self, record: StepRecord) -> None:
         """Charge whoever had a gradient that is not finite everything; from here on ε is too."""

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from . import _validate as check
+from .capture.collate import unwrapped
 from .capture.fixed_batches import recording_copy
 from .capture.indices import record_indices
 from .capture.row_losses import LossOf
@@ -202,7 +203,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         private_module, private_optimizer, loader = made[0], made[1], made[-1]
         if poisson:
             tracker = record_indices(loader)
-            collate = loader.collate_fn.wrapped_collator_fn
+            collate = unwrapped(loader.collate_fn)
             drawn_rate = float(loader.batch_sampler.sample_rate)
         else:
             loader, tracker = recording_copy(loader)

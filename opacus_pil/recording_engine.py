@@ -37,6 +37,7 @@ from .capture.recorder import Recorder
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
+from .dataset_fingerprint import dataset_fingerprint
 from .distributed import separate_coins
 from .errors import UnsupportedError
 from .ledgers import LedgerEngine
@@ -312,6 +313,12 @@ class RecordingEngine(LedgerEngine):
                     f"engine accounts for, got one of {size}. Use a new engine for other data, or "
                     "make_private_on for part of the same."
                 )
+            exchanged = self._exchanged(dataset) if policy == "capped" else ""
+            if exchanged:
+                raise UnsupportedError(
+                    "Expected the data set this engine accounts for, since caps and budgets belong "
+                    f"to its rows, got another one: {exchanged}. Use a new engine for other data."
+                )
             return self._charger
         caps, budget = None, self._budget
         if policy == "capped":
@@ -370,6 +377,7 @@ class RecordingEngine(LedgerEngine):
     ) -> None:
         """Record rows and norms of one training and charge this engine for its steps."""
         caps = None
+        tracker.coins = self._coins_seen
         if self._norm_policy == "capped":
             caps = functools.partial(self._caps_in_force, len(self._accountings))
         if not task.named:  # of several trainings the same loss is taken to be meant
@@ -377,18 +385,28 @@ class RecordingEngine(LedgerEngine):
             task = replace(task, **named)
         self._task = task
         certifiable = self._charges().claims_as in ("worst_case", "capped")
-        if certifiable and self._fingerprint is None and population is None:
+        fresh = certifiable and self._fingerprint is None and population is None
+        if fresh:
             self._fingerprint = self.fingerprint_of(dataset)  # before anybody changes it
+        attributed = self._charges().claims_as in ("capped", "full", "participation")
+        began = None
+        if attributed and population is None and self._given_fingerprint is None:
+            began = self._fingerprint if fresh else dataset_fingerprint(dataset)
+        recorder = Recorder(
+            tracker,
+            caps=caps,
+            caps_rounding=self._cap_rounding,
+            rand_on_empty=kernel.rand_on_empty,
+            noise_seen=self._noise_seen,
+        )
+        exchanged = self._exchanged(dataset)
+        if exchanged:
+            recorder.note("rows_exchanged", exchanged, lasting=True)
         self._accountings.append(
             StepAccounting(
                 module=module,
                 optimizer=optimizer,
-                recorder=Recorder(
-                    tracker,
-                    caps=caps,
-                    caps_rounding=self._cap_rounding,
-                    rand_on_empty=kernel.rand_on_empty,
-                ),
+                recorder=recorder,
                 charger=self._charges(),
                 kernel=kernel,
                 dataset=dataset,
@@ -397,8 +415,16 @@ class RecordingEngine(LedgerEngine):
                 sample_rate=sample_rate,
                 shard=self._shard,
                 loaded=loaded,
+                began=began,
             )
         )
+
+    def _exchanged(self, dataset: Any) -> str:
+        """Return how a data set is not that of the training before; "": nothing says so."""
+        before = self._accountings[-1].dataset if self._accountings else dataset
+        if before is dataset:
+            return ""
+        return self.fingerprint_of(dataset).differs(self.fingerprint_of(before))
 
     def _caps_in_force(self, training: int, rows: IntArray) -> FloatArray:
         """Return the caps that `rows` are clipped to in the step under way."""

@@ -24,12 +24,13 @@ from .capture.randomness import watch_forward
 from .capture.recorder import Fact, Recorder, StepRecord
 from .capture.shards import Shard
 from .capture.sweep import Sweep, sweep
+from .dataset_fingerprint import Fingerprint, dataset_fingerprint, quick_mark
 from .errors import UnsupportedError
 from .norm_policy import Charger, Step
 from .training.evidence import judged
 from .training.probe import Probe
 from .training.task import Task, evaluated_parts
-from .training.weights import NoteWeights, WeightsLeft
+from .training.weights import NoteWeights, WeightsLeft, renormed
 from .training_kernel import TrainingKernel
 
 CERTIFIABLE = ("worst_case", "capped")  # policies whose label can carry a certificate
@@ -54,6 +55,7 @@ class StepAccounting:
         sample_rate: Largest of the accounted and the drawn rate.
         shard: Rows that the charger's instances are; None: all, in order.
         loaded: Whether batches come from a loader that is known here.
+        began: What the data set holds now; None: it is not asked whether that changes.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class StepAccounting:
         sample_rate: float,
         shard: Shard | None = None,
         loaded: bool = True,
+        began: Fingerprint | None = None,
     ) -> None:
         self.task = task
         self.tracker = recorder.tracker
@@ -96,9 +99,11 @@ class StepAccounting:
             watch_forward(module._module, recorder)
         self._described: tuple[Any, str] | None = None
         self.steps = 0  # of this training in this process
-        self._clipped_at: tuple[float, float] | None = None
+        self._clipped_at: tuple[float, float, int] | None = None
         self._unheld = Unheld(module._module, optimizer)
         self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
+        self._began, self._mark, self._moved = began, quick_mark(dataset), False
+        self._renormed = renormed(module._module)
         self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
         self.weights = WeightsLeft(module._module)
         plain = optimizer.original_optimizer
@@ -108,6 +113,7 @@ class StepAccounting:
         optimizer.step_hook = self
         recorder.guards.append(self._require_unchanged_settings)
         recorder.unnoised_step = self._charge_without_noise
+        recorder.ledger = charger
         recorder.changed_step = self._note_changed
         recorder.tracker.skipped_at_end = self._note_skipped
         recorder.guarded = True
@@ -120,7 +126,7 @@ class StepAccounting:
                 ledger was charged.
         """
         record = self.recorder.take(max_grad_norm=self.clip_bound)
-        if self.probe is not None:
+        if self.probe is not None and not self._renormed:  # its passes would move the weights
             clipped = self._clipped()
             self.probe.look(
                 record, module=self.module, parameters=clipped, clipped_norm=self._norm,
@@ -146,7 +152,7 @@ class StepAccounting:
         )
         self._charger.require_enforced(step)
         if self._clipped_at is not None and self._clipped_at != (
-            step.noise_multiplier, self.sample_rate,
+            step.noise_multiplier, self.sample_rate, self._charger.moment,
         ):  # fmt: skip
             raise UnsupportedError(_OTHER_SETTINGS)
         self._clipped_at = None
@@ -207,8 +213,9 @@ class StepAccounting:
             UnsupportedError: Other parts of the step were clipped for other settings.
         """
         self._require_unchanged_settings()
-        self._clipped_at = self.coming_kernel()
-        return self._clipped_at
+        kernel = self.coming_kernel()
+        self._clipped_at = (*kernel, self._charger.moment)
+        return kernel
 
     @property
     def in_hand(self) -> bool:
@@ -307,7 +314,38 @@ class StepAccounting:
         changed = self._unheld.changed()
         if changed:
             facts.append(Fact("buffer_changed", changed))
+        gone = self._charger.accountant.forgotten
+        if bool((gone if self._population is None else gone[self._population]).any()):
+            facts.append(Fact("forgotten_rows_drawn"))
+        if self.kernel.poisson_sampling and self._one_stream():
+            facts.append(Fact("coins_tell_noise"))
+        if self._reordered():
+            facts.append(Fact("rows_exchanged", "the data set was put into another order"))
+        if self._renormed:
+            facts.append(Fact("weights_renormed", self._renormed))
         return facts
+
+    def _reordered(self) -> bool:
+        """Whether the data set's rows were moved since the training was made private."""
+        if self._began is None:
+            return False
+        mark = quick_mark(self.dataset)
+        if mark != self._mark:
+            self._mark = mark
+            self._moved |= self._began.reordered(dataset_fingerprint(self.dataset))
+        return self._moved
+
+    def _one_stream(self) -> bool:
+        """Whether coins and noise come from two generators that were seeded alike."""
+        loader, noise = self.tracker.loader, self.optimizer.generator
+        coins = None if loader is None else loader.batch_sampler.generator
+        device = self.optimizer.params[0].device if self.optimizer.params else None
+        if loader is None or coins is noise or self.optimizer.secure_mode or device is None:
+            return False
+        kinds = [device.type if g is None else g.device.type for g in (noise, coins)]
+        kinds[1] = "cpu" if coins is None else kinds[1]
+        seeds = [torch.initial_seed() if g is None else g.initial_seed() for g in (noise, coins)]
+        return kinds == ["cpu", "cpu"] and seeds[0] == seeds[1]
 
     def _released_count(self, noise_std: float | None) -> float:
         """Return the released count's shift in units of the gradient's noise; 0: none is."""
@@ -355,7 +393,7 @@ class StepAccounting:
         """Refuse a step whose gradients were clipped by caps for other noise than it would have."""
         if self._clipped_at is None or not self.recorder.midway:
             return
-        if self._clipped_at != self.coming_kernel():
+        if self._clipped_at != (*self.coming_kernel(), self._charger.moment):
             raise UnsupportedError(_OTHER_SETTINGS)
 
     def _note_skipped(self, stepped: bool) -> bool:
@@ -380,9 +418,10 @@ class StepAccounting:
 
 
 _OTHER_SETTINGS = (
-    "Expected noise, clip bound and caps as they were when the gradients were clipped, got others "
-    "at the step. Budgets were tested for those. Change settings between steps: after "
-    "optimizer.step() and before the next batch's backward pass."
+    "Expected noise, clip, caps and budgets as they were when the gradients were clipped, got "
+    "others at the step. Budgets were tested for those. Change settings between steps, and step "
+    "with each optimizer before the backward pass of another: after optimizer.step() and before "
+    "the next batch's backward pass."
 )
 
 

@@ -32,7 +32,7 @@ from torch.utils.data import (
 )
 
 from . import _validate as check
-from .capture.indices import require_in_order
+from .capture.indices import RecordingSampler, require_in_order
 from .errors import UnsupportedError
 
 GRAD_SAMPLE_MODES = ("hooks", "functorch", "ew", "ghost", "no_op")
@@ -98,7 +98,10 @@ def require_uniform_batches(data_loader: DataLoader[Any], *, distributed: bool =
         "Opacus draws every row of the data set uniformly at rate 1 / len(data_loader) and drops "
         "the sampler. Train on a Subset, or on a DataLoader with shuffle=True."
     )
-    drawn_already = isinstance(data_loader, DPDataLoader) and type(batches) in _POISSON
+    drawn_already = isinstance(data_loader, DPDataLoader) and (
+        type(batches) in _POISSON
+        or (isinstance(batches, RecordingSampler) and batches.population is None)
+    )
     if not drawn_already:
         whole = type(sampler) in (SequentialSampler, DistributedSampler) or (
             type(sampler) is RandomSampler and not sampler.replacement

@@ -88,6 +88,7 @@ class BatchTracker:
         self._trained: weakref.WeakSet[Any] = weakref.WeakSet()  # passes with a claimed batch
         self._stepped = False  # a batch of this pass was claimed
         self._evaluated = True  # every batch of this pass was handed out with gradients off
+        self._empty = False  # nobody was drawn into the batch handed out last
         self.rate = 0.0
         self.coins_repeated = False
         self.coins = Seen()
@@ -112,12 +113,13 @@ class BatchTracker:
 
         A loop may be left where it likes, at a public number of steps: the batch that was in hand
         then is no skipped draw; those before it are. A loop that looks through the data in between
-        is not left.
+        is not left, nor is one at an empty draw: whoever draws again until somebody is in it has
+        another law than independent coins.
         """
         self.split.begin(running)
         if not self._explicit:
             left = self._owner is None or self._owner() is None
-            self._close(self.handed_out - int(left))
+            self._close(self.handed_out - int(left and not self._empty))
 
     def end(self, owner: object) -> None:
         """A pass was gone through to its end: what no step has used of it was skipped."""
@@ -150,6 +152,7 @@ class BatchTracker:
             order = RowOrder("", "two passes over the data run side by side", order.apart)
         elif not order.known:  # whom the batch holds is known all the same
             draw = Draw(np.asarray(rows, dtype=np.int64).tolist()) if draw is None else draw
+        self._empty = rows is not None and not np.size(rows)
         self._rows = np.asarray(rows, dtype=np.int64) if order.known else None
         self._draw, self._order = (None, order) if rows is None or ambiguous else (draw, order)
         self._owner = weakref.ref(owner)

@@ -168,7 +168,8 @@ def _moves(parameter: torch.Tensor) -> bool:
 class PlainStep:
     """Called before every step of the plain optimizer; reports one that no noise was added for.
 
-    Also one whose noised gradients somebody has written to since.
+    Also one whose noised gradients somebody has written to since. Where a training was made private
+    again, on the same plain optimizer, a step with noise is one for all that share its ledger.
 
     Holds nothing alive, and a copy of the optimizer does not report to this training.
     """
@@ -188,15 +189,23 @@ class PlainStep:
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Look at one step of the plain optimizer before it is made."""
-        recorder = self._recorder()
-        if recorder is None:
-            return
-        expected, recorder.noised = recorder.noised, False
-        if expected:
+        hooks: Any = optimizer._optimizer_step_pre_hooks
+        watching = [h for h in hooks.values() if isinstance(h, PlainStep)]
+        if watching and watching[0] is not self:
+            return  # the first one looks, for all
+        recorders = [r for r in (h._recorder() for h in watching or [self]) if r is not None]
+        noised = [r for r in recorders if r.noised]
+        for recorder in noised:
+            recorder.noised = False
+        for recorder in noised:
             if recorder.changed_step is not None and not recorder.untouched():
                 recorder.changed_step()
-        elif recorder.unnoised_step is not None and any(map(_moves, held(optimizer))):
-            recorder.unnoised_step()
+        charged = {id(r.ledger): r for r in noised}
+        others = {id(r.ledger): r for r in recorders if id(r.ledger) not in charged}
+        if others and any(map(_moves, held(optimizer))):
+            for recorder in others.values():
+                if recorder.unnoised_step is not None:
+                    recorder.unnoised_step()
 
 
 def _nobody() -> None:

@@ -80,6 +80,16 @@ class Seen:
         """Start anew: a training was put back to an earlier state, with its ledgers."""
         self._marks.clear()
 
+    def copied(self) -> Seen:
+        """Return one that remembers the same, for a fork of the ledgers."""
+        twin = Seen()
+        twin.join(self)
+        return twin
+
+    def join(self, other: Seen) -> None:
+        """Remember what another one does, too."""
+        self._marks |= other._marks
+
 
 def generator_mark(generator: Any = None, device: torch.device = _CPU) -> int | None:
     """Return a mark of where a generator stands; None: it does not say.

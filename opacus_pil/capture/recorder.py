@@ -114,6 +114,7 @@ class Recorder:
         rand_on_empty: Opacus replaces an empty draw by one random row, whose norm is nobody's.
         publish: Where the norms are left as `per_sample_gradient_norms`, as ghost clipping does
             by itself: the module or hooks object that Opacus made; None: nowhere.
+        noise_seen: Where noise was drawn from before, in other trainings of the same ledgers too.
 
     Attributes:
         listeners: Called at each noisy step with rows (None: not known) and unclipped norms, those
@@ -128,6 +129,7 @@ class Recorder:
         caps_rounding: float = 1.0,
         rand_on_empty: bool = False,
         publish: Any = None,
+        noise_seen: Seen | None = None,
     ) -> None:
         self.tracker = tracker
         tracker.midway = lambda: self.midway
@@ -139,7 +141,8 @@ class Recorder:
         self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
-        self.noise_seen = Seen()
+        self.ledger: object = None  # that the steps are charged to; others may share it
+        self.noise_seen = Seen() if noise_seen is None else noise_seen
         self.changed_step: Callable[[], None] | None = None  # and of one by a changed gradient
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
@@ -297,6 +300,8 @@ class Recorder:
             facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
+        if len({c.max_grad_norm for c in captures}) > 1:
+            facts.append(Fact("clip_changed_midway"))
         if any(c.foreign for c in captures):
             facts.append(Fact("batch_not_drawn"))
         draws = {c.draw for c in captures if c.draw is not None}
@@ -306,6 +311,9 @@ class Recorder:
         copies = 1
         if rows is None and drawn is not None and len(norms) != len(drawn):
             copies = max(-(-len(norms) // max(len(drawn), 1)), 1)
+            facts.append(Fact("rows_not_once"))
+        elif rows is not None and (most := _most_copies(rows)) > 1:  # drawn with replacement
+            rows, copies, mismatch = None, most, f"a row is in the batch {most} times"
             facts.append(Fact("rows_not_once"))
         unclipped = norms
         if any(c.dropped is not None for c in captures):
@@ -403,6 +411,10 @@ def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
     parts = [c.draw.rows for c in captures[:1] if c.draw is not None]
     whole = len(draws) == 1 and all(c.draw is not None and c.passes == 1 for c in captures)
     return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
+
+
+def _most_copies(rows: IntArray) -> int:
+    return int(np.unique(rows, return_counts=True)[1].max(initial=0))
 
 
 def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:

@@ -93,6 +93,24 @@ _TABLE = (
         unamplified=True, breaks_caps=True,
     ),
     Finding(
+        "forgotten_rows_drawn", "estimate",
+        "rows that were forgotten could be drawn again, which they are charged nothing for; train "
+        "on the others (make_private_on)",
+        policies=("worst_case", "full", "participation", "refresh", "last_seen"),
+    ),
+    Finding(
+        "coins_tell_noise", "estimate",
+        "batches and noise were drawn by two generators with the same seed, so that the coins and "
+        "the noise are made of the same random numbers; give them different seeds",
+        unamplified=True, breaks_caps=True,
+    ),
+    Finding(
+        "rows_exchanged", "estimate",
+        "a row of the data set is not always the same instance ({detail}); use one engine per data "
+        "set, and leave its order as it is",
+        policies=_ATTRIBUTED, breaks_caps=True,
+    ),
+    Finding(
         "rows_not_once", "estimate",
         "a batch had another number of gradients than rows were drawn (several views of a row, "
         "rows repeated or left out)",
@@ -115,6 +133,12 @@ _TABLE = (
         "the sum of a step's clipped gradients was larger than its rows allow: clipping did not "
         "hold",
         unbounded=True, breaks_caps=True,
+    ),
+    Finding(
+        "clip_changed_midway", "estimate",
+        "parts of one draw were clipped to different bounds: a row that leaves moves others to "
+        "another part; change the clip bound between steps",
+        breaks_caps=True,
     ),
     Finding(
         "loss_not_per_row", "estimate",
@@ -179,6 +203,12 @@ _TABLE = (
         "buffer_changed", "estimate",
         "a buffer of the model, or a parameter that the private optimizer does not hold, changed "
         "during training, which adds no noise to it ({detail})",
+    ),
+    Finding(
+        "weights_renormed", "estimate",
+        "an embedding with max_norm rescales the weights of whatever a batch looks up, by no noise "
+        "({detail}); leave max_norm out",
+        unbounded=True, breaks_caps=True,
     ),
     Finding(
         "divisor_changed", "estimate",

@@ -160,7 +160,11 @@ class Probe:
             modes = {part: part.training for part in inner.modules()}
             inner.eval()
             try:
-                differs = asked.coupling(rows, bound=record.max_grad_norm)
+                with untouched_generators(asked.device) as moved:
+                    differs = asked.coupling(rows, bound=record.max_grad_norm)
+                    if moved():  # masks that evaluation has too say nothing about other rows
+                        self._keep("not_compared", "")
+                        return
             finally:
                 for part, mode in modes.items():
                     part.training = mode

@@ -140,5 +140,14 @@ def block_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def renormed(module: nn.Module) -> str:
+    """Return the name of a layer whose forward pass rescales the weights it looks up; "": none."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    names = (
+        n for n, p in module.named_modules() if isinstance(p, kinds) and p.max_norm is not None
+    )
+    return next((name or "the top" for name in names), "")
+
+
 def _nobody() -> None:
     """Stand for a training that is gone."""

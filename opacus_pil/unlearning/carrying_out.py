@@ -58,6 +58,11 @@ def carried_out(
     before = engine._model_hash  # it was just compared with the weights
     number = int(torch.randint(2**62, ()).item())
     number = number if seed is None else check.integer("seed", seed, low=0)
+    if number in engine._seeds and isinstance(plan, CertifiedPlan):
+        raise CertificateError(
+            f"Expected a seed that no earlier run on this model had, got seed={number} again: its "
+            "noise is in the model already, and hides nothing a second time. Leave seed out."
+        )
     twin, optimizer = _start(engine, plan, seed=number)
     modes = [part.training for part in twin.modules()]
     ledger = _forked(engine, plan)
@@ -104,6 +109,7 @@ def carried_out(
         raise RuntimeError(f"Expected {plan.steps} steps, got {run.done}. Nothing was changed.")
     for part, mode in zip(twin.modules(), modes, strict=True):
         part.training = mode
+    engine._data.require_same()  # whoever looked on may have moved rows: who was trained on, then?
     hashes: dict[str, str] = {}
     if isinstance(plan, CertifiedPlan):
         hashes = {"model_before": before, "model_after": model_hash(twin)}
@@ -217,6 +223,7 @@ def _settle(
             ledger.per_instance.weaken("estimate")
         engine._engine.adopt(ledger)
     engine._module, engine._optimizer = twin, optimizer_like(run.optimizer, twin, twin)
+    engine._seeds |= {run.seed}
     engine._forgotten |= frozenset(plan.forget_set.tolist())
     phase = Phase(run.done, engine._forgotten, plan.method, private_length)
     # What was there before a retraining left nothing in the model.

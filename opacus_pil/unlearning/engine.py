@@ -24,6 +24,7 @@ from ..training.task import Collate
 from .applicable import certificates_for
 from .calibration import Calibration
 from .carrying_out import carried_out
+from .grounds import require_still_weights
 from .grounds import training_codes as trained_codes
 from .plan import METHODS, UnlearningPlan
 from .planning import Facts, make_plan, predicted_plan
@@ -311,6 +312,7 @@ class UnlearningEngine(QueuedModel):
         def run_codes() -> tuple[str, ...]:
             rehearsal = self._rehearsed(rows, seen)
             rehearsal.require_independent_rows()
+            require_still_weights(self._module)
             return (*self._data.codes(), *rehearsal.codes)
 
         def training_codes(*, rests_on_ledger: bool) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..certificates import Certificate
 from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
+from ..training.weights import renormed
 
 
 def weights_left(privacy_engine: PerInstancePrivacyEngine | None, module: nn.Module) -> bool | None:
@@ -94,6 +95,20 @@ def require_no_running_statistics(module: nn.Module, *, evaluated: frozenset[str
             f"evaluation mode, got {type(part).__name__} at {name or 'the top'!r} that {what}. "
             "They keep traces of forgotten instances. Use GroupNorm; or freeze it before training: "
             "layer.requires_grad_(False) and layer.eval()."
+        )
+
+
+def require_still_weights(module: nn.Module) -> None:
+    """Raise for a layer whose forward pass moves weights, for a certificate of noisy steps.
+
+    Raises:
+        CertificateError: Names the layer, and the cure.
+    """
+    name = renormed(module)
+    if name:
+        raise CertificateError(
+            f"Expected a model whose weights are moved by noisy steps only, got an embedding with "
+            f"max_norm at {name!r}, which rescales what a batch looks up. Leave max_norm out."
         )
 
 

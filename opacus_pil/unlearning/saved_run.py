@@ -35,7 +35,7 @@ class SavedRun:
         seed: int,
     ) -> None:
         self.module, self.optimizer, self.privacy_engine = module, optimizer, privacy_engine
-        self.done = 0
+        self.done, self.seed = 0, seed
         self.history: list[Any] = []
         device = next(module.parameters()).device
         secure = privacy_engine is not None and privacy_engine.secure_mode
@@ -69,6 +69,7 @@ class SavedRun:
         state: dict[str, Any] = {
             "fingerprint": self._fingerprint,
             "done": self.done,
+            "seed": self.seed,
             "history": self.history,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -103,6 +104,7 @@ class SavedRun:
         if self.noise_generator is not None and state["noise_rng"] is not None:
             self.noise_generator.set_state(state["noise_rng"])
         torch.random.set_rng_state(state["global_rng"])
+        self.seed = int(state.get("seed", self.seed))  # its noise goes on, not this call's
         self.done, self.history = int(state["done"]), list(state["history"])
 
 

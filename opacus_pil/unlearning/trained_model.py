@@ -125,6 +125,7 @@ class TrainedModel:
         self._phases = [Phase(self._training_steps, frozenset(), "training")]
         self._forgotten: frozenset[int] = frozenset()
         self._requests_served = 0
+        self._seeds: frozenset[int] = frozenset()  # of the runs that made this model
         self._ledger_steps = 0
         self._note_ledger()
 

@@ -73,7 +73,8 @@ def test_a_second_request_verifies_too() -> None:
     unlearning = run.unlearning()
     for rows in ([3], [5, 7]):
         plan = unlearning.plan(rows, epsilon=0.5, delta=DELTA, method="langevin")
-        record = unlearning.unlearn(plan, seed=1).record(plain_ids=True)
+        # A seed of its own: the noise of the first run is in the model already.
+        record = unlearning.unlearn(plan, seed=len(rows)).record(plain_ids=True)
     assert record.forgotten == (5, 7)
     assert record.earlier_requests == 1
     assert len(record.certificate.shifts) > record.training_steps == 300

@@ -39,6 +39,7 @@ from opacus_pil.auditing.one_run import (
 
 DELTA = 1e-5
 CONTROLS = 256
+NULL_DRAWS = 5  # coins thrown for each run that gives nothing away
 SETTINGS = ((1.0, 0.036, 280), (2.0, 0.1, 300), (0.6, 0.01, 1000), (1.0, 0.01, 1000))
 NAMES = ("whole run, likelihood ratio", "single steps", "total variation", "Steinke", "Mahloujifar")
 
@@ -126,22 +127,25 @@ def coverage(runs: int, canaries: int = 1000) -> dict[str, Any]:
         correct[NAMES[4]].append(
             mahloujifar_rejects(other.right, guesses=some, canaries=m, curve=losses, level=0.05)
         )
-        coins = np.random.default_rng(seed).random(m) < 0.5  # coins that never met the training
-        errors = int((record.guessed_in != coins).sum())
-        null = wrong_guess_p_value(errors, canaries=m, total_variation=0.0) < 0.05
-        ranked = by_rank(record.scores, included=coins, guesses=few)
-        other = by_rank(record.scores, included=coins, guesses=some)
-        secret_free[NAMES[0]].append(null)
-        secret_free[NAMES[2]].append(null)
-        secret_free[NAMES[3]].append(
-            float(steinke_p_value(ranked.right, guesses=few, canaries=m, epsilon=0.0,
-                                  delta=DELTA)) < 0.05
-        )  # fmt: skip
-        secret_free[NAMES[4]].append(
-            mahloujifar_rejects(other.right, guesses=some, canaries=m, curve=nothing, level=0.05)
-        )
+        for draw in range(NULL_DRAWS):  # coins that never met the training
+            coins = np.random.default_rng((seed, draw)).random(m) < 0.5
+            errors = int((record.guessed_in != coins).sum())
+            null = wrong_guess_p_value(errors, canaries=m, total_variation=0.0) < 0.05
+            ranked = by_rank(record.scores, included=coins, guesses=few)
+            other = by_rank(record.scores, included=coins, guesses=some)
+            secret_free[NAMES[0]].append(null)
+            secret_free[NAMES[2]].append(null)
+            secret_free[NAMES[3]].append(
+                float(steinke_p_value(ranked.right, guesses=few, canaries=m, epsilon=0.0,
+                                      delta=DELTA)) < 0.05
+            )  # fmt: skip
+            secret_free[NAMES[4]].append(
+                mahloujifar_rejects(
+                    other.right, guesses=some, canaries=m, curve=nothing, level=0.05
+                )
+            )
     result = {
-        "setting": setting, "canaries": canaries, "runs": runs,
+        "setting": setting, "canaries": canaries, "runs": runs, "null_draws": NULL_DRAWS,
         "above_the_truth": {name: float(np.mean(v)) for name, v in correct.items()},
         "above_zero_without_secret": {name: float(np.mean(v)) for name, v in secret_free.items()},
     }  # fmt: skip

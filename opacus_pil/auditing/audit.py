@@ -110,7 +110,7 @@ def audit(
         before_first: As in `replay`: where only the final model was kept, "as_first" ranks.
         confidence: Of each lower bound, and of values over several runs.
         level: Of the verdict: probability that a correct training is a red flag, over all tests.
-            Bounds that hold for any dependence refute slowly: at 0.01 some 2,500 pairs can see
+            Bounds that hold for any dependence refute slowly: at 0.01 some 3,000 pairs can see
             twice the claimed ε, at 0.001 some 10,000.
         seed: Public, of the matching of pairs; fix it before you look.
         exposed: Most exposed instances that get a tight ε.

@@ -231,6 +231,44 @@ def test_an_unlearning_engine_comes_with_the_audited_model(found):
     assert plan is not None
 
 
+class Records(torch.utils.data.Dataset):
+    """The same rows as batches that are no pairs."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, row):
+        inputs, target = self._rows[row]
+        return {"pixels": inputs, "label": int(target)}
+
+
+def test_a_loss_of_ones_own_gives_the_same_scores_and_bounds(found, ordinary):
+    inside, outside, kept = ordinary
+
+    def loss_of(module, batch):
+        return nn.functional.cross_entropy(
+            module(batch["pixels"]), batch["label"], reduction="none"
+        )
+
+    same = audit(
+        **described(Records(inside), kept, held_out=Records(outside), split="random",
+                    criterion=None, loss_of=loss_of)
+    )  # fmt: skip
+    assert same.lower == found.lower
+    assert same.hashes == found.hashes
+    np.testing.assert_array_equal(same.upper.epsilon, found.upper.epsilon)
+
+
+def test_a_delta_that_may_reveal_every_pair_leaves_steinkes_bound_out(ordinary):
+    inside, outside, kept = ordinary
+    result = audit(**described(inside, kept, held_out=outside, split="random", delta=1 / 300))
+    (bound,) = result.lower
+    assert "Mahloujifar" in bound.method
+
+
 # --- canaries thrown before ----------------------------------------------------------------------
 
 

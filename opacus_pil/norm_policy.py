@@ -57,6 +57,29 @@ def raised(values: FloatArray, *, rounding: float) -> FloatArray:
     return np.minimum(values * (1.0 + _ROUNDING_STEPS * rounding), 1.0)
 
 
+def _differing(record: StepRecord, swept: FloatArray, ran: FloatArray) -> Fact | None:
+    """Say how norms in a step are not those of a full pass, each row's by itself; None: they are.
+
+    Args:
+        swept: Shape (instances,), of the full pass.
+        ran: Shape (batch,), of the step. Whose is whose matters where it is known.
+    """
+    if record.drawn is None or len(ran) != len(record.drawn):
+        return None
+    ordered = record.indices is not None
+    swept = swept[record.indices if ordered else record.drawn]
+    ran, swept = (ran, swept) if ordered else (np.sort(ran), np.sort(swept))
+    tolerance = max(_SAME_NORM, _ROUNDING_STEPS * record.rounding)
+    with np.errstate(invalid="ignore"):
+        same = (swept == ran) | (
+            np.abs(swept - ran) <= tolerance * (np.abs(ran) + record.max_grad_norm)
+        )
+    differ = np.isfinite(ran) & ~same
+    if not differ.any():
+        return None
+    return Fact(*explained(ran[differ], swept[differ], tolerance=tolerance))
+
+
 @dataclass(frozen=True)
 class Step:
     """One noisy step, ready to be charged.
@@ -394,26 +417,20 @@ class Charger:
         random = step.random_forward() or not found.deterministic
         if random:
             facts.append(Fact("random_gradient"))
-        elif record.drawn is not None and len(record.norms) == len(record.drawn):
-            # Each row's norm in the step by itself; whose is whose matters where it is known.
-            ordered = record.indices is not None
-            swept = known[record.indices if ordered else record.drawn]
-            ran = record.norms if ordered else np.sort(record.norms)
-            swept = swept if ordered else np.sort(swept)
-            tolerance = max(_SAME_NORM, _ROUNDING_STEPS * record.rounding)
-            with np.errstate(invalid="ignore"):
-                same = (swept == ran) | (
-                    np.abs(swept - ran) <= tolerance * (np.abs(ran) + record.max_grad_norm)
-                )
-            if not same[np.isfinite(ran)].all():
-                differ = np.isfinite(ran) & ~same
-                code, detail = explained(ran[differ], swept[differ], tolerance=tolerance)
-                facts.append(Fact(code, detail))
+        else:
+            differs = _differing(record, known, record.norms)
+            if differs is None and record.whole is not None:  # clipped layers hide a factor
+                whole = np.full(len(known), np.inf)
+                whole[found.indices] = found.whole
+                differs = _differing(record, whole, record.whole)
+            if differs is not None:
+                facts.append(differs)
                 self.warn(
                     "criterion",
                     "The full pass finds other gradient norms than training did for the same "
-                    f"instances ({detail or code.replace('_', ' ')}): refreshed norms are "
-                    "estimates. Name the loss that the loop trains with (criterion= or loss_of=).",
+                    f"instances ({differs.detail or differs.code.replace('_', ' ')}): refreshed "
+                    "norms are estimates. Name the loss that the loop trains with (criterion= or "
+                    "loss_of=).",
                 )
         if record.indices is not None:
             finite = np.where(np.isfinite(record.norms), record.norms, np.inf)

@@ -106,6 +106,7 @@ class ResumingEngine(RecordingEngine):
             "caps": self._caps,
             "training": None if optimizer is None else self._training_state(optimizer),
             "left": next((t.left() for t in self._trainings_of(module)), None),
+            "drawn_from": {"coins": self._coins_seen.state(), "noise": self._noise_seen.state()},
         }
         save_entries(path, entries, state, kind=_KIND, options=torch_save_kwargs)
 
@@ -229,6 +230,10 @@ class ResumingEngine(RecordingEngine):
                 stacklevel=2,
             )
         apply()
+        # Steps in these ledgers were made with them: a seed set anew may repeat what they drew.
+        used = {} if state is None else arrays(state.get("drawn_from", {}))
+        self._coins_seen.recall(used.get("coins", ()))
+        self._noise_seen.recall(used.get("noise", ()))
         return entries
 
     # --- inside -------------------------------------------------------------------------------

@@ -150,7 +150,11 @@ class StepAccounting:
             random_forward=self.random_forward,
             released_count=count,
         )
-        self._charger.require_enforced(step)
+        try:
+            self._charger.require_enforced(step)
+        except UnsupportedError:
+            self.tracker.skipped += 1  # which steps there are then tells which were refused
+            raise
         if self._clipped_at is not None and self._clipped_at != (
             step.noise_multiplier, self.sample_rate, self._charger.moment,
         ):  # fmt: skip

@@ -13,11 +13,16 @@ import pytest
 
 from tests.oracles import sampled_gaussian_divergence
 from tests.user_machine.account import Account, Draw, MachineError, Part, Term
-from tests.user_machine.exact import divergence, joint_divergence, skipped_if_empty
+from tests.user_machine.exact import (
+    divergence,
+    joint_divergence,
+    skipped_if_empty,
+    told_by_size,
+)
 from tests.user_machine.runs import play, summary
 from tests.user_machine.troubles import twin
 
-SEQUENCES = 250
+SEQUENCES = 200
 
 
 def test_no_number_is_below_the_truth_whatever_the_user_does():
@@ -72,6 +77,15 @@ def test_a_skipped_empty_draw_tells_like_its_coin():
     assert reverse == pytest.approx(-math.log(0.75), rel=1e-12)
 
 
+@pytest.mark.parametrize(("size", "order"), [(1, 4.0), (2, 1.5), (3, 16.0)])
+def test_a_divisor_that_counts_rows_tells_by_the_scale_of_the_noise(size, order):
+    found, _ = told_by_size(1.0, 1, size, order)  # divided by 2 with the row, by 1 without it
+    narrow, wide = 0.25, 1.0  # variances; Gil et al. (2013), Table 2
+    mixed = order * wide + (1.0 - order) * narrow
+    exact = math.log(wide / narrow) / 2 + math.log(wide / mixed) / (2 * (order - 1))
+    assert found == pytest.approx(size * exact, rel=1e-4)  # midpoints of a smooth function
+
+
 def plain(rows, *, rate=0.5, bound=1.0, gradients=((3.0, 4.0), (0.3, 0.0))):
     """A draw of some of two rows, clipped as Opacus does."""
     draw = Draw(rate, frozenset(rows))
@@ -99,3 +113,21 @@ def test_sums_without_noise_cost_everything_for_who_could_have_been_in_them():
     account, term = Account(2), plain([0], gradients=((3.0, 0.0), (0.0, 1.0)))
     account.release_raw([term], np.array([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
     assert account.divergence([4.0]).ravel().tolist() == [np.inf, 0.0]  # row 1 moves another one
+
+
+def test_the_same_noise_twice_hides_nothing_of_a_difference():
+    account, stds = Account(2), np.array([2.0, 2.0])
+    for term, once in ((plain([0]), True), (plain([0]), False), (plain([1]), False)):
+        sums = np.vstack([term.total(), [0.0, 0.0]])
+        account.release([[term]], sums=sums, stds=stds, coins=[1 if once else 2, None])
+    # Only the last two steps had the same noise, and each row's coin was thrown anew.
+    assert np.isinf(account.divergence([4.0])).all()
+
+
+def test_a_step_made_once_more_with_the_same_coins_and_noise_tells_nothing_new():
+    account, term = Account(2), plain([0])
+    sums, stds = np.vstack([term.total(), [0.0, 0.0]]), np.array([2.0, 2.0])
+    account.release([[term]], sums=sums, stds=stds, coins=[1, 2])
+    before = account.divergence([4.0])
+    account.release([[term]], sums=sums, stds=stds, coins=[1, 2])
+    assert (account.divergence([4.0]) == before).all()

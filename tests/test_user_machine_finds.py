@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import warnings
 
@@ -169,6 +170,55 @@ def test_under_a_budget_all_parts_of_a_draw_are_clipped_for_the_noise_it_gets(wa
     assert player.moves == 0
 
 
+# --- seeds set again ----------------------------------------------------------------------------
+
+
+def seeded_step(player, seed):
+    """A step of an amount of noise that only the seed decides."""
+    player.fetch()
+    player.zero_grad()
+    player.backward(player.hand)
+    torch.manual_seed(seed)
+    player.step()
+    torch.manual_seed(1000 + player.moves)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("again", [True, False])
+def test_noise_of_before_a_file_was_saved_is_known_in_a_new_engine(watch, whole, again):
+    player = Player(Setting(), watch)
+    seeded_step(player, 2)
+    file, world = io.BytesIO(), player.world
+    world.engine.save_checkpoint(
+        path=file, module=world.module, optimizer=world.optimizer if whole else None
+    )
+    file.seek(0)
+    resumed = Player(Setting(seed=1), watch)
+    resumed.account = player.account
+    world = resumed.world
+    world.engine.load_checkpoint(
+        path=file, module=world.module, optimizer=world.optimizer if whole else None
+    )
+    seeded_step(resumed, 2 if again else 3)
+    assert label(resumed) == ("estimate" if again else "bound")
+    assert numbers_hold(resumed)
+
+
+# --- rows that are changed by who is there besides ------------------------------------------------
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("policy", ["worst_case", "full", "participation"])
+def test_rows_that_are_turned_by_others_show_in_the_sum_of_every_clipping(watch, policy, clipping):
+    # Row 3 pulls the other way if row 4 is there: all norms are as they are alone.
+    player = started(
+        watch, {3, 4}.issubset, policy=policy, clipping=clipping, loss="turned", batch=3
+    )
+    player.train(player.hand)
+    assert player.coupling_shown
+    assert label(player) == "estimate"
+
+
 # --- what a full pass measures --------------------------------------------------------------------
 
 
@@ -183,6 +233,21 @@ def test_a_full_pass_finds_each_rows_own_norm_whatever_the_collate_function_sort
     assert held[0] < 0.6  # (0.3, 0.4)
     assert label(player) == "output_specific"
     assert numbers_hold(player)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("manager", ["none", "ours", "Opacus's"])
+def test_a_full_pass_sees_a_factor_where_clipping_leaves_the_same(watch, clipping, manager):
+    # Row 3 is far above the bound in every layer: what is left of it is the same at 50 times; the
+    # others, who were not drawn, would have been in the step with more than the pass measures.
+    player = started(
+        watch, lambda rows: rows == {3}, policy="full", clipping=clipping, manager=manager
+    )
+    player.noisy_steps = 2
+    player.world.engine._accountings[0].probe._steps = 2  # the coming step is not looked at
+    player.train(player.hand, factor=50.0)
+    assert not numbers_hold(player)
+    assert label(player) == "estimate"
 
 
 # --- draws that were skipped ----------------------------------------------------------------------
@@ -205,6 +270,23 @@ def test_a_draw_that_was_skipped_last_in_a_pass_takes_the_label_away(watch, mana
     assert not numbers_hold(player)  # nobody was drawn: e^0.02 is what noise of 50 would leave
     assert label(player) == "estimate"
     assert "skipped" in player.world.engine.per_instance.reasons[0]
+
+
+@pytest.mark.parametrize("refused", ["foreign", "divisor"])
+def test_a_draw_whose_step_was_refused_is_a_skipped_one(watch, refused):
+    # Caps refuse the step, the user goes on: how many steps there are tells which were refused.
+    player = started(watch, lambda rows: len(rows) == 1, policy="capped", caps=(1.0,) * 6, batch=3)
+    if refused == "divisor":
+        player.world.optimizer.expected_batch_size = 1
+    hand = player.by_hand([2, 5, 4, 1]) if refused == "foreign" else player.hand
+    with pytest.raises(UnsupportedError):
+        player.train(hand)
+    player.world.optimizer.expected_batch_size = 3
+    player.zero_grad()
+    assert label(player) == "bound"  # nothing was released yet
+    player.train(player.fetch())
+    assert label(player) == "estimate"
+    assert "made no private step" in player.world.engine.per_instance.reasons[0]
 
 
 def test_looking_through_the_data_after_a_skipped_draw_does_not_hide_it(watch):

@@ -304,6 +304,14 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
             rounding=_coarsest(samples),
             passes=passes,
             allowed=torch.stack([norm.sum().to(device) for norm in clipped]),
+            whole=_norms_over(layers),
+            layer_factors=torch.stack(
+                [
+                    (bound / (norm + 1e-6)).clamp(max=1.0).to(device)  # as Opacus does
+                    for norm, bound in zip(layers, bounds, strict=True)
+                ],
+                dim=1,
+            ),
         )
         super().clip_and_accumulate()
 

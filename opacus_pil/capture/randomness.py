@@ -5,12 +5,14 @@ Knows the global generators of this process; nothing of a generator that somebod
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -90,6 +92,14 @@ class Seen:
         """Remember what another one does, too."""
         self._marks |= other._marks
 
+    def state(self) -> npt.NDArray[np.int64]:
+        """Return what is remembered, for a file, shape (marks,)."""
+        return np.array(sorted(self._marks), dtype=np.int64)
+
+    def recall(self, state: npt.ArrayLike) -> None:
+        """Remember what `state` returned in an earlier process, too."""
+        self._marks |= set(np.asarray(state, dtype=np.int64).tolist())
+
 
 def generator_mark(generator: Any = None, device: torch.device = _CPU) -> int | None:
     """Return a mark of where a generator stands; None: it does not say.
@@ -107,7 +117,8 @@ def generator_mark(generator: Any = None, device: torch.device = _CPU) -> int | 
             state = torch.get_rng_state()
     except RuntimeError:  # cryptographic generators have no state to be put back to
         return None
-    return hash(state.numpy().tobytes())
+    digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)  # the same in every process: it is saved
 
 
 class ForwardStates:

@@ -65,6 +65,10 @@ class StepRecord:
         unfinite: Shape (batch,), rows whose gradient was not finite.
         factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
             None: layers were clipped one by one.
+        whole: Shape (batch,), norms over all layers where `norms` are those of what clipping layers
+            one by one has left; None: `norms` are whole.
+        layer_factors: Shape (batch, layers), the same for layers clipped one by one, still on their
+            device; None: clipped together, or parts of the step trained other layers.
         parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
@@ -81,6 +85,8 @@ class StepRecord:
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
     factors: FloatArray | None = None
+    whole: FloatArray | None = None
+    layer_factors: torch.Tensor | None = None
     parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
 
@@ -100,6 +106,8 @@ class _Capture:
     foreign: bool  # a batch that no loader had just handed out
     limits: FloatArray | None  # of each row, where caps are in force
     allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
+    whole: torch.Tensor | None
+    layer_factors: torch.Tensor | None
     phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
@@ -187,6 +195,8 @@ class Recorder:
         rounding: float | None = None,
         passes: int = 1,
         allowed: torch.Tensor | None = None,
+        whole: torch.Tensor | None = None,
+        layer_factors: torch.Tensor | None = None,
         droppable: bool = True,
     ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
@@ -198,6 +208,8 @@ class Recorder:
             passes: Backward passes whose gradients are clipped together.
             allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
                 one; None: they are clipped together, to `max_grad_norm`.
+            whole: Shape (batch,), norms before layers were clipped; `norms` are those after it.
+            layer_factors: Shape (batch, layers), what gradients are multiplied with then.
             droppable: Whether a row with cap 0 is left out before anything is summed.
 
         Raises:
@@ -226,7 +238,11 @@ class Recorder:
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
-            self._require_enforceable(rows, draw, coarsest, mismatch)
+            try:
+                self._require_enforceable(rows, draw, coarsest, mismatch)
+            except UnsupportedError:
+                self.tracker.skipped += claim.fresh > 0  # claimed, and no step will be made of it
+                raise
             if phantom:
                 self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
@@ -240,7 +256,8 @@ class Recorder:
         self._captures.append(
             _Capture(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, phantom,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, whole,
+                layer_factors, phantom,
             )
         )  # fmt: skip
         return caps
@@ -334,6 +351,8 @@ class Recorder:
             noise_std=std,
             unfinite=~np.isfinite(norms),
             factors=_factors(captures, unclipped),
+            whole=_whole(captures),
+            layer_factors=_layer_factors(captures),
             parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )
@@ -425,6 +444,21 @@ def _factors(captures: list[_Capture], norms: FloatArray) -> FloatArray | None:
     parts = [c.max_grad_norm * caps for c, caps in zip(captures, ones, strict=True)]
     bounds = np.concatenate(parts) if parts else np.empty(0)
     return np.where(bounds > 0.0, np.minimum(bounds / (norms + 1e-6), 1.0), 0.0)
+
+
+def _whole(captures: list[_Capture]) -> FloatArray | None:
+    parts = [c.whole for c in captures if c.whole is not None]
+    if not parts or len(parts) < len(captures):
+        return None
+    found: FloatArray = torch.cat(parts).to("cpu", torch.float64).numpy()
+    return found
+
+
+def _layer_factors(captures: list[_Capture]) -> torch.Tensor | None:
+    parts = [c.layer_factors for c in captures if c.layer_factors is not None]
+    if not parts or len(parts) < len(captures) or len({p.shape[1] for p in parts}) > 1:
+        return None
+    return torch.cat(parts)
 
 
 def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:

@@ -39,11 +39,13 @@ class Sweep:
 
     Attributes:
         indices: Shape (n,), rows of the data set.
-        norms: Shape (n,), unclipped norm of each instance's own gradient.
+        norms: Shape (n,), unclipped norm of each instance's own gradient; with `layer_bounds` that
+            of what is left of it.
         losses: Shape (n,), each instance's own loss.
         outputs: Shape (n, ...), model outputs, if asked for.
         deterministic: Neither model nor data set touched a global random generator. With dropout
             modules set aside this says that the norms do not depend on a draw.
+        whole: Shape (n,), unclipped norms in any case.
 
     Privacy: all of it depends on private data and is not private to release.
     """
@@ -53,6 +55,7 @@ class Sweep:
     losses: FloatArray
     outputs: npt.NDArray[Any] | None
     deterministic: bool
+    whole: FloatArray
 
 
 def sweep(
@@ -127,15 +130,16 @@ def sweep(
                 found = measure(moved_to(batch, device), len(order))
                 parts.append(tuple(part[order] for part in found))
         deterministic = not moved()
-    norms = np.concatenate([part[0] for part in parts]) if parts else np.empty(0)
-    losses = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
+    norms, losses, whole = (
+        np.concatenate([part[k] for part in parts]) if parts else np.empty(0) for k in (0, 1, 3)
+    )
     if infinite:
         norms = np.where(np.isfinite(norms), norms, np.inf)
     else:
         for name, values in (("norms", norms), ("losses", losses)):
             _require_finite(name, values, rows)
     outputs = np.concatenate([part[2] for part in parts]) if parts and keep_outputs else None
-    return Sweep(rows, norms, losses, outputs, deterministic)
+    return Sweep(rows, norms, losses, outputs, deterministic, whole)
 
 
 def _batches(join: Any, items: list[Any], *, dimension: int) -> Iterator[tuple[Any, IntArray]]:
@@ -189,6 +193,9 @@ class _Norms(GradSampleModuleFastGradientClipping):
     }
 
 
+_Found = tuple[FloatArray, FloatArray, npt.NDArray[Any], FloatArray]  # `_Measure` of one chunk
+
+
 class _Measure:
     """Norms, losses and outputs of one chunk, by ghost clipping where the model allows it."""
 
@@ -219,7 +226,7 @@ class _Measure:
                 f"{error}"
             ) from error
 
-    def __call__(self, batch: Any, size: int) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+    def __call__(self, batch: Any, size: int) -> _Found:
         try:
             return self._run(batch, size)
         except NotImplementedError:  # tied parameters, or a layer without ghost norms
@@ -233,7 +240,7 @@ class _Measure:
                 f"Expected per-sample gradients of every parameter, got none: {error}"
             ) from error
 
-    def _run(self, batch: Any, size: int) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+    def _run(self, batch: Any, size: int) -> _Found:
         counted = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         for parameter in counted.values():
             parameter._norm_sample = None  # type: ignore[attr-defined]  # none may be left over
@@ -249,6 +256,7 @@ class _Measure:
         unused = [n for n, p in counted.items() if p._norm_sample is None]  # type: ignore[attr-defined]
         if unused:
             raise NotImplementedError(f"parameter {unused[0]} took no part in the loss")
+        whole = _float64(self._wrapped.get_norm_sample())
         if self._bounds is not None:
             for name, parameter in counted.items():
                 layer: Any = parameter
@@ -257,7 +265,7 @@ class _Measure:
         for parameter in self._module.parameters():
             parameter.grad = None
         check.same_length("norms", _float64(norms), "instances", size)
-        return _float64(norms), _float64(losses), seen.array(size)
+        return _float64(norms), _float64(losses), seen.array(size), whole
 
 
 class _LastOutput:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,28 @@ _TOGETHER = 8  # rows of the batch that the described loss is asked about
 _SCANNED = 1 << 20  # labels looked through for rare classes
 _SUMMED = 256  # rows of a step whose sum is formed again
 _SUMMED_ONCE = 1024  # the first time
+_LAYERS = 8  # whose sums are formed again where each is clipped by itself: a backward pass each
 # Relative, of sums of clipped gradients in float32: each row's own rounding is below 1e-5.
 _SAME_SUM = 2e-4
 
 ClippedNorm = Callable[[Sequence[torch.Tensor]], float]
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of clipped gradients that a step formed.
+
+    Attributes:
+        factors: Shape (rows,), or (rows, layers) where each layer is clipped by itself.
+        layers: Positions of the parameters that are asked about; None: all, clipped together.
+        values: What was summed up, one per parameter asked about; None: not held by the optimizer.
+        size: Sum of the rows' clipped norms.
+    """
+
+    factors: FloatArray
+    layers: list[int] | None
+    values: Sequence[torch.Tensor | None]
+    size: float
 
 
 class Probe:
@@ -42,7 +61,8 @@ class Probe:
     At the first steps, at every power of two and at every 64th: whether rows of the described loss
     are the same alone and together; whether the largest, the first, the last and two other rows of
     the step had the norms that they have alone; and, of up to 256 rows (once: 1024), whether the
-    sum that was noised is the sum of the rows' own clipped gradients. With dropout the last is
+    sum that was noised is the sum of the rows' own clipped gradients (of eight layers chosen at
+    random, where layers are clipped one by one). With dropout the last is
     asked with the masks of the training, and the one before not at all.
 
     Args:
@@ -143,10 +163,11 @@ class Probe:
                 random = not self._compare(asked, record, clipped_norm, moved)
             if len(self._found) > before:
                 return
+            formed = self._sum_of(record, sums)
             if random:
-                self._replay(asked, record, sums, states)
-            else:
-                self._compare_sums(asked, record, sums)
+                self._replay(asked, record, formed, states)
+            elif formed is not None:
+                self._compare_sums(asked, record, formed)
 
     def _together(self, asked: RowGradients, inner: nn.Module, record: StepRecord) -> None:
         """Hold the described loss of rows alone against that of the same rows in one batch."""
@@ -198,63 +219,62 @@ class Probe:
             self._keep(*explained(norms[positions], alone, tolerance=tolerance))
         return True
 
-    def _compare_sums(
-        self, asked: RowGradients, record: StepRecord, sums: Sequence[torch.Tensor | None]
-    ) -> None:
+    def _compare_sums(self, asked: RowGradients, record: StepRecord, formed: _Sum) -> None:
         """Hold the sum that is noised against that of the rows' own clipped gradients."""
-        if not self._summable(record):
-            return
         assert record.indices is not None
-        assert record.factors is not None
-        found = asked.weighted(record.indices, record.factors)
+        found = asked.weighted(record.indices, formed.factors, layers=formed.layers)
         self._summed = True
-        apart = _apart(asked, record, sums, found)
+        apart = _apart(asked, record, formed, found)
         if apart:
             self._keep("loss_differs", apart)
 
     def _replay(
-        self,
-        asked: RowGradients,
-        record: StepRecord,
-        sums: Sequence[torch.Tensor | None],
-        states: list[Any],
+        self, asked: RowGradients, record: StepRecord, formed: _Sum | None, states: list[Any]
     ) -> None:
         """The same with the random numbers that the training's forward passes had."""
         devices = {p.device for p in asked.parameters}
-        if len(states) != len(record.parts) or len(devices) > 1 or not self._summable(record):
+        if len(states) != len(record.parts) or len(devices) > 1 or formed is None:
             if not self._summed:
                 self._keep("not_compared", "")
             return
-        first = self._replayed(asked, record, states)
+        first = self._replayed(asked, record, formed, states)
         self._summed = True
-        apart = _apart(asked, record, sums, first)
+        apart = _apart(asked, record, formed, first)
         if not apart:
             return
-        if _apart(asked, record, first, self._replayed(asked, record, states)):
+        again = replace(formed, values=first)
+        if _apart(asked, record, again, self._replayed(asked, record, formed, states)):
             self._keep("not_compared", "")  # there is more chance in it than its masks
         else:
             self._keep("loss_differs", apart)
 
     def _replayed(
-        self, asked: RowGradients, record: StepRecord, states: list[Any]
+        self, asked: RowGradients, record: StepRecord, formed: _Sum, states: list[Any]
     ) -> list[torch.Tensor]:
         assert record.indices is not None
-        assert record.factors is not None
         total: list[torch.Tensor] = []
         ends = np.cumsum(record.parts)
         for state, start, end in zip(states, [0, *ends[:-1]], ends, strict=True):
             set_generator_states(state, asked.device)
-            rows, factors = record.indices[start:end], record.factors[start:end]
+            rows, factors = record.indices[start:end], formed.factors[start:end]
             if len(rows):
-                found = asked.weighted(rows, factors, parts=1)
+                found = asked.weighted(rows, factors, parts=1, layers=formed.layers)
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         return total
 
-    def _summable(self, record: StepRecord) -> bool:
-        """Whether the sum can be asked for, and is not too much to ask."""
+    def _sum_of(self, record: StepRecord, sums: Sequence[torch.Tensor | None]) -> _Sum | None:
+        """Return the step's sum if it can be asked for, and is not too much to ask."""
         most = _SUMMED if self._summed else _SUMMED_ONCE
-        known = record.factors is not None and bool(np.isfinite(record.norms).all())
-        return known and len(record.norms) <= most
+        if len(record.norms) > most or not bool(np.isfinite(record.norms).all()):
+            return None
+        if record.factors is not None:
+            return _Sum(record.factors, None, sums, float(record.factors @ record.norms))
+        own = record.layer_factors
+        if own is None or own.shape[1] != len(sums):
+            return None
+        some = np.random.default_rng(self._steps).permutation(len(sums))[:_LAYERS].tolist()
+        factors = own[:, some].to("cpu", torch.float64).numpy()
+        return _Sum(factors, some, [sums[k] for k in some], float(record.norms.sum()))
 
     def _items_are_random(self, record: StepRecord, moved: Callable[[], bool]) -> bool:
         """Whether the data set gives other items when it is asked again."""
@@ -286,18 +306,14 @@ def due(step: int) -> bool:
 
 
 def _apart(
-    asked: RowGradients,
-    record: StepRecord,
-    sums: Sequence[torch.Tensor | None],
-    found: Sequence[torch.Tensor],
+    asked: RowGradients, record: StepRecord, formed: _Sum, found: Sequence[torch.Tensor]
 ) -> str:
-    """Return how far two sums of clipped gradients are apart; "": no further than rounding."""
-    assert record.factors is not None
-    pairs = [(a, b) for a, b in zip(sums, found, strict=True) if a is not None]
+    """Return how far a sum of clipped gradients is from what was found; "": only by rounding."""
+    pairs = [(a, b) for a, b in zip(formed.values, found, strict=True) if a is not None]
     far = norm([a.to(b) - b for a, b in pairs]) if pairs else 0.0
-    size = float(record.factors @ record.norms)
     rounding = max(record.rounding, 0.0)
-    if far <= asked.tolerance(rounding, same=_SAME_SUM) * (size + record.max_grad_norm):
+    limit = asked.tolerance(rounding, same=_SAME_SUM) * (formed.size + record.max_grad_norm)
+    if far <= limit:
         return ""
     return (
         f"their clipped sum is {far / record.max_grad_norm:.3g} clip bounds away from that of the "

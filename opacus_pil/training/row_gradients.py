@@ -63,16 +63,25 @@ class RowGradients:
         """Return the gradients of one row's own loss."""
         return self._alone(self._task.collate([self._dataset[row]], device=self.device))
 
-    def weighted(self, rows: IntArray, factors: FloatArray, *, parts: int = _PARTS) -> Gradients:
+    def weighted(
+        self,
+        rows: IntArray,
+        factors: FloatArray,
+        *,
+        parts: int = _PARTS,
+        layers: Sequence[int] | None = None,
+    ) -> Gradients:
         """Return the sum of the rows' gradients, each times its factor.
 
         Args:
             rows: Shape (n,), in the order of the batch.
-            factors: Shape (n,).
+            factors: Shape (n,); or (n, layers): each layer's own, a backward pass each.
             parts: Batches that they are asked in: where rows of a batch depend on each other, the
                 sum depends on it.
+            layers: Positions of the parameters asked for, one per column of `factors`; None: all.
         """
-        total = [torch.zeros_like(p) for p in self.parameters]
+        asked = self.parameters if layers is None else [self.parameters[k] for k in layers]
+        total = [torch.zeros_like(p) for p in asked]
         size = max(-(-len(rows) // parts), 1)
         for start in range(0, len(rows), size):
             chosen = slice(start, start + size)
@@ -83,7 +92,14 @@ class RowGradients:
             batch = self._task.collate(items, device=self.device)
             with torch.enable_grad():
                 losses = self._task.loss_of(self._inner, batch)
-                found = self._gradients((losses * weights.to(losses)).sum(), keep=False)
+                weights = weights.to(losses)
+                if layers is None:
+                    found = self._gradients((losses * weights).sum(), keep=False)
+                else:
+                    found = [
+                        self._gradients(losses @ own, [p], keep=True)[0]
+                        for p, own in zip(asked, weights.T, strict=True)
+                    ]
             for one, more in zip(total, found, strict=True):
                 one += more
         return total
@@ -172,11 +188,14 @@ class RowGradients:
             f"{'sum' if summed else 'mean'} of its rows' own ({own:.4g})"
         )
 
-    def _gradients(self, loss: torch.Tensor, *, keep: bool) -> Gradients:
-        found = torch.autograd.grad(loss, self.parameters, retain_graph=keep, allow_unused=True)
+    def _gradients(
+        self, loss: torch.Tensor, parameters: Gradients | None = None, *, keep: bool
+    ) -> Gradients:
+        asked = self.parameters if parameters is None else parameters
+        found = torch.autograd.grad(loss, asked, retain_graph=keep, allow_unused=True)
         return [
             torch.zeros_like(p) if g is None else g.detach()
-            for p, g in zip(self.parameters, found, strict=True)
+            for p, g in zip(asked, found, strict=True)
         ]
 
 

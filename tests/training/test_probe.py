@@ -113,6 +113,31 @@ class TestFindings:
         more = [s + 0.1 * p.detach() for s, p in zip(sums, module.parameters(), strict=True)]
         assert look(probe, module, record, more) == {"loss_differs"}
 
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_sums_of_layers_that_are_clipped_one_by_one(self, probe, turned):
+        """One row pulls the other way, which no norm shows."""
+        module, bound = model(), 0.1
+        parameters = list(module.parameters())
+        norms, factors, sums = [], [], [torch.zeros_like(p) for p in parameters]
+        for row in range(ROWS):
+            inputs, target = data()[row]
+            loss = F.cross_entropy(module(inputs[None]), target[None])
+            gradient = torch.autograd.grad(-loss if turned and row == 7 else loss, parameters)
+            own = [min(1.0, bound / (norm([g]) + 1e-6)) for g in gradient]
+            for total, part, factor in zip(sums, gradient, own, strict=True):
+                total += factor * part
+            factors.append(own)
+            norms.append(norm([f * g for f, g in zip(own, gradient, strict=True)]))
+        record = StepRecord(
+            np.arange(ROWS), np.array(norms), 2 * bound, 2.0**-23, drawn=np.arange(ROWS),
+            layer_factors=torch.tensor(factors), parts=(ROWS,),
+        )  # fmt: skip
+        probe.look(
+            record, module=module, parameters=parameters, sums=sums,
+            clipped_norm=lambda found: math.hypot(*(min(norm([g]), bound) for g in found)),
+        )  # fmt: skip
+        assert {fact.code for fact in probe.facts} == ({"loss_differs"} if turned else set())
+
     def test_rows_mixed(self, probe):
         module = model()
         record, sums = step(module, data(), range(ROWS), mixed=0.3 * data()[0][0])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.user_machine.exact import joint_divergence, skipped_if_empty
+from tests.user_machine.exact import joint_divergence, skipped_if_empty, told_by_size
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -58,6 +58,7 @@ class Term:
     caps: FloatArray | None = None
     counted: BoolArray | None = None  # parameters in the clipped norm; None: all
     weights: FloatArray | None = None  # a mean over weights instead of rows
+    turned: bool = False  # row 3 pulls the other way if row 4 is there
     column: bool = False  # ghost clipping of losses of shape (rows, 1): all pairs
 
     def sums(self, here: Sequence[BoolArray]) -> FloatArray:
@@ -66,6 +67,8 @@ class Term:
         own = self.gradients
         if self.weights is not None and count.sum():
             own = own * (self.weights * count.sum() / (count @ self.weights))[:, None]
+        if self.turned and count[4]:
+            own = own * np.where(np.arange(len(own)) == 3, -1.0, 1.0)[:, None]
         factors = self._factors(own)
         if self.column:
             factors = np.full_like(factors, (count[:, None] * factors).sum())
@@ -116,6 +119,9 @@ class Account:
     shifts: list[dict[Draw, list[tuple[int, FloatArray]]]] = field(init=False)
     skips: list[tuple[Draw, str]] = field(default_factory=list)
     waiting: list[tuple[Draw, str]] = field(default_factory=list)  # skips that nothing shows yet
+    counts: list[tuple[Draw, int]] = field(default_factory=list)  # scales of noise that tell sizes
+    draws: dict[int, Draw] = field(default_factory=dict)  # by the coins that were thrown
+    noises: dict[int, tuple[int, int]] = field(default_factory=dict)  # step and parameter of each
 
     def __post_init__(self) -> None:
         self.infinite = np.zeros(self.rows, dtype=bool)
@@ -130,9 +136,19 @@ class Account:
         twin.infinite, twin.left_in = self.infinite.copy(), self.left_in.copy()
         twin.shifts = [{d: list(found) for d, found in row.items()} for row in self.shifts]
         twin.skips, twin.waiting = list(self.skips), list(self.waiting)
+        twin.counts, twin.draws, twin.noises = (
+            list(self.counts),
+            dict(self.draws),
+            dict(self.noises),
+        )
         return twin
 
     # --- what happens -------------------------------------------------------------------------
+
+    def by_coins(self, coins: int, draw: Draw) -> Draw:
+        """Return the draw that these coins made before, if there is one: it is no new one."""
+        before = self.draws.setdefault(coins, draw)
+        return before if (before.rate, before.rows) == (draw.rate, draw.rows) else draw
 
     def skip(self, draw: Draw, rule: str) -> None:
         """A draw was left out because of who was in it."""
@@ -145,7 +161,7 @@ class Account:
 
     def release(
         self, histories: Sequence[Sequence[Term]], *, sums: FloatArray, stds: FloatArray,
-        strange: bool = False,
+        coins: Sequence[int | None] = (), by_count: bool = False, strange: bool = False,
     ) -> None:  # fmt: skip
         """A noised sum was released.
 
@@ -153,6 +169,8 @@ class Account:
             histories: What may have been summed, the likeliest first.
             sums: Shape (coordinates, parameters), before noise; the last coordinate is nobody's.
             stds: Shape (parameters,), of the noise that was added; 0: that parameter got none.
+            coins: Shape (parameters,), that the noise was made of.
+            by_count: Whether the noisy sum is divided by the number of rows, which its scale tells.
             strange: Whether the user did something whose sum need not be explained.
         """
         self.steps += 1
@@ -168,7 +186,12 @@ class Account:
                 close |= out[:, None]
             if close.all():
                 self.explained += 1
+                if by_count and len(terms) == 1 and len(terms[0].parts) == 1:
+                    # One thing that the step tells; what its sum tells besides is left out.
+                    self.counts.append((terms[0].parts[0].draw, int((stds > 0.0).sum())))
+                    return
                 self._add(terms, stds)
+                self._compare_noise(coins, stds)
                 if self.filtered:
                     self._note_left_out(terms, out)
                 return
@@ -204,6 +227,9 @@ class Account:
                     continue
                 for k, order in enumerate(orders):
                     found[row, k] += skipped_if_empty(draw.rate, self.rows - 1, order)
+            for draw, size in self.counts:
+                for k, order in enumerate(orders):
+                    found[row, k] += told_by_size(draw.rate, self.rows - 1, size, order)
         larger: FloatArray = found.max(axis=2)
         larger[self.infinite] = np.inf
         return larger
@@ -226,6 +252,34 @@ class Account:
                     vector = np.divide(moved, noise, out=np.zeros_like(moved), where=noise > 0)
                     if vector.any():
                         self.shifts[row].setdefault(part.draw, []).append((self.steps, vector))
+
+    def _compare_noise(self, coins: Sequence[int | None], stds: FloatArray) -> None:
+        """Noise that was there before hides nothing of the difference of the two sums."""
+        for k, mark in enumerate(coins):
+            if mark is None or stds[k] == 0.0:
+                continue
+            before = self.noises.setdefault(mark, (self.steps, k))
+            if before == (self.steps, k):
+                continue
+            for row in range(self.rows):
+                then, now = self._moves(row, *before), self._moves(row, self.steps, k)
+                if then.keys() != now.keys():
+                    self.infinite[row] = True
+                for draw in then.keys() & now.keys():
+                    self.infinite[row] |= not np.allclose(then[draw], now[draw], rtol=_SAME)
+                for draw, found in self.shifts[row].items():  # the same once more tells nothing
+                    self.shifts[row][draw] = [
+                        (s, _without(v, k, len(stds)) if s == self.steps else v) for s, v in found
+                    ]
+
+    def _moves(self, row: int, step: int, k: int) -> dict[Draw, FloatArray]:
+        """By what this row moves one parameter in one step, in units of the noise, by its coin."""
+        found = {}
+        for draw, entries in self.shifts[row].items():
+            own = [v.reshape(self.rows, -1)[:, k] for s, v in entries if s == step]
+            if own and np.any(own):
+                found[draw] = np.sum(own, axis=0)
+        return found
 
     def _note_left_out(self, terms: Sequence[Term], out: BoolArray) -> None:
         """Who contributed was not left out before; of who was not drawn nothing is known."""
@@ -278,6 +332,12 @@ class Account:
             if coins:
                 result.append(coins)
         return result
+
+
+def _without(vector: FloatArray, k: int, parameters: int) -> FloatArray:
+    kept = vector.reshape(-1, parameters).copy()
+    kept[:, k] = 0.0
+    return kept.ravel()
 
 
 def _pieces_here(terms: Sequence[Term]) -> set[Draw]:

@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.special
+import scipy.stats
 from numpy.typing import NDArray
 
 _REACH = 12.0  # exp(-72) is left out on either side of all modes
@@ -54,6 +56,33 @@ def skipped_if_empty(rate: float, others: int, order: float) -> tuple[float, flo
     with np.errstate(divide="ignore"):  # an outcome that one of the two never has
         one = math.log(float((a**order * b ** (1.0 - order)).sum()))
         two = math.log(float((b**order * a ** (1.0 - order)).sum()))
+    return max(one, 0.0) / (order - 1.0), max(two, 0.0) / (order - 1.0)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def told_by_size(rate: float, others: int, size: int, order: float) -> tuple[float, float]:
+    """Return both divergences of noise alone, divided by the number of rows that were drawn.
+
+    Args:
+        others: Rows beside the one that is there or not; an empty draw is divided by 1.
+        size: Numbers that are noised and hold nobody's gradient.
+    """
+    drawn = np.arange(others + 1)
+    chance = scipy.stats.binom.pmf(drawn, others, rate)
+    r = (np.arange(14000) + 0.5) / 1000.0  # the length of the noise; exp(-98) is left out
+
+    def density(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        n = np.maximum(counts, 1)[:, None]
+        return chance @ (n**size * np.exp(-(n**2) * r**2 / 2.0))
+
+    without, shell = np.log(density(drawn)), (size - 1) * np.log(r)
+    with_it = np.log((1.0 - rate) * np.exp(without) + rate * density(drawn + 1))
+
+    def log_mean(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        moment = scipy.special.logsumexp(order * a + (1.0 - order) * b + shell)
+        return float(moment - scipy.special.logsumexp(b + shell))
+
+    one, two = log_mean(with_it, without), log_mean(without, with_it)
     return max(one, 0.0) / (order - 1.0), max(two, 0.0) / (order - 1.0)
 
 

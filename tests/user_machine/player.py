@@ -1,81 +1,37 @@
 """Plays the user: calls Opacus and the package as loops do, and keeps the true account.
 
-What was noised and by how much is taken from Opacus's own noise function, which rows were drawn
-from Opacus's own sampler, what moved the model from the plain optimizer: all watched from outside.
+What was noised and drawn is what `watch.py` saw, what moved the model is read off the plain
+optimizer. Knows the calls of a training loop; no rule, and nothing of how a number is checked.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from tests.user_machine.account import Account, Draw, MachineError, Part, Term
+from tests.user_machine.watch import Noised, Watch
 from tests.user_machine.world import (
     COORDINATES,
     COUPLED,
     GRADIENTS,
     PHYSICAL,
     ROWS,
+    TURNED,
     WEIGHTS,
     Setting,
     World,
     copies,
     rows_of,
+    turned,
 )
 
-_NOISY = (
-    "opacus.optimizers.optimizer",
-    "opacus.optimizers.optimizer_fast_gradient_clipping",
-)
 _CLOSE = 1e-5  # two float32 additions
-
-
-class Watch:
-    """Sees what Opacus draws and which noise it makes, while it is open."""
-
-    def __init__(self) -> None:
-        self.drawn: list[list[int]] = []  # of every Poisson sampler, in order
-        self.noise: list[tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._stack = contextlib.ExitStack()
-
-    def open(self) -> None:
-        for name in _NOISY:
-            module = importlib.import_module(name)
-            self._replace(module, "_generate_noise", self._noising(module._generate_noise))
-        sampler = UniformWithReplacementSampler
-        self._replace(sampler, "__iter__", self._drawing(sampler.__iter__))
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        self._stack.callback(setattr, owner, name, getattr(owner, name))
-        setattr(owner, name, value)
-
-    def _noising(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def generate(std: float, reference: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            made = original(std, reference, *args, **kwargs)
-            self.noise.append((float(std), reference, reference.detach().clone(), made))
-            return made
-
-        return generate
-
-    def _drawing(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def draw(sampler: Any) -> Iterator[list[int]]:
-            for rows in original(sampler):
-                self.drawn.append(list(rows))
-                yield rows
-
-        return draw
 
 
 @dataclass(eq=False)
@@ -89,13 +45,6 @@ class Hand:
     named: list[int] | None = None  # rows to say in batch(indices=...)
 
 
-@dataclass(frozen=True)
-class _Noised:
-    std: float
-    sums: torch.Tensor
-    noise: torch.Tensor
-
-
 class Player:
     """One training, what its user holds, and the account of it."""
 
@@ -107,7 +56,10 @@ class Player:
         self.account = Account(ROWS, filtered=setting.budget is not None)
         if beside is not None:
             self.account = beside.account
-        self.account.coupled = setting.loss in COUPLED or setting.collate in ("twice", "dropping")
+        self.account.coupled = setting.loss in (*COUPLED, TURNED) or setting.collate in (
+            "twice",
+            "dropping",
+        )
         self.caps = None if setting.caps is None else np.array(setting.caps)
         if setting.budget is not None and self.caps is None:
             self.caps = np.ones(ROWS)
@@ -125,6 +77,7 @@ class Player:
         self.strange = False  # the user meddled with the step under way
         self.stale = False  # and with those to come
         self.factor = 1.0  # of a step hook that scales what was noised
+        self.by_count = False  # the sum is divided by how many rows the batch has
         self.moves = 0
         self.moved_and_failed = False
         self.noisy_steps = 0  # since this training was made private
@@ -155,7 +108,9 @@ class Player:
         elif len(self.watch.drawn) > before:
             drawn = self.watch.drawn[-1]
             rate = float(self.world.loader.batch_sampler.sample_rate)
-            self.draw, self.piece = Draw(rate, frozenset(drawn), self._pieces(len(drawn))), 0
+            pieces = self._pieces(len(drawn.rows))
+            draw = Draw(rate, frozenset(drawn.rows), pieces)
+            self.draw, self.piece = self.account.by_coins(drawn.coins, draw), 0
         elif self.draw is None:
             self.draw, self.piece = self.carried, 0
         else:
@@ -216,7 +171,7 @@ class Player:
         """Compute the loss of a batch and its gradients."""
         world, setting = self.world, self.setting
         hand.used = True
-        outputs = world.module(hand.x)
+        outputs = world.module(turned(hand.x) if setting.loss == TURNED else hand.x)
         loss = world.criterion(outputs, hand.y) if private else outputs.mean()
         if setting.loss in COUPLED and setting.ghost and private and len(hand.y):
             loss = loss * (hand.y * len(hand.y) / hand.y.sum())
@@ -236,7 +191,7 @@ class Player:
         term = Term(
             hand.parts, GRADIENTS * trained * factor, np.array([1.0]),
             per_layer=setting.clipping == "per_layer",
-            weights=WEIGHTS if setting.loss in COUPLED else None,
+            weights=WEIGHTS if setting.loss in COUPLED else None, turned=setting.loss == TURNED,
             column=setting.ghost and setting.loss == "column",
         )  # fmt: skip
         if setting.ghost:
@@ -302,6 +257,7 @@ class Player:
         heads = [self.world.inner.first, self.world.inner.second, self.world.inner.spare]
         noised = self._noised([head.weight for head in heads])
         sums, stds = np.zeros((COORDINATES, 3)), np.zeros(3)
+        coins: list[int | None] = [None] * 3
         raw = np.zeros((COORDINATES, 3))
         for k, head in enumerate(heads):
             p = head.weight
@@ -312,6 +268,7 @@ class Player:
                 raw[:, k] = self._unsent(p)
             else:
                 sums[:, k], stds[k] = self._summed(p, found)
+                coins[k] = found.coins
                 if stds[k] == 0.0:
                     raw[:, k], sums[:, k] = sums[:, k], 0.0
             self._sent[id(p)] = p.grad.detach().clone()
@@ -323,7 +280,7 @@ class Player:
             self._look()
         if (stds > 0.0).any():
             self.account.release(
-                self._histories, sums=sums, stds=stds,
+                self._histories, sums=sums, stds=stds, coins=coins, by_count=self.by_count,
                 strange=self.strange or self.stale or bool((raw != 0.0).any()),
             )  # fmt: skip
         self.watch.noise.clear()
@@ -338,17 +295,20 @@ class Player:
         if k & (k - 1) or len(terms) != 1:
             return
         here = np.any([part.here for part in terms[0].parts], axis=0)
-        mixed = len(set(WEIGHTS[here])) > 1
-        moved = bool(terms[0].gradients[here].any(axis=1).all()) if mixed else False
-        self.coupling_shown |= mixed and moved
+        if self.setting.loss == "scaled":
+            self.coupling_shown |= bool(terms[0].total().any())
+        elif self.setting.loss == TURNED:
+            self.coupling_shown |= bool(here[4] and terms[0].total()[3].any())
+        elif len(set(WEIGHTS[here])) > 1:
+            self.coupling_shown |= bool(terms[0].gradients[here].any(axis=1).all())
 
-    def _noised(self, parameters: list[Any]) -> dict[int, _Noised]:
+    def _noised(self, parameters: list[Any]) -> dict[int, Noised]:
         """Which parameter was given which noise since the step began."""
         found = {}
-        for std, reference, sums, noise in self.watch.noise:
+        for one in self.watch.noise:
             for p in parameters:
-                if getattr(p, "summed_grad", None) is reference:
-                    found[id(p)] = _Noised(std, sums, noise)
+                if getattr(p, "summed_grad", None) is one.reference:
+                    found[id(p)] = one
         return found
 
     def _unsent(self, p: Any) -> np.ndarray:
@@ -364,7 +324,7 @@ class Player:
             raise MachineError("a gradient has noise that nobody added")
         return np.where(np.abs(rest) > limit, rest, 0.0)
 
-    def _summed(self, p: Any, found: _Noised) -> tuple[np.ndarray, float]:
+    def _summed(self, p: Any, found: Noised) -> tuple[np.ndarray, float]:
         """Return what was really noised, and by how much."""
         optimizer = self.world.optimizer
         divisor = 1.0

@@ -45,11 +45,18 @@ def counted(tally: Counter[Any], kind: str) -> dict[str, int]:
     return dict(sorted(names.items(), key=lambda item: -item[1]))
 
 
+def shares(tally: Counter[Any]) -> dict[str, float]:
+    """Return the share of checks at which a label was strong, by policy and mode."""
+    kinds = sorted({k[1:3] for k in tally if isinstance(k, tuple) and k[0] == "seen"})
+    found = {kind: [tally[("seen", *kind, strong)] for strong in (False, True)] for kind in kinds}
+    return {" / ".join(kind): strong / (weak + strong) for kind, (weak, strong) in found.items()}
+
+
 def summary(machine: type[UserMachine]) -> dict[str, Any]:
     """Return the statistics of all sequences played so far."""
     tally = machine.tally
     ends = counted(tally, "end")
-    strong = sum(n for name, n in ends.items() if name.split(" / ")[1] in STRONG)
+    strong = sum(n for name, n in ends.items() if name.split(" / ")[-1] in STRONG)
     ratios = np.array(machine.ratios or [np.nan])
     quantiles = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
     return {
@@ -65,6 +72,7 @@ def summary(machine: type[UserMachine]) -> dict[str, Any]:
         },
         "policies": counted(tally, "policy"),
         "labels at checks": counted(tally, "label"),
+        "share of checks with a strong label": shares(tally),
         "labels at the end": ends,
         "rules": counted(tally, "rule"),
         "refused by the package": counted(tally, "refused"),

@@ -7,13 +7,13 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.user_machine.world import Setting
+from tests.user_machine.world import TURNED, Setting
 
 TROUBLES = (
     "reuse", "reuse", "skip", "skip", "foreign", "foreign", "coins", "join", "rows", "passes",
     "ahead", "scale", "spare",
     "plain step", "noise", "second backward", "signal", "hook", "clip grad", "one bound",
-    "caps in hand", "second model",
+    "caps in hand", "second model", "seed", "seed", "divisor", "rate",
 )  # fmt: skip
 _POLICIES = ("worst_case",) * 6 + ("capped",) * 6 + ("full",) * 3 + ("participation",) * 2
 _POLICIES += ("last_seen", "refresh")
@@ -44,7 +44,7 @@ def settings(draw: Any) -> Setting:
     loader = entry != "attach without loader"
     loss = pick(
         "plain", "unnamed", "loss_of", "scaled", "weighted", "weighted named", "weighted unnamed",
-        "column", often=2,
+        "column", TURNED, often=2,
     )  # fmt: skip
     if policy in ("full", "refresh") and loss in ("unnamed", "weighted unnamed"):
         loss = "plain"  # a full pass needs a named loss
@@ -61,6 +61,24 @@ def settings(draw: Any) -> Setting:
         accumulation=pick(False, True) and mode != "ghost",
         history=pick(False, True), seed=draw(st.integers(0, 999)),
     )  # fmt: skip
+
+
+def suited(setting: Setting, trouble: str) -> Setting:
+    """The same, so that one kind of trouble has something to break."""
+    found = setting
+    if trouble in ("divisor", "rate", "seed", "skip", "caps in hand"):  # of drawn batches
+        policy = "worst_case" if found.policy == "participation" else found.policy
+        found = replace(found, policy=policy, reduction="mean")
+        if found.entry == "attach without loader":
+            found = replace(found, entry="make_private")
+    if trouble == "one bound" and found.mode != "ghost" and found.policy != "capped":
+        found = replace(found, clipping="per_layer")
+    if trouble == "caps in hand" and found.policy != "capped":
+        manager = "ours" if found.manager == "Opacus's" else found.manager
+        found = replace(
+            found, policy="capped", clipping="flat", caps=_CAPS[0], budget=None, manager=manager
+        )
+    return found
 
 
 def without_trouble(setting: Setting) -> Setting:

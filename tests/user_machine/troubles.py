@@ -1,4 +1,4 @@
-"""What users do besides: batches of their own, steps of their own, meddling with either.
+"""What users do to a step: scale and replace what it is made of. And the machine that does all.
 
 Knows calls; the property that is held after each is `machine.py`.
 """
@@ -16,137 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from opacus.optimizers import optimizer as opacus_optimizer
 
-from tests.user_machine.ordinary import BOUNDS, OrdinaryUser
-from tests.user_machine.player import Hand, Player
-from tests.user_machine.world import COORDINATES, ROWS
+from tests.user_machine.batch_troubles import BatchTroubles
+from tests.user_machine.ordinary import BOUNDS
+from tests.user_machine.world import ROWS
+
+_OFTEN = ("reuse", "skip", "caps in hand", "seed", "divisor")  # told by what comes again
 
 
-class UserMachine(OrdinaryUser):
+class UserMachine(BatchTroubles):
     """Does everything; which kinds of trouble a sequence may hold is drawn at its beginning."""
-
-    @precondition(lambda self: self.may("second model"))
-    @rule()
-    def go_to_the_other_model(self) -> None:
-        """Train another model with the same engine, in turns."""
-
-        def call() -> None:
-            if self.other is None:
-                self.other = Player(self.setting, self.watch, beside=self.player)
-            self.player, self.other = self.other, self.player
-
-        self.attempt("other-model", call)
-
-    # --- trouble with batches ------------------------------------------------------------------
-
-    @precondition(lambda self: self.may("reuse") and self.hand is not None)
-    @rule()
-    def reuse(self) -> None:
-        def call() -> None:
-            self.hand.named = None  # who says rows again vouches for other coins
-            self.player.train(self.hand)
-
-        self.attempt("reuse", call)
-
-    @precondition(lambda self: self.may("skip"))
-    @rule(why=st.sampled_from(("always", "empty", "row 0")))
-    def skip(self, why: str) -> None:
-        def call() -> None:
-            hand = self.fresh()
-            if hand is None:
-                return
-            rows = hand.parts[0].draw.rows
-            fires = {"always": True, "empty": not rows, "row 0": 0 in rows}[why]
-            if not fires:
-                self.player.train(hand)
-            elif why != "always":
-                self.calls.append("(fires)")
-                if hand.named is None and self.setting.policy != "participation":
-                    self.player.account.skip(hand.parts[0].draw, why)
-
-        self.attempt(f"skip {why}", call)
-
-    @precondition(lambda self: self.may("foreign"))
-    @rule(rows=st.lists(st.integers(0, ROWS - 1), max_size=4))
-    def train_on_rows_of_my_own(self, rows: list[int]) -> None:
-        self.attempt(f"foreign {rows}", lambda: self.player.train(self.player.by_hand(rows)))
-
-    @precondition(lambda self: self.may("coins"))
-    @rule()
-    def train_on_coins_of_my_own(self) -> None:
-        self.attempt("coins", lambda: self.player.train(self.player.own_coins()))
-
-    @precondition(lambda self: self.may("join"))
-    @rule()
-    def join_two_batches(self) -> None:
-        def call() -> None:
-            one, two = self.fresh(), self.fresh()
-            if one is None or two is None:
-                return
-            both = Hand(torch.cat([one.x, two.x]), torch.cat([one.y, two.y]),
-                        [*one.parts, *two.parts])  # fmt: skip
-            self.player.train(both, strange=self.setting.policy == "capped")
-
-        self.attempt("join", call)
-
-    @precondition(lambda self: self.may("rows"))
-    @rule(how=st.sampled_from(("twice", "without row 3", "backwards")))
-    def change_rows(self, how: str) -> None:
-        def call() -> None:
-            hand = self.fresh()
-            if hand is None:
-                return
-            part = hand.parts[0]
-            if not len(hand.x):  # nobody sees what would have been done to rows
-                self.player.train(hand)
-                return
-            if how == "twice":
-                hand.x, hand.y = torch.cat([hand.x, hand.x]), torch.cat([hand.y, hand.y])
-                part.copies = part.copies * 2
-            elif how == "backwards":
-                hand.x, hand.y = hand.x.flip(0), hand.y.flip(0)
-            else:
-                kept = hand.x[:, 2 * COORDINATES + 3] == 0
-                hand.x, hand.y = hand.x[kept], hand.y[kept]
-                part.copies = part.copies.copy()
-                part.copies[3] = 0
-            self.player.account.coupled = True
-            self.player.train(hand, strange=self.setting.policy == "capped")
-
-        self.attempt(f"rows {how}", call)
-
-    @precondition(lambda self: self.may("passes"))
-    @rule(use=st.sampled_from(("new", "old", "both")))
-    def two_passes_side_by_side(self, use: str) -> None:
-        def call() -> None:
-            player = self.player
-            first = player.iterator, player.draw, player.piece
-            player.iterator = None
-            new = player.fetch()
-            second = player.iterator, player.draw, player.piece
-            player.iterator, player.draw, player.piece = first
-            if use == "new":
-                player.iterator, player.draw, player.piece = second
-                if new is not None:
-                    player.train(new)
-                return
-            old = player.fetch()
-            if old is not None:
-                player.train(old)
-            if use == "both" and new is not None:
-                player.train(new)
-
-        self.attempt(f"passes {use}", call)
-
-    @precondition(lambda self: self.may("ahead"))
-    @rule(order=st.sampled_from(("first", "second", "both")))
-    def fetch_ahead(self, order: str) -> None:
-        def call() -> None:
-            one, two = self.fresh(), self.fresh()
-            for hand, name in ((one, "first"), (two, "second")):
-                if hand is not None and order in (name, "both"):
-                    self.player.train(hand)
-
-        self.attempt(f"ahead {order}", call)
 
     # --- trouble with a step -------------------------------------------------------------------
 
@@ -165,6 +43,26 @@ class UserMachine(OrdinaryUser):
             self.player.world.inner.spare.weight.requires_grad_(on)
 
         self.attempt(f"spare {on}", change)
+
+    @precondition(lambda self: self.may("divisor"))
+    @rule()
+    def divide_by_the_size_of_the_batch(self) -> None:
+        def call() -> None:
+            hand, player = self.fresh(), self.player
+            if hand is None:
+                return
+            optimizer = player.world.optimizer
+            before = optimizer.expected_batch_size
+            told = hand.named is None and self.setting.policy != "participation"
+            optimizer.expected_batch_size = max(len(hand.x), 1)
+            other = optimizer.expected_batch_size != before  # else nobody sees that it was set
+            player.by_count = told and other and self.setting.reduction == "mean"
+            try:
+                player.train(hand)
+            finally:
+                optimizer.expected_batch_size, player.by_count = before, False
+
+        self.attempt("divisor", call)
 
     @precondition(lambda self: self.may("plain step"))
     @rule()
@@ -304,10 +202,11 @@ class UserMachine(OrdinaryUser):
             "noise": lambda: self.replace_the_noise(share=one(0.5, 0.0)),
             "signal": self.signal_skip,
             "hook": lambda: self.attach_a_hook(what=one("denoise", "halve", "double noise")),
-            "one bound": lambda: self.change_one_of_two_bounds(
-                value=one(0.1, 3.0), where=one("noise", "clip", "noise", "clip", "clip")
-            ),
+            "one bound": self._both_bounds,
             "second model": self.go_to_the_other_model,
+            "seed": lambda: self.seed_as_before(what=one("pass", "draw", "noise")),
+            "divisor": self._divide,
+            "rate": self._rate,
         }
         if self.setting.policy == "capped":
             acts["caps in hand"] = self.set_caps_by_who_is_in_hand
@@ -316,15 +215,31 @@ class UserMachine(OrdinaryUser):
             acts["reuse"] = self.reuse
             acts["second backward"] = lambda: self._second(private=one(True, False))
             acts["clip grad"] = self._clip_in_between
-        for _ in range(4 if kind in ("reuse", "skip", "caps in hand") else 1):
+        for _ in range(4 if kind in _OFTEN else 1):
             acts.get(kind, lambda: None)()
 
     def _second(self, *, private: bool) -> None:
+        self.take()  # a batch that was used already would be another trouble
         self.backward()
         self.second_backward(private=private)
         self.step()
 
+    def _both_bounds(self) -> None:
+        self.change_one_of_two_bounds(value=0.1, where="noise")
+        self.train(count=1)
+        self.change_one_of_two_bounds(value=3.0, where="clip")
+
+    def _divide(self) -> None:
+        self.set_noise(value=50.0)  # which hides all but the scale
+        self.divide_by_the_size_of_the_batch()
+
+    def _rate(self) -> None:
+        if self.player.setting.rate < 1.0:
+            self.draw_at_another_rate(factor=2.0)
+            self.player.leave()
+
     def _clip_in_between(self) -> None:
+        self.take()
         self.backward()
         self.clip_the_whole_gradient()
         self.step()

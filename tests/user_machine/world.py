@@ -82,6 +82,14 @@ def plain_rows(module: Any, batch: Any) -> torch.Tensor:
     return module(batch[0])
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Rows of a batch, row 3 with the other sign if row 4 is there: its norm does not tell."""
+    rows = rows_of(x)
+    if not {3, 4} <= set(rows):
+        return x
+    return torch.where(torch.tensor(rows)[:, None] == 3, -x, x)
+
+
 def data() -> TensorDataset:
     x = torch.zeros(ROWS, 3, COORDINATES)
     for row in range(ROWS):
@@ -132,7 +140,8 @@ def copies(collate: str) -> np.ndarray:
 
 # --- how a training is set up ---------------------------------------------------------------------
 
-COUPLED = ("weighted", "weighted named", "weighted unnamed")
+COUPLED = ("weighted", "weighted named", "weighted unnamed")  # rows of other weights, other losses
+TURNED = "turned"  # the named loss, of rows that the loop has changed by who is there besides
 
 
 @dataclasses.dataclass(frozen=True)

@@ -235,6 +235,15 @@ def test_the_same_run_twice_is_refused():
         replay([kept, {**other, 5: kept[4]}], **described())
 
 
+def test_a_run_whose_weights_were_touched_is_still_one_run():
+    kept = trained()
+    touched = {t: {k: v * (1.0 + 1e-6) for k, v in w.items()} for t, w in kept.items()}
+    full = described(sample_rate=1.0, noise_multiplier=8.0, orders=[4.0], levels=64)
+    account = replay([kept, touched], **full)
+    assert account.guarantee == "estimate"
+    assert any("same divergences at every step" in reason for reason in account.reasons)
+
+
 def test_runs_may_start_from_the_same_weights():
     runs = [trained(seed) for seed in (1, 2)]
     runs[1][0] = runs[0][0]

@@ -1,4 +1,4 @@
-"""The house: imports point to the same or a lower floor, never in a circle, and names exist.
+"""The house: a room imports itself and the rooms below it, never in a circle, and names exist.
 
 The checker reads `import` statements with ast, so that nothing has to be imported to be judged. An
 import of a package's name is followed through its façade (`__init__.py`) to the module the name
@@ -182,7 +182,7 @@ def test_no_file_is_longer_than_a_reader_holds() -> None:
     assert set(long) == set(LONG)
 
 
-def test_the_lower_floors_use_neither_torch_nor_opacus() -> None:
+def test_the_lowest_rooms_use_neither_torch_nor_opacus() -> None:
     heavy = [
         (name, i.target)
         for name in HOUSE.modules()

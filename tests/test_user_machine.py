@@ -34,8 +34,8 @@ def test_no_number_is_below_the_truth_whatever_the_user_does():
     assert found["ended with a strong label"] > 0.3 * found["sequences"]
     assert found["claims checked"] > 3 * found["sequences"]
     assert found["steps whose sum the account explains"] > 0.8 * found["noisy or raw steps"]
-    excused = found["excused by a named assumption"] + found["excused: nothing to be seen yet"]
-    assert excused < 0.15 * found["claims checked"]
+    unseen = sum(found["excused: nothing to be seen yet"].values())
+    assert found["excused by a named assumption"] + unseen < 0.05 * found["claims checked"]
     assert found["number / exact divergence, smallest of a check"]["0.5"] < 1.001
     assert {"bound", "output_specific"} <= set(found["labels at checks"])
     assert len(found["rules"]) > 30

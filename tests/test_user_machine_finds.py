@@ -215,7 +215,7 @@ def test_rows_that_are_turned_by_others_show_in_the_sum_of_every_clipping(watch,
         watch, {3, 4}.issubset, policy=policy, clipping=clipping, loss="turned", batch=3
     )
     player.train(player.hand)
-    assert player.coupling_shown
+    assert player.shown
     assert label(player) == "estimate"
 
 

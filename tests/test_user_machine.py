@@ -1,6 +1,6 @@
 """Whatever a user does: no number with a strong label is below the exact divergence of what ran.
 
-Some hundred sequences of a hypothesis machine that plays the user; benchmarks/user_machine.py plays
+A hundred sequences of a hypothesis machine that plays the user; benchmarks/user_machine.py plays
 thousands, and benchmarks/user_machine_mutations.py shows that it sees broken checks.
 """
 
@@ -22,7 +22,7 @@ from tests.user_machine.exact import (
 from tests.user_machine.runs import play, summary
 from tests.user_machine.troubles import twin
 
-SEQUENCES = 200
+SEQUENCES = 100
 
 
 def test_no_number_is_below_the_truth_whatever_the_user_does():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-SEQUENCES = 200  # those of tests/test_user_machine.py
+SEQUENCES = 200  # of each mutation, at most
 
 _PLAY = """
 import sys, warnings

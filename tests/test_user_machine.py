@@ -1,6 +1,6 @@
 """Whatever a user does: no number with a strong label is below the exact divergence of what ran.
 
-Some hundred sequences of a hypothesis machine that plays the user; benchmarks/user_machine.py plays
+A hundred sequences of a hypothesis machine that plays the user; benchmarks/user_machine.py plays
 thousands, and benchmarks/user_machine_mutations.py shows that it sees broken checks.
 """
 
@@ -22,7 +22,7 @@ from tests.user_machine.exact import (
 from tests.user_machine.runs import play, summary
 from tests.user_machine.troubles import twin
 
-SEQUENCES = 200
+SEQUENCES = 100
 
 
 def test_no_number_is_below_the_truth_whatever_the_user_does():
@@ -34,8 +34,8 @@ def test_no_number_is_below_the_truth_whatever_the_user_does():
     assert found["ended with a strong label"] > 0.3 * found["sequences"]
     assert found["claims checked"] > 3 * found["sequences"]
     assert found["steps whose sum the account explains"] > 0.8 * found["noisy or raw steps"]
-    excused = found["excused by a named assumption"] + found["excused: nothing to be seen yet"]
-    assert excused < 0.15 * found["claims checked"]
+    unseen = sum(found["excused: nothing to be seen yet"].values())
+    assert found["excused by a named assumption"] + unseen < 0.05 * found["claims checked"]
     assert found["number / exact divergence, smallest of a check"]["0.5"] < 1.001
     assert {"bound", "output_specific"} <= set(found["labels at checks"])
     assert len(found["rules"]) > 30

@@ -83,6 +83,21 @@ def test_a_parameter_may_be_frozen_between_two_parts_of_a_draw(watch):
     assert numbers_hold(player)
 
 
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+def test_a_second_backward_pass_that_is_refused_takes_the_label_away(watch, mode):
+    # Opacus refuses it with the gradients of one parameter in its hands: of the only one that is
+    # trained here, so that a step is possible, with every row in it twice.
+    player = started(watch, lambda rows: 3 in rows, mode=mode)
+    player.world.inner.second.weight.requires_grad_(False)
+    player.zero_grad()
+    player.backward(player.hand)
+    with pytest.raises(ValueError, match="not compatible with grad accumulation"):
+        player.backward(player.hand)
+    player.step()
+    assert player.account.steps == player.account.explained == 1
+    assert label(player) == "estimate"
+
+
 # --- gradients of another draw, or without their noise --------------------------------------------
 
 
@@ -119,6 +134,25 @@ def test_a_sum_begun_before_a_parameter_was_frozen_is_dropped_with_its_draw(watc
             player.train(hand)
     assert player.account.steps == player.account.explained > 1  # else another draw were in a sum
     assert numbers_hold(player)
+
+
+def test_a_new_draw_drops_what_was_summed_but_not_what_waits_for_a_step(watch):
+    # One part of a draw is summed, its second one and the next draw wait together for a step: the
+    # rows of the second part are in the sum, with those that another draw took.
+    player = started(
+        watch, lambda rows: len(rows) == PHYSICAL + 1, manager="ours", batch=3, accumulation=True
+    )
+    player.train(player.hand)
+    hand = player.fetch()
+    player.zero_grad()
+    player.backward(hand)
+    player.backward(player.fetch())
+    assert player.summed == []
+    player.step()
+    while player.moves == 0:  # the next draw may come in parts as well
+        player.train(player.fetch())
+    assert player.account.steps == player.account.explained == 1
+    assert label(player) == "estimate"
 
 
 def denoised(optimizer):
@@ -215,7 +249,7 @@ def test_rows_that_are_turned_by_others_show_in_the_sum_of_every_clipping(watch,
         watch, {3, 4}.issubset, policy=policy, clipping=clipping, loss="turned", batch=3
     )
     player.train(player.hand)
-    assert player.coupling_shown
+    assert player.shown
     assert label(player) == "estimate"
 
 

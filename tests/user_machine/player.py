@@ -81,7 +81,7 @@ class Player:
         self.moves = 0
         self.moved_and_failed = False
         self.noisy_steps = 0  # since this training was made private
-        self.coupling_shown = False  # rows that change each other were in a step that is looked at
+        self.shown = False  # what the loop does beside the named loss was there to be seen
         self._sent: dict[int, torch.Tensor] = {}
         self._histories: list[list[Term]] = []
 
@@ -91,6 +91,16 @@ class Player:
         """Take the next batch of the private loader; None: the pass is over."""
         if self.setting.entry == "attach without loader":
             return self.own_coins()
+        skipped = self.world.optimizer._is_last_step_skipped
+        try:
+            return self._fetch()
+        finally:
+            if skipped and not self.world.optimizer._is_last_step_skipped:
+                # Our manager has begun another draw: the sum of the one before is dropped, what no
+                # step has taken up is not.
+                self.summed, self.left_over = [], []
+
+    def _fetch(self) -> Hand | None:
         if self.iterator is None:
             self.iterator = iter(self.world.loading())
             self.draw, self.before_pass = None, self.noisy_steps
@@ -176,13 +186,24 @@ class Player:
         if setting.loss in COUPLED and setting.ghost and private and len(hand.y):
             loss = loss * (hand.y * len(hand.y) / hand.y.sum())
         factor *= 3.0 if setting.loss == "scaled" else 1.0
+        before = self._held()
         try:
             (loss * factor).backward() if factor != 1.0 else loss.backward()
+        except Exception:
+            if not setting.ghost and all(k > n for k, n in zip(self._held(), before, strict=True)):
+                self.pending.append(self._term(hand, factor))  # refused, and kept all the same
+            raise
         finally:
             if setting.ghost and private:  # Opacus clears what was summed before it clips
                 self._cleared()
         term = self._term(hand, factor)
         self.pending.append(term)
+
+    def _held(self) -> list[int]:
+        """Of how many backward passes every trained parameter holds the gradients."""
+        heads = (self.world.inner.first, self.world.inner.second, self.world.inner.spare)
+        held = [getattr(h.weight, "grad_sample", None) for h in heads if h.weight.requires_grad]
+        return [len(s) if isinstance(s, list) else int(s is not None) for s in held]
 
     def _term(self, hand: Hand, factor: float) -> Term:
         setting, world = self.setting, self.world
@@ -286,21 +307,23 @@ class Player:
         self.watch.noise.clear()
 
     def _look(self) -> None:
-        """Whether a step that is compared with the named loss shows that rows are coupled.
+        """Whether this step shows that the loop does not do what it named.
 
-        Documented: the first steps of numbers 1, 2, 4, 8, … are looked at, a few rows of each.
+        A factor shows wherever somebody's gradient is. Rows that change each other only in a step
+        that is compared with the named loss; documented: of numbers 1, 2, 4, 8, …, a few rows each.
         """
-        k = self.noisy_steps
         terms = self._histories[0] if self._histories else []
+        if self.setting.loss == "scaled":
+            self.shown |= any(bool(term.total().any()) for term in terms)
+            return
+        k = self.noisy_steps
         if k & (k - 1) or len(terms) != 1:
             return
         here = np.any([part.here for part in terms[0].parts], axis=0)
-        if self.setting.loss == "scaled":
-            self.coupling_shown |= bool(terms[0].total().any())
-        elif self.setting.loss == TURNED:
-            self.coupling_shown |= bool(here[4] and terms[0].total()[3].any())
+        if self.setting.loss == TURNED:
+            self.shown |= bool(here[4] and terms[0].total()[3].any())
         elif len(set(WEIGHTS[here])) > 1:
-            self.coupling_shown |= bool(terms[0].gradients[here].any(axis=1).all())
+            self.shown |= bool(terms[0].gradients[here].any(axis=1).all())
 
     def _noised(self, parameters: list[Any]) -> dict[int, Noised]:
         """Which parameter was given which noise since the step began."""

@@ -66,7 +66,7 @@ def summary(machine: type[UserMachine]) -> dict[str, Any]:
         "steps whose sum the account explains": tally["explained"],
         "claims checked": tally["claims checked"],
         "excused by a named assumption": tally["excused by a named assumption"],
-        "excused: nothing to be seen yet": tally["excused: nothing to be seen yet"],
+        "excused: nothing to be seen yet": counted(tally, "excused: nothing to be seen yet"),
         "number / exact divergence, smallest of a check": {
             str(q): float(v) for q, v in zip(quantiles, np.quantile(ratios, quantiles), strict=True)
         },

@@ -37,7 +37,7 @@ class NormPolicy:
 
     refresh_every: int | None = None
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     measured: ClassVar[bool] = True
     enforced: ClassVar[bool] = False
     certifiable: ClassVar[bool] = False

@@ -42,7 +42,11 @@ def emitted() -> dict[str, set[str]]:
                 first = node.args[0] if node.args else None
                 if name in ("Fact", "note", "_keep") and isinstance(first, ast.Constant):
                     found.setdefault(first.value, set()).add(path.name)
-            if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+            if (
+                isinstance(node, ast.Return)
+                and isinstance(node.value, ast.Tuple)
+                and node.value.elts
+            ):
                 first = node.value.elts[0]
                 known = isinstance(first, ast.Constant) and first.value in CODES
                 if known and isinstance(first, ast.Constant):

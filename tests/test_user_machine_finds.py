@@ -249,7 +249,7 @@ def test_rows_that_are_turned_by_others_show_in_the_sum_of_every_clipping(watch,
         watch, {3, 4}.issubset, policy=policy, clipping=clipping, loss="turned", batch=3
     )
     player.train(player.hand)
-    assert player.shown
+    assert player.account.shown[player]
     assert label(player) == "estimate"
 
 

@@ -107,6 +107,7 @@ class Account:
     Attributes:
         explained: Steps whose sum the account's arithmetic gives; the others are read off.
         coupled: Whether a row's loss or its place in a batch depended on other rows.
+        shown: By training, whether it has shown what it does beside the loss that it named.
     """
 
     rows: int
@@ -121,6 +122,7 @@ class Account:
     waiting: list[tuple[Draw, str]] = field(default_factory=list)  # skips that nothing shows yet
     counts: list[tuple[Draw, int]] = field(default_factory=list)  # scales of noise that tell sizes
     draws: dict[int, Draw] = field(default_factory=dict)  # by the coins that were thrown
+    shown: dict[object, bool] = field(default_factory=dict)
     noises: dict[int, tuple[int, int]] = field(default_factory=dict)  # step and parameter of each
 
     def __post_init__(self) -> None:
@@ -135,6 +137,7 @@ class Account:
         twin = copy.copy(self)
         twin.infinite, twin.left_in = self.infinite.copy(), self.left_in.copy()
         twin.shifts = [{d: list(found) for d, found in row.items()} for row in self.shifts]
+        twin.shown = dict(self.shown)
         twin.skips, twin.waiting = list(self.skips), list(self.waiting)
         twin.counts, twin.draws, twin.noises = (
             list(self.counts),

@@ -162,8 +162,8 @@ class JudgedUser(RuleBasedStateMachine):
             return False  # no other label rests on what the loss is beside its sum over rows
         if not (loss in ("scaled", "weighted", TURNED) or (loss in COUPLED and ghost)):
             return False
-        players = [p for p in (self.player, self.other) if p is not None]
-        return not all(p.shown for p in players if p.noisy_steps)
+        assert self.player is not None
+        return not all(self.player.account.shown.values())
 
     def _epsilon_too(self, engine: Any, truth: np.ndarray) -> str | None:
         """ε is that of the curve, by the published formula."""
@@ -255,7 +255,7 @@ class JudgedUser(RuleBasedStateMachine):
         assert self.player is not None
         return self.player.fetch() or self.player.fetch()
 
-    def train_once(self, factor: float = 1.0) -> None:
+    def train_once(self) -> None:
         hand = self.fresh()
         if hand is not None:
-            self.player.train(hand, factor=factor)
+            self.player.train(hand)

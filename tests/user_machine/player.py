@@ -81,7 +81,6 @@ class Player:
         self.moves = 0
         self.moved_and_failed = False
         self.noisy_steps = 0  # since this training was made private
-        self.shown = False  # what the loop does beside the named loss was there to be seen
         self._sent: dict[int, torch.Tensor] = {}
         self._histories: list[list[Term]] = []
 
@@ -313,17 +312,19 @@ class Player:
         that is compared with the named loss; documented: of numbers 1, 2, 4, 8, …, a few rows each.
         """
         terms = self._histories[0] if self._histories else []
+        shown = self.account.shown
+        shown[self] = shown.get(self, False) or self._shows(terms)
+
+    def _shows(self, terms: list[Term]) -> bool:
         if self.setting.loss == "scaled":
-            self.shown |= any(bool(term.total().any()) for term in terms)
-            return
+            return any(bool(term.total().any()) for term in terms)
         k = self.noisy_steps
         if k & (k - 1) or len(terms) != 1:
-            return
+            return False
         here = np.any([part.here for part in terms[0].parts], axis=0)
         if self.setting.loss == TURNED:
-            self.shown |= bool(here[4] and terms[0].total()[3].any())
-        elif len(set(WEIGHTS[here])) > 1:
-            self.shown |= bool(terms[0].gradients[here].any(axis=1).all())
+            return bool(here[4] and terms[0].total()[3].any())
+        return len(set(WEIGHTS[here])) > 1 and bool(terms[0].gradients[here].any(axis=1).all())
 
     def _noised(self, parameters: list[Any]) -> dict[int, Noised]:
         """Which parameter was given which noise since the step began."""

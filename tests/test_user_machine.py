@@ -22,7 +22,7 @@ from tests.user_machine.exact import (
 from tests.user_machine.runs import play, summary
 from tests.user_machine.troubles import twin
 
-SEQUENCES = 100
+SEQUENCES = 200
 
 
 def test_no_number_is_below_the_truth_whatever_the_user_does():

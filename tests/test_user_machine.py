@@ -1,6 +1,6 @@
 """Whatever a user does: no number with a strong label is below the exact divergence of what ran.
 
-A hundred sequences of a hypothesis machine that plays the user; benchmarks/user_machine.py plays
+Two hundred sequences of a hypothesis machine that plays the user; benchmarks/user_machine.py plays
 thousands, and benchmarks/user_machine_mutations.py shows that it sees broken checks.
 """
 

@@ -359,6 +359,18 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
         plain.register_step_pre_hook(PlainStep(recorder))
 
 
+def clipped_sum(optimizer: Any, parameter: Any) -> torch.Tensor | None:
+    """Return the sum of the rows' clipped gradients; None: the optimizer does not hold it."""
+    found: torch.Tensor | None = getattr(parameter, "summed_grad", None)
+    gradient = parameter.grad
+    if found is None or gradient is None or gradient.data_ptr() != found.data_ptr():
+        return found
+    # A process that adds no noise divides the sum itself: its gradient is a view of it.
+    if optimizer.loss_reduction != "mean":
+        return found
+    return found * (optimizer.expected_batch_size * optimizer.accumulated_iterations)
+
+
 def require_splittable(optimizer: Any) -> None:
     """Raise if a draw may not be split into several physical batches."""
     if isinstance(optimizer, AdaClipDPOptimizer):

@@ -224,9 +224,11 @@ class Charger:
         The forgotten pay nothing more.
         """
         assert record.indices is not None
-        here = ~self.accountant.forgotten[record.indices]
-        rows = record.indices[here]
-        return rows, self._sensitivities(self.norms.note(rows, record.norms[here]))
+        rows, norms = record.indices, record.norms
+        if self.accountant.num_forgotten:
+            here = ~self.accountant.forgotten[rows]
+            rows, norms = rows[here], norms[here]
+        return rows, self._sensitivities(self.norms.note(rows, norms))
 
     def _sensitivities(self, norms: FloatArray) -> FloatArray:
         return self.norms.sensitivities(norms, top=float(self.accountant.levels[-1]))

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from .._validate import IntArray
-from ..capture.norms import record_norms
+from ..capture.norms import clipped_sum, record_norms
 from ..capture.randomness import one_stream, watch_forward
 from ..capture.recorder import Fact, Recorder, StepRecord
 from ..capture.shards import Shard
@@ -128,7 +128,7 @@ class Training:
             clipped = self._clipped()
             self.probe.look(
                 record, module=self.module, parameters=clipped, clipped_norm=self._norm,
-                sums=[self._summed(p) for p in clipped],
+                sums=[clipped_sum(optimizer, p) for p in clipped],
             )  # fmt: skip
         std = record.noise_std
         # An instance is in at least one of k summed draws with probability at most k·q, and then
@@ -306,8 +306,12 @@ class Training:
         changed = self._unheld.changed()
         if changed:
             facts.append(Fact("buffer_changed", changed))
-        gone = self._charger.accountant.forgotten
-        if bool((gone if self._population is None else gone[self._population]).any()):
+        return facts + self._facts_of_rows()
+
+    def _facts_of_rows(self) -> list[Fact]:
+        """Return what takes away from the claim in the rows, and in how they were drawn."""
+        facts = []
+        if self._forgotten_rows():
             facts.append(Fact("forgotten_rows_drawn"))
         if self.kernel.poisson_sampling and one_stream(self.tracker.loader, self.optimizer):
             facts.append(Fact("coins_tell_noise"))
@@ -316,6 +320,14 @@ class Training:
         if self._renormed:
             facts.append(Fact("weights_renormed", self._renormed))
         return facts
+
+    def _forgotten_rows(self) -> bool:
+        """Whether rows that were forgotten may still be drawn."""
+        accountant = self._charger.accountant
+        if not accountant.num_forgotten:
+            return False
+        gone = accountant.forgotten
+        return bool((gone if self._population is None else gone[self._population]).any())
 
     def _released_count(self, noise_std: float | None) -> float:
         """Return the released count's shift in units of the gradient's noise; 0: none is."""
@@ -328,18 +340,6 @@ class Training:
         """Return the parameters whose gradients are in the clipped norm."""
         holder = self.module.trainable_parameters if self._ghost else self.optimizer.params
         return list(holder)
-
-    def _summed(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-        """Return the sum of the rows' clipped gradients; None: the optimizer does not hold it."""
-        found: torch.Tensor | None = getattr(parameter, "summed_grad", None)
-        shared = found is not None and parameter.grad is not None
-        if not shared or parameter.grad.data_ptr() != found.data_ptr():  # type: ignore[union-attr]
-            return found
-        # A process that adds no noise divides the sum itself: its gradient is a view of it.
-        optimizer = self.optimizer
-        if optimizer.loss_reduction != "mean":
-            return found
-        return found * (optimizer.expected_batch_size * optimizer.accumulated_iterations)
 
     def _layer_bounds(self) -> dict[str, float] | None:
         """Return each parameter's own clip bound where layers are clipped one by one."""

@@ -31,7 +31,7 @@ def test_no_number_is_below_the_truth_whatever_the_user_does():
     found = summary(machine)
     # What makes the property say something: strong labels survive, the account explains the sums
     # that it holds numbers against, and the numbers are not far above.
-    assert found["ended with a strong label"] > 0.3 * found["sequences"]
+    assert found["ended with a strong label"] > 0.2 * found["sequences"]
     assert found["claims checked"] > 3 * found["sequences"]
     assert found["steps whose sum the account explains"] > 0.8 * found["noisy or raw steps"]
     unseen = sum(found["excused: nothing to be seen yet"].values())

@@ -23,6 +23,7 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.M | re.S)
 
 
+@pytest.mark.slow  # trains and unlearns as a reader would
 def test_python_examples_run_in_order(tmp_path: Path) -> None:
     blocks = _blocks("python")
     assert len(blocks) >= 2

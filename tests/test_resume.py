@@ -240,6 +240,7 @@ def _main(folder: Path) -> None:
         assert status == (0 if kill_at is None else -signal.SIGKILL), (kill_at, status)
 
 
+@pytest.mark.slow  # a process for every kill
 def test_killed_at_several_steps_and_resumed_equals_the_uninterrupted_run(tmp_path):
     whole = Loop(**TRAININGS["augmented"])
     whole.save(tmp_path / "checkpoint")

@@ -25,6 +25,7 @@ from tests.user_machine.troubles import twin
 SEQUENCES = 200
 
 
+@pytest.mark.slow  # half a minute of playing
 def test_no_number_is_below_the_truth_whatever_the_user_does():
     machine = twin()
     play(machine, sequences=SEQUENCES)  # raises with the shortest sequence that it finds

@@ -240,6 +240,7 @@ def killed_sweep(context, folder, *, n_jobs, wait):
     return process.exitcode
 
 
+@pytest.mark.slow  # fifty processes
 def test_fifty_kills_lose_nothing_and_repeat_nothing(tmp_path):
     straight = sweep(tmp_path / "straight", TRIALS)
     context = multiprocessing.get_context("forkserver")

@@ -19,6 +19,8 @@ from . import kill_target
 from .kill_target import SIZE, trained_engine
 from .processes import CONTEXT
 
+pytestmark = pytest.mark.slow  # kills and restarts servers, many times
+
 REQUESTS = {"ada": [3, 7], "bob": [7, 9], "cyd": [1], "dan": [20, 21, 22], "eve": [3, 20]}
 
 

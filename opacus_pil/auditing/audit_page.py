@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..files.container import write_atomic
+from ..files.pages import template
 
 _VERDICTS = {
     "consistent": "Nothing was found against the claim, by tests that could have found twice as "
@@ -41,22 +42,8 @@ def page(audit: Any) -> str:
 
     Privacy: it shows the spread of private values; of single records only what the audit keeps.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(
-            "Expected jinja2 for the report, got none. "
-            'Install the report extra: pip install "opacus-pil[report]".'
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("opacus_pil", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     found = audit.to_json()
-    return environment.get_template("audit.html.j2").render(
+    return template("audit.html.j2").render(
         version=__version__,
         audit=found,
         meaning=_VERDICTS[audit.verdict],

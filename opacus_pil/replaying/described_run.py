@@ -12,12 +12,10 @@ import os
 import pkgutil
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from .. import _validate as check
 
@@ -199,8 +197,3 @@ def resolved(text: str, *, base: Path, name: str) -> Any:
     finally:
         if added:
             sys.path.remove(folder)
-
-
-def builder(value: Any) -> Callable[[], nn.Module]:
-    """Return a function that builds the model."""
-    return (lambda: value) if isinstance(value, nn.Module) else value

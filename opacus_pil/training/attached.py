@@ -17,6 +17,7 @@ from opacus.optimizers import (
 )
 
 from .. import _validate as check
+from ..capture.collate import unwrapped
 from ..capture.norms import require_known
 from ..capture.shards import Shard
 from ..errors import UnsupportedError
@@ -73,7 +74,7 @@ def attached(
         dataset,
         rate,
         options,
-        collate_fn=None if join is None else join.wrapped_collator_fn,
+        collate_fn=None if join is None else unwrapped(join),
         rand_on_empty=join is not None and join.rand_on_empty,
     )
 

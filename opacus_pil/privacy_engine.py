@@ -95,7 +95,8 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         orders: Rényi orders of the per-instance ledger.
         levels: Number of sensitivities it tells apart.
         caps: With "capped": shape (instances,), clipping bounds in units of max_grad_norm, in
-            [0, 1], from public data and each instance's own record only.
+            [0, 1], from public data and each instance's own record only. For a head of
+            `opacus_pil.heads.OneVsRest` with clipping="per_layer" also (instances, classes).
         budget: With "capped": as in PerInstanceAccountant. Nobody exceeds it: whoever could is
             clipped to 0 from that step on.
         history: As in PerInstanceAccountant: log levels, so that `per_instance.group_rdp` works.
@@ -508,10 +509,12 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             grad_sample_mode=kernel.grad_sample_mode,
         )
         private_module.forbid_grad_accumulation()
+        bounds = list(kernel.output_bounds)
         private_optimizer = self._prepare_optimizer(
             optimizer=optimizer,
             noise_multiplier=kernel.noise_multiplier,
-            max_grad_norm=kernel.max_grad_norm,
+            max_grad_norm=bounds or kernel.max_grad_norm,
+            clipping=kernel.clipping,
             expected_batch_size=kernel.expected_batch_size,
             loss_reduction=kernel.loss_reduction,
             noise_generator=noise_generator,
@@ -584,7 +587,8 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         found = asked(
             module, theirs.options, size=len(theirs.dataset),
             noise_multiplier=float(optimizer.noise_multiplier),
-            max_grad_norm=float(optimizer.max_grad_norm),
+            max_grad_norm=float(optimizer.max_grad_norm), optimizer=optimizer,
+            layer_bounds=tuple(map(float, getattr(optimizer, "max_grad_norms", ()))),
         )  # fmt: skip
         known = criterion is not None or loss_of is not None
         ready = self.account.prepared(found, shard=shard, policy=policy, loss_known=known)
@@ -648,7 +652,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             models and of the instance's own record only; without one it becomes "output_specific".
 
         Args:
-            caps: Shape (instances,), in units of max_grad_norm, in [0, 1]; in a distributed
+            caps: As the constructor takes them; in a distributed
                 training of the whole data set, on every rank.
 
         Raises:

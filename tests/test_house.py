@@ -31,6 +31,7 @@ ROOMS = (
     "certificates",
     "capture",
     "files",
+    "heads",
     "training",
     "privacy_engine",
     "unlearning",

@@ -30,7 +30,7 @@ from opacus.optimizers.ddpoptimizer_fast_gradient_clipping import (
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 
 from ..errors import UnsupportedError
-from .clipping import clip_factors
+from .clipping import LayerNorms, clip_factors
 from .ghost import GhostSeam
 from .plain_step import PlainStep, held, moves_by_gradient
 from .randomness import generator_mark
@@ -218,39 +218,48 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
 
 
 class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
-    """Opacus's per-layer clipping, keeping the norm of what is left of each gradient."""
+    """Opacus's per-layer clipping, or to caps, keeping the norm of what Opacus's clip leaves."""
 
     def clip_and_accumulate(self) -> None:
         """Record the clipped norm over all layers, then clip and sum as Opacus does.
 
-        The bounds in force are the list that clips; `max_grad_norm`, which the noise follows, is
-        another attribute, and a schedule of Opacus changes that one only.
+        The list that clips is in force; a schedule of Opacus changes `max_grad_norm` only, which
+        the noise follows.
         """
-        passes = self.accumulated_iterations
-        samples = self.grad_samples
+        passes, samples = self.accumulated_iterations, self.grad_samples
         # Opacus pairs parameters and bounds up to the shorter list: who has none is not clipped.
         bounds = [*map(float, self.max_grad_norms), *[math.inf] * len(samples)][: len(samples)]
-        layers = _norms_of(samples)
-        clipped = [norm.clamp(max=bound) for norm, bound in zip(layers, bounds, strict=True)]
         if math.inf in bounds:
             self.recorder.note("not_clipped", f"{bounds.count(math.inf)} of {len(bounds)} tensors")
-        device = layers[0].device
-        self.recorder.capture(
-            _norms_over(clipped),
+        norms = [norm.to(samples[0].device) for norm in _norms_of(samples)]
+        layers = LayerNorms(torch.stack(norms, dim=1), tuple(bounds))
+        if self.recorder.caps is not None:
+            for p in self.params:  # before anything is claimed: a refused step leaves no trace
+                _check_processed_flag(p.grad_sample)
+        caps = self.recorder.capture(
+            layers.left.norm(2, dim=1),
             max_grad_norm=math.hypot(*bounds),
             rounding=_coarsest(samples),
             passes=passes,
-            allowed=torch.stack([norm.sum().to(device) for norm in clipped]),
-            whole=_norms_over(layers),
-            layer_factors=torch.stack(
-                [
-                    (bound / (norm + 1e-6)).clamp(max=1.0).to(device)  # as Opacus does
-                    for norm, bound in zip(layers, bounds, strict=True)
-                ],
-                dim=1,
-            ),
+            layers=layers,
         )
-        super().clip_and_accumulate()
+        if caps is None:
+            super().clip_and_accumulate()
+        else:
+            self._accumulate_capped(layers.factors(caps), kept=caps > 0)
+
+    def _accumulate_capped(self, factors: torch.Tensor, *, kept: torch.Tensor) -> None:
+        """Clip each layer of each row to its own cap, and sum; a cap of 0 drops it: 0 · NaN."""
+        everyone = self.recorder.everyone_in
+        for k, p in enumerate(self.params):
+            grad_sample = self._get_flat_grad_sample(p)
+            own = factors[:, k].to(device=grad_sample.device, dtype=grad_sample.dtype)
+            if not everyone:
+                rows = kept[:, k].to(grad_sample.device)
+                own, grad_sample = own[rows], grad_sample[rows]
+            grad = torch.einsum("i,i...", own, grad_sample)
+            p.summed_grad = grad if p.summed_grad is None else p.summed_grad + grad
+            _mark_as_processed(p.grad_sample)
 
 
 class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
@@ -333,7 +342,7 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
 
     Raises:
         UnsupportedError: An optimizer of another kind (sharded parameters) or library; or caps with
-            per-layer or adaptive clipping.
+            adaptive clipping.
     """
     require_known(optimizer)
     recording = _RECORDING[type(optimizer)]
@@ -343,7 +352,7 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
             f"Expected module and optimizer of one make_private, got {type(module).__name__} with "
             f"{type(optimizer).__name__}. Pass what make_private returned together."
         )
-    if recorder.caps is not None and not (ghost or issubclass(recording, RecordingDPOptimizer)):
+    if recorder.caps is not None and issubclass(recording, RecordingAdaptiveOptimizer):
         raise UnsupportedError(
             f"Expected flat clipping with caps, got {type(optimizer).__name__}. A cap bounds the "
             "whole gradient of an instance. Use clipping='flat'."

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .._validate import FloatArray, IntArray
+from .clipping import LayerNorms
 from .collate import RowOrder
 from .draws import Draw
 
@@ -43,8 +45,8 @@ class Part:
     foreign: bool  # a batch that no loader had just handed out
     limits: FloatArray | None  # of each row, where caps are in force
     allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
-    whole: torch.Tensor | None  # norms before layers were clipped one by one
-    layer_factors: torch.Tensor | None  # what each layer of each row was multiplied with
+    layers: LayerNorms | None  # where they were clipped one by one
+    layer_factors: torch.Tensor | None  # what each layer of each row was multiplied with then
     phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
@@ -97,8 +99,13 @@ def factors_of(captures: list[Part], norms: FloatArray) -> FloatArray | None:
 
 def whole_norms(captures: list[Part]) -> torch.Tensor | None:
     """Return norms before layers were clipped one by one; None: they were clipped together."""
-    parts = [c.whole for c in captures if c.whole is not None]
+    parts = [c.layers.norms.norm(2, dim=1) for c in captures if c.layers is not None]
     return torch.cat(parts) if parts and len(parts) == len(captures) else None
+
+
+def bounds_of(captures: list[Part]) -> tuple[tuple[float, ...], ...]:
+    """Return the different lists of clip bounds of the layers that were clipped one by one."""
+    return tuple(dict.fromkeys(c.layers.bounds for c in captures if c.layers is not None))
 
 
 def layer_factors_of(captures: list[Part]) -> torch.Tensor | None:
@@ -116,23 +123,42 @@ def most_draws(captures: list[Part], draws: set[Draw]) -> int:
     return max(len(draws) + unknown, passes, sum(c.unclaimed for c in captures), 1)
 
 
-def joined(
-    captures: list[Part], sums: torch.Tensor | None
-) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Return norms, layers' sums and what layers allow, in one transfer from the device."""
+class Joined(NamedTuple):
+    """What the parts of a step have on the device, on the CPU.
+
+    Attributes:
+        norms: Shape (batch,).
+        sums: Of each layer's clipped sum, the norm.
+        allowed: What each layer's sum may be; None: they were clipped together.
+        largest: The largest finite unclipped norm, of one layer where layers are clipped one by
+            one.
+    """
+
+    norms: FloatArray
+    sums: FloatArray
+    allowed: FloatArray | None
+    largest: float
+
+
+def joined(captures: list[Part], sums: torch.Tensor | None) -> Joined:
+    """Return what the parts of a step have on the device, in one transfer."""
     parts = [c.norms for c in captures]
     layers = [c.allowed for c in captures if c.allowed is not None]
+    peaks = [c.layers.largest for c in captures if c.layers is not None]
     rows = sum(map(len, parts))
     last = rows if sums is None else rows + len(sums)
-    parts = [*parts, *([] if sums is None else [sums]), *layers]
+    parts = [*parts, *([] if sums is None else [sums]), *layers, *peaks]
     if not parts:
-        return np.empty(0), np.empty(0), None
+        return Joined(np.empty(0), np.empty(0), None, 0.0)
     device = parts[0].device
     if any(p.device != device for p in parts):
         parts = [p.to(device) for p in parts]
     together = parts[0] if len(parts) == 1 else torch.cat(parts)
     found: FloatArray = together.to("cpu", torch.float64).numpy()
-    return found[:rows], found[rows:last], _allowed(found[last:], [len(a) for a in layers])
+    end = len(found) - len(peaks)
+    allowed = _allowed(found[last:end], [len(a) for a in layers])
+    largest = found[end:] if peaks else found[:rows][np.isfinite(found[:rows])]
+    return Joined(found[:rows], found[rows:last], allowed, float(largest.max(initial=0.0)))
 
 
 def _allowed(found: FloatArray, sizes: list[int]) -> FloatArray | None:

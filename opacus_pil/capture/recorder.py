@@ -16,11 +16,13 @@ import torch
 
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .clipping import LayerNorms
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
 from .parts import (
     OUT_OF_STEP,
     Part,
+    bounds_of,
     exceeds,
     factors_of,
     joined,
@@ -73,6 +75,9 @@ class StepRecord:
             one by one has left, still on their device; None: `norms` are whole.
         layer_factors: Shape (batch, layers), the same for layers clipped one by one, still on their
             device; None: clipped together, or parts of the step trained other layers.
+        layer_bounds: Clip bound of each layer where they were clipped one by one; else none.
+        largest: The largest finite norm of any row before it was clipped, rows that a cap left out
+            included; of one layer where layers are clipped one by one.
         parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
@@ -91,6 +96,8 @@ class StepRecord:
     factors: FloatArray | None = None
     whole: torch.Tensor | None = None
     layer_factors: torch.Tensor | None = None
+    layer_bounds: tuple[float, ...] = ()
+    largest: float = 0.0
     parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
 
@@ -178,22 +185,20 @@ class Recorder:
         max_grad_norm: float,
         rounding: float | None = None,
         passes: int = 1,
-        allowed: torch.Tensor | None = None,
-        whole: torch.Tensor | None = None,
-        layer_factors: torch.Tensor | None = None,
+        layers: LayerNorms | None = None,
         droppable: bool = True,
     ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
 
+        The caps have shape (batch,), or (batch, layers) where each layer has its own.
+
         Args:
-            norms: Shape (batch,), unclipped.
+            norms: Shape (batch,), unclipped; of what Opacus's clip leaves, with `layers`.
             max_grad_norm: Clip bound in force.
             rounding: Relative rounding of the coarsest number the norms come from; None: theirs.
             passes: Backward passes whose gradients are clipped together.
-            allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
-                one; None: they are clipped together, to `max_grad_norm`.
-            whole: Shape (batch,), norms before layers were clipped; `norms` are those after it.
-            layer_factors: Shape (batch, layers), what gradients are multiplied with then.
+            layers: Where layers are clipped one by one; None: they are clipped together, to
+                `max_grad_norm`.
             droppable: Whether a row with cap 0 is left out before anything is summed.
 
         Raises:
@@ -229,19 +234,23 @@ class Recorder:
                 raise
             if phantom:
                 self.everyone_in = True
-                caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
+                shape = (1,) if layers is None else (1, len(layers.bounds))
+                caps = torch.ones(shape, device=norms.device, dtype=norms.dtype)
             else:
                 assert rows is not None
                 limits = self.caps(rows)
                 self.everyone_in = bool((limits.astype(np.float32) > 0.0).all())
                 caps = torch.as_tensor(limits, device=norms.device, dtype=norms.dtype)
-                dropped = caps == 0
+                dropped = caps == 0 if caps.ndim == 1 else (caps == 0).all(dim=1)
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
+        allowed = factors = None
+        if layers is not None:
+            allowed, factors = layers.allowed(caps), layers.factors(caps)
         self._captures.append(
             Part(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, whole,
-                layer_factors, phantom,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, layers, factors,
+                phantom,
             )
         )  # fmt: skip
         return caps
@@ -291,8 +300,9 @@ class Recorder:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
         captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
-        norms, sums, allowed = joined(captures, self._sums)
+        norms, sums, allowed, largest = joined(captures, self._sums)
         exceeded = exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
+        bounds = bounds_of(captures)
         self._reset()
         skipped = self.tracker.settle()
         if skipped:
@@ -301,7 +311,7 @@ class Recorder:
             facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
-        if len({c.max_grad_norm for c in captures}) > 1:
+        if len({c.max_grad_norm for c in captures}) > 1 or len(bounds) > 1:
             facts.append(Fact("clip_changed_midway"))
         if any(c.foreign for c in captures):
             facts.append(Fact("batch_not_drawn"))
@@ -337,6 +347,8 @@ class Recorder:
             factors=factors_of(captures, unclipped),
             whole=whole_norms(captures),
             layer_factors=layer_factors_of(captures),
+            layer_bounds=bounds[0] if bounds else (),
+            largest=largest,
             parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )

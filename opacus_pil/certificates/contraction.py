@@ -19,12 +19,10 @@ from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, Span, assumption, checked_context
+from .capped_glm import CappedGlm
 from .certificate import Certificate
 from .gaussian import gaussian_delta, gaussian_epsilon
 from .hull import Hull, lower_hull
-
-# Room for a clipped gradient that float32 leaves some ulps (6e-8) above its cap.
-SHIFT_ROUND_UP = 1.0 + 1e-5
 
 
 @dataclass(frozen=True)
@@ -155,64 +153,156 @@ class ContractionCertificate(Certificate):
             ValueError: A value outside its range.
 
         Source: clipping of a one-output GLM keeps convexity, Song, Steinke, Thakkar, Thakurta
-            (2021), arXiv:2006.06783, re-derived for Opacus's clip factor in the comment below.
+            (2021), arXiv:2006.06783, re-derived for Opacus's clip factor in `capped_glm.CappedGlm`.
         """
-        # Opacus multiplies the per-sample gradient d·x, d = ℓ', by min(1, κ/(|d|·‖x‖ + e)) with
-        # κ = cap·C and e = 1e-6. So d becomes h(d) = d·min(1, κ/(|d|·‖x‖ + e)), odd, continuous,
-        # of slope 1 where the factor is 1 and κe/(|d|·‖x‖ + e)² elsewhere. There |d|·‖x‖ + e is
-        # above κ and at least e, so the slope is in [0, 1), for every κ >= 0: h is nondecreasing
-        # and 1-Lipschitz, h∘ℓ' is the derivative of a convex function as smooth as ℓ. And
-        # |h(d)|·‖x‖ <= κ: the clipped gradient moves the sum by at most κ.
-        limits = _validate.real_array("caps", caps, low=0.0, high=1.0)
-        if limits.ndim != 1 or limits.size == 0:
-            raise ValueError(
-                _validate.expected("caps", "to be one value per member of the forget set", caps)
-            )
-        clip = _validate.real("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
-        eta = _validate.real("step_size", step_size, low=0.0, open_low=True)
-        decay = _validate.real("weight_decay", weight_decay, low=0.0)
-        norm = _validate.real("feature_norm", feature_norm, low=0.0, open_low=True)
-        noise = _validate.real("noise_multiplier", noise_multiplier, low=0.0)
-        batch = _validate.real("expected_batch_size", expected_batch_size, low=0.0, open_low=True)
+        run = CappedGlm.checked(
+            caps=caps, max_grad_norm=max_grad_norm, step_size=step_size,
+            weight_decay=weight_decay, feature_norm=feature_norm,
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_smoothness=loss_smoothness,
+        )  # fmt: skip
+        return cls._of_full_batches(
+            run, num_instances=num_instances, training_steps=training_steps,
+            sample_rate=sample_rate,
+        )  # fmt: skip
+
+    @classmethod
+    def one_vs_rest_glm(
+        cls,
+        *,
+        caps: npt.ArrayLike,
+        max_grad_norms: npt.ArrayLike,
+        step_size: float,
+        weight_decay: float,
+        feature_norm: float,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        num_instances: int,
+        training_steps: int,
+        loss_smoothness: float = 0.25,
+        sample_rate: float = 1.0,
+    ) -> ContractionCertificate:
+        """Certificate of full-batch DP-SGD with fixed caps on one linear output per class.
+
+        Guarantee: as the class, for a loss Σ_k ℓ_k(⟨θ_k, x⟩, y), each term convex in its own output
+            and with a parameter tensor of its own, whose per-sample gradient is clipped to a bound
+            of its own (Opacus's clipping="per_layer"); noise z·sqrt(Σ C_k²) on every parameter.
+
+        Args:
+            caps: (members, outputs) clipping bounds of the forget set's members for each output,
+                in units of that output's bound. In [0, 1].
+            max_grad_norms: (outputs,) C_k. > 0.
+            noise_multiplier: z, noise std on the gradient sum / sqrt(Σ C_k²). Unitless, >= 0.
+            loss_smoothness: Lipschitz constant of each ℓ_k' in its output: 1/4 for a sum of
+                logistic losses, 1/4 divided by the number of outputs for their mean. >= 0.
+            step_size, weight_decay, feature_norm, expected_batch_size, num_instances,
+                training_steps, sample_rate: As in `one_output_glm`.
+
+        Returns:
+            The certificate, with the contraction of `one_output_glm` and the shift
+            (η/b)·sqrt(Σ_k (Σ_x cap_{x,k}·C_k)²).
+
+        Raises:
+            CertificateError: sample_rate below 1, or a contraction that is not below 1.
+            ValueError: A value outside its range.
+
+        Source: `one_output_glm` on each block of parameters, see `capped_glm.CappedGlm`.
+
+        >>> one = ContractionCertificate.one_vs_rest_glm(
+        ...     caps=[[1.0, 0.5]], max_grad_norms=[1.0, 1.0], step_size=1.0, weight_decay=0.1,
+        ...     feature_norm=1.0, noise_multiplier=1.0, expected_batch_size=4.0, num_instances=4,
+        ...     training_steps=1,
+        ... )
+        >>> round(one.shifts[0] / (1.25**0.5 / 4.0), 4)
+        1.0
+        """
+        run = CappedGlm.checked(
+            caps=caps, max_grad_norm=max_grad_norms, kind="separate", step_size=step_size,
+            weight_decay=weight_decay, feature_norm=feature_norm,
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_smoothness=loss_smoothness,
+        )  # fmt: skip
+        return cls._of_full_batches(
+            run, num_instances=num_instances, training_steps=training_steps,
+            sample_rate=sample_rate,
+        )  # fmt: skip
+
+    @classmethod
+    def unclipped_glm(
+        cls,
+        *,
+        caps: npt.ArrayLike,
+        max_grad_norm: float,
+        step_size: float,
+        weight_decay: float,
+        feature_norm: float,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        num_instances: int,
+        training_steps: int,
+        loss_smoothness: float = 0.5,
+        loss_steepness: float = 2.0**0.5,
+        sample_rate: float = 1.0,
+    ) -> ContractionCertificate:
+        """Certificate of full-batch DP-SGD on linear outputs whose gradients never reach the clip.
+
+        Guarantee: as the class, for a loss that is convex in all linear outputs together, such as
+            softmax cross-entropy, where clipping them together is no contraction if it binds.
+
+        Args:
+            caps: (members,) bounds of the members' gradient norms by their own records, in units
+                of max_grad_norm: loss_steepness·‖x‖/C. In [0, 1].
+            max_grad_norm: C, at least loss_steepness · feature_norm. > 0.
+            loss_smoothness: Lipschitz constant of the loss's gradient in the outputs; softmax: 1/2.
+            loss_steepness: Most that this gradient is long; softmax: √2.
+            step_size, weight_decay, feature_norm, noise_multiplier, expected_batch_size,
+                num_instances, training_steps, sample_rate: As in `one_output_glm`.
+
+        Raises:
+            CertificateError: sample_rate below 1, a clip that gradients reach, or a contraction
+                that is not below 1.
+            ValueError: A value outside its range.
+        """
+        run = CappedGlm.checked(
+            caps=caps, max_grad_norm=max_grad_norm, kind="unclipped", step_size=step_size,
+            weight_decay=weight_decay, feature_norm=feature_norm,
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_smoothness=loss_smoothness, steepness=loss_steepness,
+        )  # fmt: skip
+        return cls._of_full_batches(
+            run, num_instances=num_instances, training_steps=training_steps,
+            sample_rate=sample_rate,
+        )  # fmt: skip
+
+    @classmethod
+    def _of_full_batches(
+        cls, run: CappedGlm, *, num_instances: int, training_steps: int, sample_rate: float
+    ) -> ContractionCertificate:
         size = _validate.integer("num_instances", num_instances, low=1)
         steps = _validate.integer("training_steps", training_steps, low=0)
-        smooth = _validate.real("loss_smoothness", loss_smoothness, low=0.0)
         if _validate.probability("sample_rate", sample_rate) != 1.0:
             raise CertificateError(
                 f"Expected sample_rate = 1, got sample_rate={sample_rate!r}. Poisson batches of "
                 "varying size are not one fixed map: a batch larger than expected may expand "
                 "distances. Train with full batches."
             )
-        total = math.fsum(limits.tolist())
-        beta = smooth * norm * norm * size / batch
-        contraction = full_batch_factor(step_size=eta, weight_decay=decay, smoothness=beta)
-        if contraction >= 1.0:
-            cure = "Pass weight_decay > 0" if decay == 0.0 else "Pass"
-            join = " and" if decay == 0.0 else ""
-            raise CertificateError(
-                f"Expected max(|1 - ηλ|, |1 - η(λ + β)|) < 1, got {contraction:.6g} from "
-                f"step_size η={eta!r}, weight_decay λ={decay!r} and smoothness β={beta:.6g}. "
-                f"{cure}{join} step_size < 2 / (λ + β) = {2.0 / (decay + beta):.6g}."
-            )
-        shift = eta * clip / batch * total * SHIFT_ROUND_UP
+        total = run.cap_sum
         return cls(
-            contraction,
-            eta * noise * clip / batch,
-            shifts=(shift,) * steps,
+            run.full_batch_factor(num_instances=size),
+            run.noise_std,
+            shifts=(run.shift(total),) * steps,
             context=(
-                assumption("one_linear_output", feature_norm=norm),
-                assumption("smooth_convex_loss", loss_smoothness=smooth),
-                assumption(
-                    "capped_gradients", max_grad_norm=clip, members=limits.size, cap_sum=total
-                ),
+                *run.context(cap_sum=total),
                 assumption(
                     "full_batch",
                     num_instances=size,
-                    expected_batch_size=batch,
-                    noise_multiplier=noise,
-                    max_grad_norm=clip,
+                    expected_batch_size=run.expected_batch_size,
+                    noise_multiplier=run.noise_multiplier,
+                    max_grad_norm=run.clip,
                 ),
-                assumption("decoupled_decay", weight_decay=decay, step_size=eta),
+                assumption(
+                    "decoupled_decay", weight_decay=run.weight_decay, step_size=run.step_size
+                ),
             ),
         )
 
@@ -279,13 +369,6 @@ class ContractionCertificate(Certificate):
             np.asarray(self.shifts),
             initial_distance=self.initial_distance,
         )
-
-
-def full_batch_factor(*, step_size: float, weight_decay: float, smoothness: float) -> float:
-    """Return max(|1 − ηλ|, |1 − η(λ + β)|), the Lipschitz constant of a step, rounded up."""
-    first = abs(1.0 - step_size * weight_decay)
-    factor = max(first, abs(1.0 - step_size * (weight_decay + smoothness)))
-    return factor + 4.0 * math.ulp(max(1.0, factor))
 
 
 def _span(value: float | Sequence[float]) -> Span:

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from .assumptions import Assumption
 from .batch_laws import step_factor
+from .capped_glm import SHIFT_ROUND_UP, full_batch_factor
 from .certificate import Certificate
 from .chien2024 import Chien2024Certificate, sharp_constants
-from .contraction import SHIFT_ROUND_UP, ContractionCertificate, full_batch_factor
+from .contraction import ContractionCertificate
 from .langevin import LangevinCertificate
 from .methods import members_of
 from .mini_batches import PoissonContractionCertificate
@@ -34,6 +35,7 @@ class _Rule(NamedTuple):
     kind: type[Certificate]
     codes: frozenset[str]
     differs: Callable[[Any, Numbers], str | None]
+    shared: frozenset[str] = frozenset()  # of the codes: those that other rules have too
 
 
 def derivation_mismatch(certificate: Certificate) -> str | None:
@@ -66,7 +68,7 @@ def _broken_rule(certificate: Certificate, codes: set[str], numbers: Numbers) ->
     """Return which code does not give what its rule says, or belongs to no rule."""
     left = set(codes)
     for rule in _RULES:
-        if type(certificate) is rule.kind and left & rule.codes:
+        if type(certificate) is rule.kind and left & (rule.codes - rule.shared):
             missing = sorted(rule.codes - left)
             if missing:
                 return f"a context without {missing[0]!r}, which comes with it"
@@ -117,6 +119,16 @@ def _mini_batches(certificate: PoissonContractionCertificate, n: Numbers) -> str
     return None
 
 
+def _unclipped(
+    certificate: ContractionCertificate | PoissonContractionCertificate, n: Numbers
+) -> str | None:
+    if n["max_grad_norm"] < n["steepness"] * n["feature_norm"] * (1.0 - _SIX_DIGITS):
+        return f"a clip, {n['max_grad_norm']!r}, that gradients reach, other"
+    if isinstance(certificate, ContractionCertificate):
+        return _full_batch(certificate, n)
+    return _mini_batches(certificate, n)
+
+
 def _known_batches(certificate: ContractionCertificate, n: Numbers) -> str | None:
     eta, decay = n["step_size"], n["weight_decay"]
     growth = n["smoothness"] * n["unlearning_batch_size"] / n["expected_batch_size"]
@@ -164,17 +176,20 @@ _SETTING = (
     "langevin_sigma", "gradient_bound",
 )  # fmt: skip
 _ONE_OUTPUT = frozenset({"one_linear_output", "smooth_convex_loss", "capped_gradients"})
+_UNCLIPPED = frozenset({"clip_never_binds", "bounded_gradients"})
+_OUTPUTS = frozenset({"separate_linear_outputs", "smooth_convex_losses", "capped_outputs"})
+_FULL_BATCH = frozenset({"full_batch", "decoupled_decay"})
 _RULES = (
-    _Rule(
-        ContractionCertificate,
-        _ONE_OUTPUT | frozenset({"full_batch", "decoupled_decay"}),
-        _full_batch,
-    ),
+    _Rule(ContractionCertificate, _OUTPUTS | _FULL_BATCH, _full_batch, _FULL_BATCH),
+    _Rule(ContractionCertificate, _UNCLIPPED | _FULL_BATCH, _unclipped, _FULL_BATCH),
+    _Rule(ContractionCertificate, _ONE_OUTPUT | _FULL_BATCH, _full_batch),
     _Rule(
         ContractionCertificate, frozenset({"constant_divisor", "convex_retained"}), _known_batches
     ),
     _Rule(ContractionCertificate, frozenset({"requests_in_turn", "phase_steps"}), _in_turn),
     _Rule(PoissonContractionCertificate, _ONE_OUTPUT, _mini_batches),
+    _Rule(PoissonContractionCertificate, _OUTPUTS, _mini_batches),
+    _Rule(PoissonContractionCertificate, _UNCLIPPED, _unclipped),
     _Rule(LangevinCertificate, frozenset({"replaced_records", "full_batch_descent"}), _stationary),
 )
 

@@ -20,9 +20,10 @@ from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
 from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
+from .capped_glm import SHIFT_ROUND_UP, CappedGlm
 from .causal_plan import log_moment
 from .certificate import Certificate
-from .contraction import SHIFT_ROUND_UP, ContractionCertificate
+from .contraction import ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
 
@@ -147,37 +148,117 @@ class PoissonContractionCertificate(Certificate):
         _require("momentum", momentum, 0.0, "Train and unlearn with plain SGD.")
         _require("sampling", sampling, "poisson", "Fixed batches: known_batches. Shuffled: none.")
         _require("guarantee", guarantee, "bound", "Fix caps before the run, from public data.")
-        limits = _validate.real_array("caps", caps, low=0.0, high=1.0)
-        if limits.ndim != 1 or limits.size == 0:
-            domain = "to be one value per member of the forget set"
-            raise ValueError(_validate.expected("caps", domain, caps))
-        clip = _validate.real("max_grad_norm", max_grad_norm, low=0.0, open_low=True)
-        norm = _validate.real("feature_norm", feature_norm, low=0.0, open_low=True)
-        noise = _validate.real("noise_multiplier", noise_multiplier, low=0.0)
-        batch = _validate.real("expected_batch_size", expected_batch_size, low=0.0, open_low=True)
-        eta = _validate.real("step_size", step_size, low=0.0, open_low=True)
-        smooth = _validate.real("loss_smoothness", loss_smoothness, low=0.0)
-        size = _validate.integer("num_instances", num_instances, low=limits.size)
+        run = CappedGlm.checked(
+            caps=caps, max_grad_norm=max_grad_norm, step_size=step_size,
+            weight_decay=weight_decay, feature_norm=feature_norm,
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_smoothness=loss_smoothness,
+        )  # fmt: skip
+        return cls._of_poisson_batches(
+            run, num_instances=num_instances, training_steps=training_steps,
+            sample_rate=sample_rate,
+        )  # fmt: skip
+
+    @classmethod
+    def one_vs_rest_glm(
+        cls,
+        *,
+        caps: npt.ArrayLike,
+        max_grad_norms: npt.ArrayLike,
+        step_size: float,
+        weight_decay: float,
+        feature_norm: float,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        num_instances: int,
+        training_steps: int,
+        sample_rate: float,
+        loss_smoothness: float = 0.25,
+    ) -> PoissonContractionCertificate:
+        """Certificate of Poisson DP-SGD with fixed caps on one linear output per class.
+
+        Guarantee: as the class, for the model, the losses and the clipping of
+            `ContractionCertificate.one_vs_rest_glm`; each member moves a step by its caps over all
+            outputs together.
+
+        Args:
+            caps, max_grad_norms, step_size, weight_decay, feature_norm, noise_multiplier,
+                expected_batch_size, num_instances, training_steps, sample_rate, loss_smoothness:
+                As there; any sample_rate.
+
+        Raises:
+            CertificateError: An assumption does not hold; the message names it.
+            ValueError: A value outside its range.
+        """
+        run = CappedGlm.checked(
+            caps=caps, max_grad_norm=max_grad_norms, kind="separate", step_size=step_size,
+            weight_decay=weight_decay, feature_norm=feature_norm,
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_smoothness=loss_smoothness,
+        )  # fmt: skip
+        return cls._of_poisson_batches(
+            run, num_instances=num_instances, training_steps=training_steps,
+            sample_rate=sample_rate,
+        )  # fmt: skip
+
+    @classmethod
+    def unclipped_glm(
+        cls,
+        *,
+        caps: npt.ArrayLike,
+        max_grad_norm: float,
+        step_size: float,
+        weight_decay: float,
+        feature_norm: float,
+        noise_multiplier: float,
+        expected_batch_size: float,
+        num_instances: int,
+        training_steps: int,
+        sample_rate: float,
+        loss_smoothness: float = 0.5,
+        loss_steepness: float = 2.0**0.5,
+    ) -> PoissonContractionCertificate:
+        """Certificate of Poisson DP-SGD on linear outputs whose gradients never reach the clip.
+
+        Guarantee: as the class, for the losses of `ContractionCertificate.unclipped_glm`.
+
+        Args:
+            caps, max_grad_norm, step_size, weight_decay, feature_norm, noise_multiplier,
+                expected_batch_size, num_instances, training_steps, sample_rate, loss_smoothness,
+                loss_steepness: As there; any sample_rate.
+
+        Raises:
+            CertificateError: An assumption does not hold; the message names it.
+            ValueError: A value outside its range.
+        """
+        run = CappedGlm.checked(
+            caps=caps, max_grad_norm=max_grad_norm, kind="unclipped", step_size=step_size,
+            weight_decay=weight_decay, feature_norm=feature_norm,
+            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
+            loss_smoothness=loss_smoothness, steepness=loss_steepness,
+        )  # fmt: skip
+        return cls._of_poisson_batches(
+            run, num_instances=num_instances, training_steps=training_steps,
+            sample_rate=sample_rate,
+        )  # fmt: skip
+
+    @classmethod
+    def _of_poisson_batches(
+        cls, run: CappedGlm, *, num_instances: int, training_steps: int, sample_rate: float
+    ) -> PoissonContractionCertificate:
+        joint = run.joint_caps
+        size = _validate.integer("num_instances", num_instances, low=len(joint))
         return cls(
-            (limits * clip * SHIFT_ROUND_UP).tolist(),
+            (joint * run.clip * SHIFT_ROUND_UP).tolist(),
             sample_rate,
-            eta * noise * clip / batch,
+            run.noise_std,
             training_steps,
-            eta,
-            weight_decay,
-            smooth * norm * norm,
-            batch,
-            size - limits.size,
-            context=(
-                assumption("one_linear_output", feature_norm=norm),
-                assumption("smooth_convex_loss", loss_smoothness=smooth),
-                assumption(
-                    "capped_gradients",
-                    max_grad_norm=clip,
-                    members=limits.size,
-                    cap_sum=math.fsum(limits.tolist()),
-                ),
-            ),
+            run.step_size,
+            run.weight_decay,
+            run.smoothness,
+            run.expected_batch_size,
+            size - len(joint),
+            context=run.context(cap_sum=math.fsum(joint.tolist())),
         )
 
     @property

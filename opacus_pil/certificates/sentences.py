@@ -55,6 +55,32 @@ CONTEXT: dict[str, str] = {
         "from public data and the instance's own record only; the {members:d} forgotten ones have "
         "caps summing to {cap_sum:.6g}."
     ),
+    # the same with one output per class, trained and clipped one by one
+    "separate_linear_outputs": (
+        "The model has one linear output per class, each with parameters of its own, and every "
+        "record's features have norm at most {feature_norm:g}, the constant feature of a bias "
+        "included."
+    ),
+    "smooth_convex_losses": (
+        "The loss is a sum over the outputs of terms that are convex in one output each, whose "
+        "derivative changes by at most {loss_smoothness:g} per unit; it contains no L2 term."
+    ),
+    "capped_outputs": (
+        "The per-sample gradient of each output is clipped to a bound of its own (together "
+        "{max_grad_norm:g}) times a cap per instance and output, fixed before the run from public "
+        "data and the instance's own record only; the {members:d} forgotten ones move the sum of "
+        "gradients by at most {cap_sum:.6g} times that bound."
+    ),
+    "clip_never_binds": (
+        "The model's outputs are linear in features of norm at most {feature_norm:g}, a bias "
+        "included; the loss is convex in all outputs together, its gradient in them is at most "
+        "{steepness:g} long and {loss_smoothness:g}-Lipschitz, and it contains no L2 term; no "
+        "gradient reaches its clip."
+    ),
+    "bounded_gradients": (
+        "Per-sample gradients are at most {max_grad_norm:g} times a number that the instance's own "
+        "record gives; for the {members:d} forgotten ones these sum to {cap_sum:.6g}."
+    ),
     "full_batch": (
         "Every step uses the full batch of at most {num_instances:d} instances, divides by "
         "{expected_batch_size:g} and adds noise {noise_multiplier:g} times {max_grad_norm:g} to "

@@ -7,32 +7,27 @@ no model; how a step becomes a charge is `training.py`.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from opacus.accountants.accountant import IAccountant
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..accounting import PerInstanceAccountant
-from ..capture.clipping import checked_caps
 from ..capture.randomness import Seen
 from ..capture.shards import Shard
 from ..errors import CertificateError, LedgerError, UnsupportedError
 from .charger import Charger
 from .distributed import gathered
-from .norms import raised
+from .enforced_caps import EnforcedCaps
 from .policies import DEFAULT, DEFAULT_OF_FIXED, NormPolicy, policy_of
 from .support import Asked
-from .terms import Ready, Terms, shard_of_budget
+from .terms import Ready, Terms
 from .verdict import uncertifiable
-
-_FLOAT32 = float(torch.finfo(torch.float32).eps)
 
 
 class Account:
@@ -45,8 +40,7 @@ class Account:
 
     Attributes:
         shard: Rows of this process among several; None: all rows.
-        caps: What instances of this process are clipped to; None: not to caps.
-        cap_rounding: Relative error by which charged caps are raised.
+        enforced: What instances of this process are clipped to; None: not to caps, or not yet.
     """
 
     def __init__(
@@ -55,8 +49,8 @@ class Account:
         self.opacus = opacus
         self.terms = terms
         self.shard: Shard | None = None
-        self.caps = None if caps is None else np.array(caps, dtype=np.float64)
-        self.cap_rounding = _FLOAT32
+        self.enforced: EnforcedCaps | None = None
+        self._given = None if caps is None else np.array(caps, dtype=np.float64)
         # Where coins and noise were drawn from: what repeats is found over all trainings.
         self.coins_seen, self.noise_seen = Seen(), Seen()
         self._charger: Charger | None = None
@@ -95,6 +89,11 @@ class Account:
     def norm_policy(self) -> str:
         """How an instance's sensitivity at a step is found."""
         return self.terms.policy.name
+
+    @property
+    def caps(self) -> FloatArray | None:
+        """What instances are clipped to; of the whole data set before a training has begun."""
+        return self._given if self.enforced is None else self.enforced.values
 
     @property
     def unbounded(self) -> bool:
@@ -213,32 +212,20 @@ class Account:
                     f"engine accounts for, got one of {mine}. Use a new engine for other data, or "
                     "make_private_on for part of the same."
                 )
-            return Ready(self._charger, self.terms.policy, self.caps, self.cap_rounding)
-        caps, budget, terms = None, self.terms.budget, self.terms
-        rounding = max(_FLOAT32, asked.cap_rounding)
-        if policy.enforced:
-            caps = checked_caps(
-                np.ones(size) if self.caps is None else self.caps, num_instances=size
-            )
-            if shard is not None:
-                caps, budget = caps[shard.rows], shard_of_budget(budget, shard)
-        accountant = PerInstanceAccountant(
-            mine,
-            orders=terms.orders,
-            levels=terms.levels,
-            max_sensitivity=math.hypot(1.0, asked.released_count),
-            # Clipping to a cap is exact up to rounding; the charge is raised by as much.
-            caps=None if caps is None else raised(caps, rounding=rounding),
-            budget=budget,
-            history=terms.history,
-            instance_ids=terms.ids.array if shard is None else shard.rows,
+            if self.enforced is not None and asked.output_bounds != self.enforced.output_bounds:
+                raise UnsupportedError(
+                    "Expected clipping as in the training before, in whose units caps are, got "
+                    f"{asked.output_bounds or asked.clipping}. Use a new engine."
+                )
+            return Ready(self._charger, self.terms.policy, self.enforced)
+        return self.terms.opened(
+            asked, instances=mine, shard=shard, policy=policy, caps=self._given
         )
-        return Ready(Charger(accountant, policy=policy), policy, caps, rounding)
 
     def settle(self, ready: Ready, shard: Shard | None) -> None:
         """Charge by what was prepared from now on: its training was made private."""
         self._charger, self.shard = ready.charger, shard
-        self.caps, self.cap_rounding = ready.caps, ready.cap_rounding
+        self.enforced = ready.enforced
         self.terms = replace(self.terms, policy=ready.policy)
 
     # --- caps ---------------------------------------------------------------------------------
@@ -251,19 +238,30 @@ class Account:
         """
         charges, shard = self.charger, self.shard
         size = charges.accountant.num_instances if shard is None else shard.num_instances
-        checked = checked_caps(caps, num_instances=size)
+        assert self.enforced is not None
+        checked = EnforcedCaps.checked(
+            caps, num_instances=size, output_bounds=self.enforced.output_bounds,
+            rounding=self.enforced.rounding,
+        )  # fmt: skip
         if shard is not None:
-            checked = checked[shard.rows]
-        charges.set_caps(raised(checked, rounding=self.cap_rounding))
-        self.caps = checked
+            checked = checked.of(shard.rows)
+        charges.set_caps(checked.charged)
+        self.enforced = checked
+
+    def take_caps(self, values: FloatArray | None) -> None:
+        """Clip to the caps of a file from now on, whose ledger charges them."""
+        if self.enforced is not None and values is not None:
+            self.enforced = replace(self.enforced, values=values)
 
     def caps_in_force(self, rows: IntArray, *, noise: float, rate: float) -> FloatArray:
-        """Return the caps that rows of the data set are clipped to at a step of such a kernel."""
-        assert self.caps is not None
+        """Return the caps that rows of the data set are clipped to at a step of such a kernel.
+
+        Shape (rows,), or (rows, outputs).
+        """
+        assert self.enforced is not None
         rows = rows if self.shard is None else self.shard.positions(rows)
         charged = self.per_instance.caps_for(noise_multiplier=noise, sample_rate=rate)[rows]
-        # The ledger has the last word: a loaded one may have smaller caps, or budgets of its own.
-        return np.minimum(self.caps[rows], charged)
+        return self.enforced.of(rows).within(charged)
 
     # --- both ledgers -------------------------------------------------------------------------
 
@@ -287,9 +285,9 @@ class Account:
         named = self.terms.named or norm_policy is not None
         fork = Account(
             copy.deepcopy(self.opacus), replace(self.terms, policy=policy, named=named),
-            caps=self.caps,
+            caps=self._given,
         )  # fmt: skip
-        fork.shard, fork.cap_rounding = self.shard, self.cap_rounding
+        fork.shard, fork.enforced = self.shard, self.enforced
         fork.coins_seen, fork.noise_seen = self.coins_seen.copied(), self.noise_seen.copied()
         fork._charger = Charger(charges.accountant.copy(), policy=policy)
         fork._charger.load_state_dict(charges.state_dict())
@@ -365,6 +363,7 @@ class Account:
         return {
             "opacus": {"history": self._history(), "mechanism": self.opacus.mechanism()},
             "per_instance": self.charger.state_dict(),
+            "output_caps": None if self.enforced is None else self.enforced.of_outputs,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -380,6 +379,8 @@ class Account:
                 f"{opacus['mechanism']!r}. Build the engine with that accountant."
             )
         self._require_enforced(state["per_instance"]["ledger"])
+        if self.enforced is not None:
+            self.enforced.require_same(state.get("output_caps"))
         self.charger.load_state_dict(state["per_instance"])
         self.opacus.load_state_dict(opacus)
 

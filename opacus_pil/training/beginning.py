@@ -144,7 +144,8 @@ def _kernel(
         sample_rate=sample_rate,
         expected_batch_size=optimizer.expected_batch_size,
         noise_multiplier=asked.noise_multiplier,
-        max_grad_norm=asked.max_grad_norm,
+        # Opacus scales the noise by the norm of several bounds as it rounds it
+        max_grad_norm=float(optimizer.max_grad_norm) if asked.output_bounds else asked.max_grad_norm,
         loss_reduction=optimizer.loss_reduction,
         grad_sample_mode=asked.grad_sample_mode,
         batch_first=batch_first,
@@ -153,6 +154,7 @@ def _kernel(
         poisson_sampling=asked.poisson_sampling,
         world_size=1 if shard is None else shard.world_size,
         rand_on_empty=rand_on_empty,
+        output_bounds=asked.output_bounds,
     )
 
 

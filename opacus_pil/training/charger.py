@@ -40,7 +40,7 @@ class Charger:
         self.norms = KnownNorms(accountant.num_instances)
         self.findings: dict[str, int] = {}
         self.unbounded = False
-        self.largest_norm = 0.0  # of any gradient that was clipped
+        self.largest_norm = 0.0  # of any gradient that was clipped, or of one layer of it
         self.caps_changed = False
         self.update = ""  # how a noisy gradient becomes a step; see `note_update`
         self._since_refresh = 0
@@ -71,8 +71,7 @@ class Charger:
         record, verdict = step.record, step.verdict
         self.norms.rounding = max(self.norms.rounding, record.rounding)
         self.norms.released_count = step.released_count
-        finite = record.norms[np.isfinite(record.norms)]
-        self.largest_norm = max(self.largest_norm, float(finite.max(initial=0.0)))
+        self.largest_norm = max(self.largest_norm, record.largest)
         changes = self.policy.history(self)
         if changes:
             verdict = joined(self.policy.judged_as, verdict, changes)

@@ -163,7 +163,7 @@ def load(
     if live:
         warnings.warn(live, stacklevel=3)
         return entries
-    account.caps = taken.caps
+    account.take_caps(taken.caps)
     for mine in trainings.of_module(module):
         mine.load_left({} if state is None else state.get("left") or {})
     gone = before["per_instance"]["ledger"]["steps"] - account.per_instance.steps

@@ -23,6 +23,8 @@ class TrainingKernel:
         batch_first: Whether the batch is the inputs' first dimension.
         num_instances: Size of the training set.
         clipping: "flat", "per_layer" or "adaptive".
+        output_bounds: Clip bound of each output of an OneVsRest head that is clipped output by
+            output; `max_grad_norm` is then their norm. Empty: other models, other clipping.
         poisson_sampling: False for fixed batches.
         world_size: Number of processes that draw from a shard each; `sample_rate` is that of each.
         rand_on_empty: Opacus puts a random instance into an empty draw.
@@ -40,12 +42,17 @@ class TrainingKernel:
     poisson_sampling: bool = True
     world_size: int = 1
     rand_on_empty: bool = False
+    output_bounds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Take a list, as files hold it, for a tuple."""
+        object.__setattr__(self, "output_bounds", tuple(self.output_bounds))
 
     def update_by(self, optimizer: Optimizer) -> str:
         """Return how a step of such a training moves a model now, in the words of `update.py`."""
         return described_update(
             optimizer,
-            clip_bound=self.max_grad_norm,
+            clip_bound=self.output_bounds or self.max_grad_norm,
             noise_std=self.noise_multiplier * float(self.max_grad_norm),
             divisor=self.expected_batch_size,
             loss_reduction=self.loss_reduction,

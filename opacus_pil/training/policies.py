@@ -60,7 +60,11 @@ class NormPolicy:
         return charges.at_norms(step, verdict)
 
     def require_clipping(self, clipping: str) -> None:
-        """Raise for a kind of clipping under which the policy bounds nothing."""
+        """Raise for a kind of clipping under which the policy bounds nothing.
+
+        Args:
+            clipping: As in Opacus; "by_output": per layer, of a head whose layers are its outputs.
+        """
 
     def require_batches(self, *, poisson_sampling: bool) -> None:
         """Raise for the kind of batches that it is not for.
@@ -162,10 +166,11 @@ class Capped(NormPolicy):
                 "Expected flat clipping with norm_policy='capped', got clipping='adaptive'. The "
                 "count that adaptive clipping releases is not bounded by a cap."
             )
-        if clipping != "flat":
+        if clipping not in ("flat", "by_output"):
             raise UnsupportedError(
                 f"Expected clipping='flat' with norm_policy='capped', got {clipping=}. A cap "
-                "bounds the whole gradient of an instance."
+                "bounds the whole gradient of an instance; caps per output are for "
+                "opacus_pil.heads.OneVsRest."
             )
 
 

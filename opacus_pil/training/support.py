@@ -41,6 +41,7 @@ from .. import _validate as check
 from ..capture.ghost import SEQUENCE_ROUNDING
 from ..capture.indices import RecordingSampler, require_in_order
 from ..errors import UnsupportedError
+from ..heads.one_vs_rest import one_vs_rest_of
 from .policies import NormPolicy
 from .update import adaptive_noise
 
@@ -151,6 +152,7 @@ class Asked:
         distributed: Whether several processes train together.
         released_count: Shift of adaptive clipping's count, in units of the gradients' noise.
         cap_rounding: Relative error of the norms that caps are held against.
+        output_bounds: As in TrainingKernel.
     """
 
     size: int
@@ -162,6 +164,19 @@ class Asked:
     distributed: bool
     released_count: float
     cap_rounding: float
+    output_bounds: tuple[float, ...] = ()
+
+    def require_caps_of_outputs(self) -> None:
+        """Raise where layers are clipped one by one and it is not known which cap is whose.
+
+        Raises:
+            UnsupportedError: Says what they must be.
+        """
+        if self.clipping == "per_layer" and not self.output_bounds:
+            raise UnsupportedError(
+                "Expected an optimizer of OneVsRest.parameters(), in their order, under caps per "
+                "output, got others. Which cap is whose would not be known."
+            )
 
 
 def checked_arguments(
@@ -186,8 +201,10 @@ def checked_arguments(
     )  # fmt: skip
     clipping = options.get("clipping", "flat")
     bound = _checked_bound(max_grad_norm, clipping=clipping)
+    bounds: tuple[float, ...] = ()
     if clipping == "per_layer":
         _require_bound_per_layer(max_grad_norm, optimizer)
+        bounds = tuple(float(b) for b in max_grad_norm)
     poisson = options.get("poisson_sampling", True)
     require_map_style(data_loader)
     require_supported(module, options, policy=policy)
@@ -196,7 +213,7 @@ def checked_arguments(
         require_uniform_batches(data_loader, distributed=distributed)
     return asked(
         module, options, size=len(data_loader.dataset),  # type: ignore[arg-type]
-        noise_multiplier=noise, max_grad_norm=bound,
+        noise_multiplier=noise, max_grad_norm=bound, layer_bounds=bounds, optimizer=optimizer,
     )  # fmt: skip
 
 
@@ -207,8 +224,15 @@ def asked(
     size: int,
     noise_multiplier: float,
     max_grad_norm: float,
+    layer_bounds: tuple[float, ...],
+    optimizer: Optimizer,
 ) -> Asked:
-    """Return what a training that is supported asks for."""
+    """Return what a training that is supported asks for.
+
+    Args:
+        layer_bounds: Where layers are clipped one by one: of each, in the optimizer's order.
+        optimizer: Plain or private.
+    """
     clipping, mode = options.get("clipping", "flat"), options.get("grad_sample_mode", "hooks")
     inner = module if isinstance(module, nn.Module) else module._module
     released = 0.0
@@ -226,7 +250,15 @@ def asked(
         distributed=is_distributed(module),
         released_count=released,
         cap_rounding=max(rounding, SEQUENCE_ROUNDING) if mode == "ghost" else rounding,
+        output_bounds=layer_bounds if _clips_outputs(inner, optimizer) else (),
     )
+
+
+def _clips_outputs(module: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether each trained tensor is one output of an OneVsRest head, in their order."""
+    head = one_vs_rest_of(module)
+    held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    return head is not None and list(map(id, held)) == list(map(id, head.parameters()))
 
 
 def require_supported(
@@ -237,7 +269,9 @@ def require_supported(
         "clipping", options.get("clipping", "flat"), ("flat", "per_layer", "adaptive")
     )
     if policy is not None:
-        policy.require_clipping(clipping)
+        inner = module._module if isinstance(module, AbstractGradSampleHooks) else module
+        by_output = clipping == "per_layer" and one_vs_rest_of(inner) is not None
+        policy.require_clipping("by_output" if by_output else clipping)
     mode = options.get("grad_sample_mode", "hooks")
     if mode not in GRAD_SAMPLE_MODES:
         raise UnsupportedError(

@@ -5,6 +5,7 @@ Knows arguments of an engine; no ledger's state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _validate as check
-from .._validate import FloatArray
+from ..accounting import PerInstanceAccountant
 from ..accounting.instance_ids import InstanceIds
 from ..capture.shards import Shard
 from .charger import Charger
+from .enforced_caps import EnforcedCaps
 from .policies import DEFAULT, NormPolicy, policy_of
+from .support import Asked
+
+_FLOAT32 = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,48 @@ class Terms:
         budgeted = self.budget is not None
         return self.orders, self.levels, self.policy.refresh_every, self.history, budgeted
 
+    def opened(
+        self,
+        asked: Asked,
+        *,
+        instances: int,
+        shard: Shard | None,
+        policy: NormPolicy,
+        caps: npt.ArrayLike | None,
+    ) -> Ready:
+        """Return what charges the first training, of instances that nobody has charged before.
+
+        Args:
+            asked: The arguments of make_private.
+            instances: Of this process.
+            shard: Which they are; None: all of the data set.
+            policy: Of the training.
+            caps: Of the whole data set, with a policy that enforces them; None: Opacus's clip.
+
+        Raises:
+            UnsupportedError, ValueError: Caps or budgets that do not fit the training.
+        """
+        enforced, budget = None, self.budget
+        if policy.enforced:
+            asked.require_caps_of_outputs()
+            enforced = EnforcedCaps.checked(
+                caps, num_instances=asked.size, output_bounds=asked.output_bounds,
+                rounding=max(_FLOAT32, asked.cap_rounding),
+            )  # fmt: skip
+            if shard is not None:
+                enforced, budget = enforced.of(shard.rows), shard_of_budget(budget, shard)
+        accountant = PerInstanceAccountant(
+            instances,
+            orders=self.orders,
+            levels=self.levels,
+            max_sensitivity=math.hypot(1.0, asked.released_count),
+            caps=None if enforced is None else enforced.charged,
+            budget=budget,
+            history=self.history,
+            instance_ids=self.ids.array if shard is None else shard.rows,
+        )
+        return Ready(Charger(accountant, policy=policy), policy, enforced)
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -84,14 +131,12 @@ class Ready:
     Attributes:
         charger: Charges the per-instance ledger.
         policy: Of the training.
-        caps: What this process's instances are clipped to; None: not to caps.
-        cap_rounding: Relative error by which charged caps are raised.
+        enforced: What this process's instances are clipped to; None: not to caps.
     """
 
     charger: Charger
     policy: NormPolicy
-    caps: FloatArray | None
-    cap_rounding: float
+    enforced: EnforcedCaps | None
 
 
 def shard_of_budget(budget: Any, shard: Shard) -> Any:

@@ -176,7 +176,7 @@ class Training:
             )
         if self.evaluated is None:
             self.evaluated = evaluated_parts(self.module._module)
-        self._charger.note_update(self._update(record.max_grad_norm, std or 0.0, batches))
+        self._charger.note_update(self._update(record, std or 0.0, batches))
         self._charger.charge(step)
         self.steps += 1
 
@@ -197,6 +197,8 @@ class Training:
     @property
     def clip_bound(self) -> float:
         """Bound that gradients are clipped to: the module's own in ghost mode."""
+        if self.kernel.output_bounds:  # Opacus rounds the norm of several
+            return math.hypot(*map(float, self.optimizer.max_grad_norms))
         holder = self.module if self._ghost else self.optimizer
         return float(holder.max_grad_norm)
 
@@ -270,8 +272,11 @@ class Training:
 
     # --- inside -------------------------------------------------------------------------------
 
-    def _update(self, clip_bound: float, noise_std: float, batches: int) -> str:
+    def _update(self, record: StepRecord, noise_std: float, batches: int) -> str:
         """Return `described_update` of this step; most steps are like the one before."""
+        clip_bound: Any = record.max_grad_norm
+        if self.kernel.output_bounds and record.layer_bounds:
+            clip_bound = record.layer_bounds
         plain = self.optimizer.original_optimizer
         settings = [
             (name, value) for group in plain.param_groups for name, value in group.items()

@@ -75,7 +75,8 @@ class Trainings:
                 "constants. Use one engine per training."
             )
         kernel = self.kernels[0]
-        if kernel.clipping != "flat" or not kernel.poisson_sampling:
+        clipped = kernel.clipping == "flat" or bool(kernel.output_bounds)
+        if not clipped or not kernel.poisson_sampling:
             raise UnsupportedError(
                 f"Expected a training with flat clipping and Poisson sampling, got clipping="
                 f"{kernel.clipping!r} and poisson_sampling={kernel.poisson_sampling}. Its kernel "
@@ -145,7 +146,7 @@ class Trainings:
         recorder = Recorder(
             tracker,
             caps=caps,
-            caps_rounding=account.cap_rounding,
+            caps_rounding=1.0 if account.enforced is None else account.enforced.rounding,
             rand_on_empty=kernel.rand_on_empty,
             noise_seen=account.noise_seen,
         )

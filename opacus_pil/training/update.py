@@ -5,6 +5,7 @@ Knows settings of optimizers; no gradient, no ledger and no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 def described_update(
     optimizer: Optimizer,
     *,
-    clip_bound: float,
+    clip_bound: float | Sequence[float],
     noise_std: float,
     divisor: int | None,
     loss_reduction: str,
@@ -26,16 +27,17 @@ def described_update(
 
     Args:
         optimizer: The plain one.
-        clip_bound: That gradients are clipped to.
+        clip_bound: That gradients are clipped to; that of each layer, clipped one by one.
         noise_std: On their sum.
         divisor: What a mean is divided by.
         loss_reduction: "mean" or "sum".
         batches: How many drawn batches the step may have summed.
         default_batches: Whether torch's default_collate joins the data set's items to a batch.
     """
+    clipped = _plain(list(clip_bound)) if isinstance(clip_bound, Sequence) else float(clip_bound)
     return (
         f"{type(optimizer).__name__} {described_groups(optimizer)}, {batches} drawn, clipped to "
-        f"{float(clip_bound)!r}, noise {float(noise_std)!r} on the {loss_reduction}, over "
+        f"{clipped!r}, noise {float(noise_std)!r} on the {loss_reduction}, over "
         f"{divisor}, joined by {'default_collate' if default_batches else 'another collate_fn'}"
     )
 

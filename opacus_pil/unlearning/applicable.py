@@ -14,7 +14,7 @@ from .._validate import IntArray
 from ..accounting import PerInstanceAccountant
 from ..certificates import Certificate, DataProcessingCertificate, best_of
 from ..errors import CertificateError
-from .glm import OneOutputRun
+from .glm import GlmRun
 from .methods import Method, of_the_kernel
 from .state import TrainedState
 
@@ -82,7 +82,7 @@ def _contraction(state: TrainedState, asked: Question) -> AndWorst:
             f"Expected every step so far to be one of the training's kernel, got a run of method "
             f"{others[0]!r}. Contraction does not follow it; use method='noisy_finetuning'."
         )
-    run = OneOutputRun(state, measured=asked.measured, evidence=asked.evidence)
+    run = GlmRun(state, measured=asked.measured, evidence=asked.evidence)
     if not asked.measured and asked.random_rows():
         raise CertificateError(
             "Expected items that are the same whenever they are asked for, got random ones. Their "

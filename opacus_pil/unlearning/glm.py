@@ -1,7 +1,7 @@
-"""Whether a run is the one that contraction is proved for, and the certificate if it is.
+"""Whether a run is one that contraction is proved for, and the certificate if it is.
 
-Looks at torch objects and refuses by name whatever breaks the proof: more than one output, another
-loss, momentum, caps that were not fixed before the run.
+Looks at torch objects and refuses by name whatever breaks the proof: several outputs clipped
+together, another loss, momentum, caps that were not fixed before the run.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import torch.nn as nn
 from .._validate import FloatArray
 from ..accounting import PerInstanceAccountant
 from ..certificates import Certificate, ContractionCertificate, PoissonContractionCertificate
-from ..certificates.contraction import SHIFT_ROUND_UP
+from ..certificates.capped_glm import SHIFT_ROUND_UP
 from ..training.account import Account
+from ..training.kernel import TrainingKernel
 from ..training.task import Task
 from .conditions import Condition, require_contracting
+from .convex_loss import ConvexLoss, convex_loss
 from .feature_norm import checked_feature_norm
+from .linear_model import LinearModel, linear_model
 from .state import TrainedState
-
-# Lipschitz constant of the loss's derivative in the one linear output; the loss is convex in it.
-LOSS_SMOOTHNESS: dict[type[nn.Module], float] = {nn.BCEWithLogitsLoss: 0.25}
-_STEEPEST = 1.0  # largest derivative of that loss in its output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Ran:
     """What took the steps: a model, its optimizer, and the ledgers that they charged.
 
     Attributes:
-        module: A plain torch.nn.Linear with one output.
+        module: Plain; its only trainable part is a head of linear outputs.
         optimizer: Plain: SGD without momentum. Its weight decay acts after clipping and noise,
             hence is decoupled from them.
         account: Of caps fixed before the run, or of the worst case.
@@ -46,16 +45,15 @@ class Ran:
     account: Account
 
 
-class OneOutputRun:
-    """A noisy run of a model with one linear output, checked assumption by assumption.
+class GlmRun:
+    """A noisy run of a model with linear outputs, checked assumption by assumption.
 
     Full batches give `ContractionCertificate`, Poisson mini-batches
     `PoissonContractionCertificate`.
 
     Args:
-        state: The training and its task, whose loss is nn.BCEWithLogitsLoss with reduction "mean"
-            and no weights; the rows that are still there, each one's features held against
-            `state.feature_norm`.
+        state: The training and its task; the rows that are still there, each one's features held
+            against `state.feature_norm`.
         ran: What took the steps, where that is not the state's own yet.
         measured: Take the sensitivities the ledger stands at for caps, whatever its label. What
             comes out is a prediction; never call it certified.
@@ -76,34 +74,45 @@ class OneOutputRun:
         ran = _of(state) if ran is None else ran
         assert state.kernel is not None
         self.kernel, self._measured = state.kernel, measured
-        self.smoothness, self.feature_norm = self._looked_at_model(state, ran.module)
+        self._model, self._loss, self.feature_norm = self._looked_at_model(state, ran)
         ledger = ran.account.per_instance
         self._look_at_ledger(ledger, ran, evidence=evidence or ran.account.require_evidence)
         group = ran.optimizer.param_groups[0]
         self.step_size, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
-        caps = ledger.sensitivities if measured and ledger.caps is None else ledger.caps
-        self.caps: FloatArray = np.ones(self.kernel.num_instances) if caps is None else caps
+        self.caps = self._caps(ran.account)
 
-    def _looked_at_model(self, state: TrainedState, module: nn.Module) -> tuple[float, float]:
-        """Return the smoothness of the loss and the norm of features, of a model that has them."""
+    def _looked_at_model(
+        self, state: TrainedState, ran: Ran
+    ) -> tuple[LinearModel, ConvexLoss, float]:
+        """Return the model, its loss and the norm of its features, if it is one."""
         task, training = state.task, state.privacy_engine
         assert training is not None
+        model = linear_model(ran.module, evaluated=state.evaluated)
         criterion: Any = task.criterion if task.own_loss is None else task.own_loss
+        loss = convex_loss(criterion, outputs=model.outputs)
         require_contracting(
             [
-                *_one_output(module),
-                *_smooth_mean(criterion, self.kernel.loss_reduction),
+                *_known_loss(criterion, loss, self.kernel.loss_reduction),
                 _same_task(task, training.task, measured=self._measured),
+                *_clipped_apart(model, self.kernel),
             ]
         )
-        assert isinstance(module, nn.Linear)
-        norm = checked_feature_norm(
-            state.feature_norm,
+        assert loss is not None
+        norms = checked_feature_norm(
+            model.radius if state.feature_norm is None else state.feature_norm,
             state.data.dataset,
             rows=state.retain_set,
-            bias=module.bias is not None,
+            bias=model.bias,
+            features_of=model.features_of,
         )
-        return LOSS_SMOOTHNESS[type(criterion)], norm
+        if model.outputs > 1 and not model.separate:
+            caps = ran.account.per_instance.caps
+            lengths = loss.steepest * norms.of_rows
+            limits = np.ones_like(lengths) if caps is None else caps[state.retain_set]
+            require_contracting(
+                _never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths)
+            )
+        return model, loss, norms.bound
 
     def _look_at_ledger(
         self, ledger: PerInstanceAccountant, ran: Ran, *, evidence: Callable[[], None]
@@ -112,7 +121,7 @@ class OneOutputRun:
         measured = self._measured
         norms: list[Condition] = []
         if not measured:
-            norms += _small_norms(ran.account, allowed=_STEEPEST * self.feature_norm)
+            norms += _small_norms(ran.account, allowed=self._loss.steepest * self.feature_norm)
             if ledger.guarantee != "bound":
                 require_contracting(norms)
                 evidence()  # says why, where a step is the cause
@@ -122,6 +131,17 @@ class OneOutputRun:
         ran.account.require_constant_steps(self.kernel.update_by(ran.optimizer))
         if not measured:
             evidence()
+
+    def _caps(self, account: Account) -> FloatArray:
+        """Return what every instance was clipped to, shape (instances, outputs that are apart)."""
+        ledger, outputs = account.per_instance, max(len(self.kernel.output_bounds), 1)
+        if ledger.caps is None:
+            levels = ledger.sensitivities if self._measured else np.ones(self.kernel.num_instances)
+            return np.repeat(levels[:, None], outputs, axis=1)
+        if not self.kernel.output_bounds:
+            return ledger.caps[:, None]
+        assert account.caps is not None
+        return account.caps
 
     def certificate(
         self, *, phases: Sequence[tuple[int, Sequence[int]]], worst_case: bool = False
@@ -137,38 +157,42 @@ class OneOutputRun:
             CertificateError: Step size, weight decay and smoothness do not contract.
         """
         if self.kernel.sample_rate == 1.0:
-            parts = [self._full_batch(steps, members, worst_case) for steps, members in phases]
+            make: Any = ContractionCertificate
+            parts = [self._made(make, steps, members, worst_case) for steps, members in phases]
             shifts = tuple(shift for part in parts for shift in part.shifts)
             return replace(parts[0], shifts=shifts)
         # Whoever left earlier moved later steps by nothing, which a bound on its gradient covers.
         members = sorted({row for _, rows in phases for row in rows})
-        return PoissonContractionCertificate.one_output_glm(
-            **self._constants(members, worst_case),
-            training_steps=sum(steps for steps, _ in phases),
-        )
+        steps = sum(steps for steps, _ in phases)
+        found: Certificate = self._made(PoissonContractionCertificate, steps, members, worst_case)
+        return found
 
-    def _full_batch(
-        self, steps: int, members: Sequence[int], worst: bool
-    ) -> ContractionCertificate:
-        return ContractionCertificate.one_output_glm(
-            **self._constants(members, worst), training_steps=steps
-        )
-
-    def _constants(self, members: Sequence[int], worst: bool) -> dict[str, Any]:
+    def _made(self, kind: Any, steps: int, members: Sequence[int], worst: bool) -> Any:
+        """Return the certificate of a class for one forget set and so many steps."""
         rows = np.asarray(members, dtype=np.int64)
-        caps = np.ones(len(rows)) if worst else self.caps[rows]
-        return {
-            "caps": caps if len(rows) else [0.0],
-            "max_grad_norm": self.kernel.max_grad_norm,
+        outputs = self.caps.shape[1]
+        caps = np.ones((len(rows), outputs)) if worst else self.caps[rows]
+        if not len(rows):
+            caps = np.zeros((1, outputs))
+        run: dict[str, Any] = {
             "step_size": self.step_size,
             "weight_decay": self.weight_decay,
             "feature_norm": self.feature_norm,
             "noise_multiplier": self.kernel.noise_multiplier,
             "expected_batch_size": self.kernel.expected_batch_size,
             "num_instances": self.kernel.num_instances,
-            "loss_smoothness": self.smoothness,
+            "loss_smoothness": self._loss.smoothness,
             "sample_rate": self.kernel.sample_rate,
+            "training_steps": steps,
         }
+        if self.kernel.output_bounds:
+            bounds = self.kernel.output_bounds
+            run["noise_multiplier"] *= self.kernel.max_grad_norm / math.hypot(*bounds)
+            return kind.one_vs_rest_glm(caps=caps, max_grad_norms=bounds, **run)
+        one = {"caps": caps[:, 0], "max_grad_norm": self.kernel.max_grad_norm}
+        if not self._loss.apart:
+            return kind.unclipped_glm(**one, **run, loss_steepness=self._loss.steepest)
+        return kind.one_output_glm(**one, **run)
 
 
 def _of(state: TrainedState) -> Ran:
@@ -179,28 +203,15 @@ def _of(state: TrainedState) -> Ran:
 # --- what the proof needs -------------------------------------------------------------------------
 
 
-def _one_output(module: nn.Module) -> Iterator[Condition]:
-    yield Condition(
-        type(module) is nn.Linear and module.out_features == 1,
-        "a torch.nn.Linear model with one output",
-        type(module).__name__,
-        "Clipping breaks contraction for any other model; use method='dp_sgd'.",
-    )
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    foreign = [hook for hook in hooks if not _of_opacus(hook)]
-    yield Condition(
-        not foreign,
-        "a model without forward hooks of yours",
-        f"{len(foreign)}",
-        "They may change what the layer computes. Remove them.",
-    )
-
-
-def _smooth_mean(criterion: Any, loss_reduction: str) -> Iterator[Condition]:
+def _known_loss(
+    criterion: Any, loss: ConvexLoss | None, loss_reduction: str
+) -> Iterator[Condition]:
     weighted = any(getattr(criterion, name, None) is not None for name in ("weight", "pos_weight"))
     yield Condition(
-        type(criterion) in LOSS_SMOOTHNESS and not weighted,
-        "nn.BCEWithLogitsLoss without weights",
+        loss is not None,
+        "nn.BCEWithLogitsLoss without weights, or another loss that is convex and smooth in linear "
+        "outputs (OneVsRestLoss; nn.CrossEntropyLoss on several, nn.HuberLoss and nn.SmoothL1Loss "
+        "on one)",
         type(criterion).__name__ + (" with weights" if weighted else ""),
         "The loss must be convex and smooth in the output, with a known constant.",
     )
@@ -219,6 +230,46 @@ def _same_task(task: Task, trained: Task, *, measured: bool) -> Condition:
         "the training's own loss and collate_fn",
         "others",
         "Its steps are counted too: leave criterion, loss_of and collate_fn out.",
+    )
+
+
+def _clipped_apart(model: LinearModel, kernel: TrainingKernel) -> Iterator[Condition]:
+    """Hold how outputs are clipped against how they are parametrised."""
+    if model.separate:
+        yield Condition(
+            bool(kernel.output_bounds),
+            "each output of OneVsRest clipped by itself",
+            f"clipping={kernel.clipping!r}",
+            "Clipping all outputs together is no contraction. Train with clipping='per_layer' and "
+            "max_grad_norm=[one per class].",
+        )
+
+
+def _never_clipped(
+    model: LinearModel, loss: ConvexLoss, limits: FloatArray, lengths: FloatArray
+) -> Iterator[Condition]:
+    """Hold outputs that share a clip against the longest gradients that they can have.
+
+    Args:
+        limits: That rows are clipped to, shape (rows,).
+        lengths: Most that each row's gradient can be.
+    """
+    yield Condition(
+        not loss.apart,
+        "a torch.nn.Linear model with one output, OneVsRest, or cross-entropy that clipping never "
+        "reaches",
+        f"a Linear with {model.outputs} outputs",
+        "Clipping breaks contraction for it; use heads.OneVsRest with clipping='per_layer', or "
+        "method='dp_sgd'.",
+    )
+    short = lengths + 1e-6 - limits  # Opacus adds as much to a norm
+    first = int(np.argmax(short))
+    yield Condition(
+        not bool((short > 0.0).any()),
+        f"clip bounds that no gradient reaches ({float((lengths + 1e-6)[first]):.6g} for one row)",
+        f"{float(limits[first]):.6g}",
+        "Softmax and clipping together are no contraction: raise max_grad_norm or the caps, scale "
+        "the features, or use heads.OneVsRest.",
     )
 
 
@@ -262,9 +313,3 @@ def _plain_descent(optimizer: torch.optim.Optimizer) -> Iterator[Condition]:
     for name in ("momentum", "dampening", "nesterov", "maximize"):
         value = group.get(name)
         yield Condition(not value, f"SGD without {name}", f"{name}={value}", f"Set {name}=0.")
-
-
-def _of_opacus(hook: Any) -> bool:
-    """Whether a forward hook is one that Opacus, or we, hang on modules to see their inputs."""
-    owner = getattr(hook, "__self__", hook)
-    return type(owner).__module__.startswith(("opacus.", "opacus_pil."))

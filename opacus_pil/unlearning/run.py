@@ -28,7 +28,7 @@ from ..errors import CertificateError, LedgerError
 from ..files.container import arrays, load_state, save_state
 from ..files.model_hash import model_hash
 from .generators import Generators, seeds
-from .glm import OneOutputRun, Ran
+from .glm import GlmRun, Ran
 from .methods import METHOD
 from .observer import Observer
 from .optimizer_copy import fresh_optimizer
@@ -259,7 +259,7 @@ class Run:
             )
         if self._account is not None and _counts_steps(plan.certificate):
             ran = Ran(module=self._module, optimizer=self._optimizer, account=self._account)
-            OneOutputRun(self._state, ran=ran)
+            GlmRun(self._state, ran=ran)
 
     def _move_state(self, model_hash: str) -> None:
         state, plan, method = self._state, self._plan, METHOD[self._plan.method]
@@ -341,7 +341,7 @@ def require_runnable(
     if not isinstance(plan, CertifiedPlan) or state.account is None:
         return
     if _counts_steps(plan.certificate):
-        OneOutputRun(state)  # features are looked at again, on the rows that run
+        GlmRun(state)  # features are looked at again, on the rows that run
 
 
 def _counts_steps(certificate: Certificate) -> bool:

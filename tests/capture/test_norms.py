@@ -240,10 +240,13 @@ def test_unknown_optimizers_and_caps_without_one_norm_are_refused():
     foreign = Foreign(inner, max_grad_norm=BOUND, **options)
     with pytest.raises(UnsupportedError, match="Foreign"):
         record_norms(foreign, Recorder(BatchTracker()), module=wrapped)
-    layered = DPPerLayerOptimizer(inner, max_grad_norm=[1.0] * 6, **options)
+    adaptive = AdaClipDPOptimizer(
+        inner, max_grad_norm=1.0, target_unclipped_quantile=0.5, clipbound_learning_rate=0.1,
+        max_clipbound=2.0, min_clipbound=0.1, unclipped_num_std=2.0, **options,
+    )  # fmt: skip
     with pytest.raises(UnsupportedError, match="whole gradient"):
-        record_norms(layered, Recorder(BatchTracker(), caps=np.ones(60).take), module=wrapped)
-    assert type(layered) is DPPerLayerOptimizer
+        record_norms(adaptive, Recorder(BatchTracker(), caps=np.ones(60).take), module=wrapped)
+    assert type(adaptive) is AdaClipDPOptimizer
 
 
 @pytest.mark.parametrize("dropped", [False, True])

@@ -70,11 +70,17 @@ def test_free_text_is_not_shown_and_not_dropped() -> None:
         _ = read_certificate(FOLDER / "free_text.json").assumptions
 
 
+NEWER = {  # sentences that version 1 never wrote
+    "separate_linear_outputs", "smooth_convex_losses", "capped_outputs", "clip_never_binds",
+    "bounded_gradients",
+}  # fmt: skip
+
+
 def test_old_context_sentences_are_codes_now() -> None:
     found = set()
     for path in GOOD:
         found |= {one.code for one in read_certificate(path).certificate.assumption_codes}
-    with_numbers = {code for code in CONTEXT if "{" in CONTEXT[code]}
+    with_numbers = {code for code in CONTEXT if "{" in CONTEXT[code]} - NEWER
     assert with_numbers <= found
     assert {"not_adaptive", "batches_fixed_before", "stationary_start"} <= found
 

@@ -45,6 +45,8 @@ class ContractionCertificate(Certificate):
             before the first step. >= 0.
         unlearning_contraction: c of every unlearning step. Needed where contraction is an array.
         unlearning_noise_std: ζ of every unlearning step. Needed where noise_std is an array.
+        first_unlearning_noise_std: ζ of the first unlearning step where it is another one; see
+            `burst.with_burst`.
         context: Codes of further assumptions (`certificates.sentences.CONTEXT`), from whoever
             derived the constants.
 
@@ -72,6 +74,7 @@ class ContractionCertificate(Certificate):
     initial_distance: float = 0.0
     unlearning_contraction: float | None = None
     unlearning_noise_std: float | None = None
+    first_unlearning_noise_std: float | None = None
     context: Context = field(default=(), kw_only=True)
 
     two_sided = True
@@ -101,6 +104,10 @@ class ContractionCertificate(Certificate):
             if later is not None:
                 later = _validate.real(f"unlearning_{name}", later, low=0.0)
             checked[f"unlearning_{name}"] = later
+        first = self.first_unlearning_noise_std
+        if first is not None:
+            first = _validate.real("first_unlearning_noise_std", first, low=0.0)
+        checked["first_unlearning_noise_std"] = first
         checked["initial_distance"] = _validate.real(
             "initial_distance", self.initial_distance, low=0.0
         )
@@ -310,6 +317,7 @@ class ContractionCertificate(Certificate):
     def assumption_codes(self) -> tuple[Assumption, ...]:
         """One code per assumption, with its numbers."""
         c, noise = self._unlearning
+        first = self.first_unlearning_noise_std
         return (
             assumption(
                 "contracting_steps", contraction=_span(self.contraction), unlearning_contraction=c
@@ -328,6 +336,7 @@ class ContractionCertificate(Certificate):
             assumption("same_constants"),
             assumption("memoryless_steps"),
             assumption("not_adaptive"),
+            *([] if first is None else [assumption("first_step_noise", first_noise_std=first)]),
             *self._of_context(),
         )
 
@@ -335,7 +344,10 @@ class ContractionCertificate(Certificate):
         """Distance μ of the two unit Gaussians after `steps` unlearning steps, rounded up."""
         steps = _validate.integer("steps", steps, low=0)
         contraction, noise_std = self._unlearning
-        return self._hull.mu(steps, contraction=contraction, noise_std=noise_std)
+        return self._hull.mu(
+            steps, contraction=contraction, noise_std=noise_std,
+            first_noise_std=self.first_unlearning_noise_std,
+        )  # fmt: skip
 
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:
         """Rényi divergence bound αμ²/2 in nats after `steps` steps, shape (orders,)."""

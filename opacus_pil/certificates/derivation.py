@@ -93,6 +93,8 @@ def _full_batch(certificate: ContractionCertificate, n: Numbers) -> str | None:
         return "other constants at some steps"
     if not abs(kept - factor) <= _slack(factor, step_size=eta, decay=decay, growth=beta):
         return f"another contraction, {kept!r},"
+    if certificate.first_unlearning_noise_std is not None and "burst" not in n:
+        return "other noise at the first unlearning step"
     scale = eta * n["max_grad_norm"] / n["expected_batch_size"]
     if not _near(noise, scale * n["noise_multiplier"]):
         return f"other noise, {noise!r},"
@@ -127,6 +129,15 @@ def _unclipped(
     if isinstance(certificate, ContractionCertificate):
         return _full_batch(certificate, n)
     return _mini_batches(certificate, n)
+
+
+def _burst(certificate: ContractionCertificate, n: Numbers) -> str | None:
+    noise, first = certificate.noise_std, certificate.first_unlearning_noise_std
+    if certificate.unlearning_noise_std is not None:
+        noise = certificate.unlearning_noise_std
+    if first is None or not isinstance(noise, float) or not _near(first, noise * n["burst"]):
+        return f"other noise at the first unlearning step, {first!r},"
+    return None
 
 
 def _known_batches(certificate: ContractionCertificate, n: Numbers) -> str | None:
@@ -186,6 +197,7 @@ _RULES = (
     _Rule(
         ContractionCertificate, frozenset({"constant_divisor", "convex_retained"}), _known_batches
     ),
+    _Rule(ContractionCertificate, frozenset({"noise_burst"}), _burst),
     _Rule(ContractionCertificate, frozenset({"requests_in_turn", "phase_steps"}), _in_turn),
     _Rule(PoissonContractionCertificate, _ONE_OUTPUT, _mini_batches),
     _Rule(PoissonContractionCertificate, _OUTPUTS, _mini_batches),

@@ -37,6 +37,8 @@ CLASSES: dict[str, type[Certificate]] = {
 }
 # DataProcessingCertificate keeps its argument `rdp`, also a method's name, as the field `curve`.
 _ARGUMENT = {("DataProcessingCertificate", "curve"): "rdp"}
+# Written only where they are given: files of before have none of them.
+_OPTIONAL = {("ContractionCertificate", "first_unlearning_noise_std")}
 _INFINITY = {"float": "inf"}
 _LONGEST = 10_000_000  # entries of one sequence: an edited count must not fill the memory
 # What constructors and formulas raise when they are fed numbers they were not made for.
@@ -64,6 +66,7 @@ def constants_of(certificate: Certificate) -> tuple[str, dict[str, Any]]:
     return name, {
         field.name: encoded(getattr(certificate, field.name), f"{name}.{field.name}")
         for field in _fields(type(certificate))
+        if (name, field.name) not in _OPTIONAL or getattr(certificate, field.name) is not None
     }
 
 
@@ -80,7 +83,10 @@ def rebuilt(name: str, constants: Mapping[str, Any]) -> Certificate:
             f"Expected the certificate's class to be one of {', '.join(CLASSES)}, got {name!r}. "
             "Use the release that wrote the file."
         )
-    names = {field.name for field in _fields(kind)}
+    names = {
+        field.name for field in _fields(kind)
+        if (name, field.name) not in _OPTIONAL or field.name in constants
+    }  # fmt: skip
     constants = _completed(kind, constants)
     if set(constants) != names:
         odd = sorted(set(constants) ^ names)

@@ -65,8 +65,15 @@ class Hull:
     totals: list[float]
     slack: float
 
-    def mu(self, steps: int, *, contraction: float, noise_std: float) -> float:
-        """μ after `steps` more steps without shifts, all alike; rounded up."""
+    def mu(
+        self,
+        steps: int,
+        *,
+        contraction: float,
+        noise_std: float,
+        first_noise_std: float | None = None,
+    ) -> float:
+        """μ after `steps` more steps without shifts, alike but for the first one's noise; up."""
         if steps == 0:
             squared = self.totals[-1]
         elif contraction == 0.0:
@@ -75,6 +82,13 @@ class Hull:
             # Noise of the new steps, pulled back into the frame of the last segment: it lengthens
             # that segment, which then swallows every left neighbour that has become steeper.
             variance = pulled_back_variance(steps, contraction, noise_std)
+            if first_noise_std is not None:
+                first = pulled_back_variance(1, contraction, first_noise_std)
+                rest = -math.inf
+                if steps > 1:
+                    rest = pulled_back_variance(steps - 1, contraction, noise_std)
+                    rest -= 2.0 * math.log(contraction)
+                variance = _log_sum(first, rest)
             last = len(self.segments) - 1
             shift, own, factor = self.segments[last]
             tail = (shift, _log_sum(own, variance), factor)

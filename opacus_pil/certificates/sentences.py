@@ -89,6 +89,10 @@ CONTEXT: dict[str, str] = {
     "decoupled_decay": (
         "Weight decay {weight_decay:g} is decoupled from clipping; the step size is {step_size:g}."
     ),
+    "noise_burst": (
+        "The first unlearning step adds {burst:g} times the noise of the others, a number chosen "
+        "without a look at the model."
+    ),
     # batches that were fixed before the run
     "batches_fixed_before": (
         "The batches were fixed before the run, or drawn without looking at the data and are "
@@ -165,6 +169,9 @@ OWN: dict[str, str] = {
     "noise_every_step": (
         "Each training step adds fresh Gaussian noise of standard deviation {noise_std:g} to every "
         "parameter, each unlearning step {unlearning_noise_std:g}."
+    ),
+    "first_step_noise": (
+        "The first unlearning step adds noise of standard deviation {first_noise_std:g} instead."
     ),
     "bounded_shifts": (
         "At each of the {shifts:d} training steps the forgotten instances move the result by at "

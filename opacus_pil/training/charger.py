@@ -43,6 +43,7 @@ class Charger:
         self.largest_norm = 0.0  # of any gradient that was clipped, or of one layer of it
         self.caps_changed = False
         self.update = ""  # how a noisy gradient becomes a step; see `note_update`
+        self.bursts: list[float] = []  # declared multiples of the noise, of steps that had one
         self._since_refresh = 0
         self._warned: set[str] = set()
 
@@ -327,6 +328,7 @@ class Charger:
             "caps_changed": self.caps_changed,
             "released_count": norms.released_count,
             "update": self.update,
+            "bursts": list(self.bursts),
             "findings": dict(self.findings),
             "unbounded": self.unbounded,
             "largest_norm": self.largest_norm,
@@ -352,6 +354,7 @@ class Charger:
         self._since_refresh = int(state["since_refresh"])
         self.caps_changed = bool(state["caps_changed"])
         self.update = str(state.get("update", ""))  # "": not known, where there are steps
+        self.bursts = [float(burst) for burst in state.get("bursts", ())]
         if "findings" in state:
             self.findings = {str(code): int(n) for code, n in state["findings"].items()}
         else:  # a release that did not look at what ran

@@ -7,8 +7,9 @@ parameters the step was computed at.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..files.fingerprint import Fingerprint
 from .charger import Charger
 from .data_order import DataOrder
 from .kernel import TrainingKernel
+from .layers import named_bounds, norm_left
 from .probe import Probe
 from .step import Step, facts_of
 from .task import Task, evaluated_parts
@@ -96,6 +98,7 @@ class Training:
         if policy.fixed_batches:
             watch_forward(module._module, recorder)
         self._described: tuple[Any, str] | None = None
+        self._noise_scale = 1.0  # declared; see `scale_noise`
         self.steps = 0  # of this training in this process
         self._clipped_at: tuple[float, float, int] | None = None
         self._unheld = Unheld(module._module, optimizer)
@@ -127,7 +130,8 @@ class Training:
         if self.probe is not None and not self._renormed:  # its passes would move the weights
             clipped = self._clipped()
             self.probe.look(
-                record, module=self.module, parameters=clipped, clipped_norm=self._norm,
+                record, module=self.module, parameters=clipped,
+                clipped_norm=partial(norm_left, optimizer),
                 sums=[clipped_sum(optimizer, p) for p in clipped],
             )  # fmt: skip
         std = record.noise_std
@@ -187,6 +191,15 @@ class Training:
         It never sinks, since batches are drawn ahead of their steps.
         """
         return max(self._sample_rate, self.tracker.rate)
+
+    def scale_noise(self, scale: float) -> None:
+        """Declare that the coming steps add so many times the noise of the kernel, and see to it.
+
+        A step of such noise counts as one of the kernel's: more noise hides more.
+        """
+        if scale != self._noise_scale:
+            self._noise_scale = scale
+            self.optimizer.noise_multiplier = self.kernel.noise_multiplier * scale
 
     def taken_over(self) -> None:
         """A checkpoint was loaded: generators, buffers and ledgers went back together."""
@@ -254,7 +267,7 @@ class Training:
             batch_first=self.kernel.batch_first,
             collate_fn=self.task.collate_fn,
             parameters=names,
-            layer_bounds=self._layer_bounds(),
+            layer_bounds=named_bounds(self.optimizer, inner),
             infinite=True,
         )
         return replace(found, indices=members)
@@ -274,6 +287,12 @@ class Training:
 
     def _update(self, record: StepRecord, noise_std: float, batches: int) -> str:
         """Return `described_update` of this step; most steps are like the one before."""
+        if self._noise_scale != 1.0:
+            kernel = self.kernel
+            base = kernel.noise_multiplier * float(kernel.max_grad_norm)
+            if noise_std == kernel.noise_multiplier * self._noise_scale * kernel.max_grad_norm:
+                self._charger.bursts.append(self._noise_scale)
+                noise_std = base  # as declared: more of the same noise
         clip_bound: Any = record.max_grad_norm
         if self.kernel.output_bounds and record.layer_bounds:
             clip_bound = record.layer_bounds
@@ -345,24 +364,6 @@ class Training:
         """Return the parameters whose gradients are in the clipped norm."""
         holder = self.module.trainable_parameters if self._ghost else self.optimizer.params
         return list(holder)
-
-    def _layer_bounds(self) -> dict[str, float] | None:
-        """Return each parameter's own clip bound where layers are clipped one by one."""
-        bounds = getattr(self.optimizer, "max_grad_norms", None)
-        if bounds is None:
-            return None
-        own = dict(zip(map(id, self.optimizer.params), map(float, bounds), strict=False))
-        named = self.module._module.named_parameters()
-        return {name: own.get(id(p), math.inf) for name, p in named}
-
-    def _norm(self, gradients: Sequence[torch.Tensor]) -> float:
-        """Return what the recorder keeps of one row's gradients: per layer, what is left."""
-        bounds = getattr(self.optimizer, "max_grad_norms", None)
-        layers = [float(g.double().norm()) for g in gradients]
-        if bounds is not None:
-            limits = [*map(float, bounds), *[math.inf] * len(layers)]
-            layers = [min(a, b) for a, b in zip(layers, limits, strict=False)]
-        return math.hypot(*layers)
 
     def _require_unchanged_settings(self) -> None:
         """Refuse a step whose gradients were clipped by caps for other noise than it would have."""

@@ -90,6 +90,19 @@ class Target(_Claim):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Burst(_Claim):
+    """ε at δ in so many steps, by as little more noise in the first one as it takes.
+
+    Attributes:
+        epsilon: ε to reach.
+        steps: How many, >= 1.
+    """
+
+    epsilon: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepsAtDelta(_Claim):
     """So many steps, and the ε that they reach at δ.
 
@@ -135,7 +148,7 @@ class Retraining(_Goal):
     method: str = RETRAINING
 
 
-Goal = Target | StepsAtDelta | FixedSteps | Pilots | Retraining
+Goal = Target | Burst | StepsAtDelta | FixedSteps | Pilots | Retraining
 
 
 def checked_goal(
@@ -170,7 +183,8 @@ def checked_goal(
     if rules.retrains:
         _require_nothing_else(target, budget, certificate)
         return Retraining()
-    _require_one_aim(target, budget)
+    if not rules.contracts or probability is None:
+        _require_one_aim(target, budget)
     _require_method_of(rules, certificate, steps=budget, delta=probability, predict=predict)
     if probability is None and budget is not None:
         _require_no_claim(certificate, predict=predict)
@@ -180,6 +194,9 @@ def checked_goal(
     claim: dict[str, Any] = {
         "method": method, "delta": probability, "certificate": certificate, "adaptive": adaptive
     }  # fmt: skip
+    if target is not None and budget is not None:
+        _require_burst(budget, certificate, predict=predict)
+        return Burst(epsilon=target, steps=budget, **claim)
     if target is not None:
         return Target(epsilon=target, max_steps=max_steps, step_grid=grid, predict=predict, **claim)
     if predict:
@@ -272,7 +289,16 @@ def _require_one_aim(target: float | None, budget: int | None) -> None:
     if target is not None and budget is not None:
         raise ValueError(
             "Expected either steps or a target epsilon, got both. Pass steps and delta for the "
-            "epsilon after so many steps, or epsilon and delta for the steps."
+            "epsilon after so many steps, or epsilon and delta for the steps; method='langevin' "
+            "takes all three, and finds the noise of the first step."
+        )
+
+
+def _require_burst(steps: int | None, certificate: Certificate | None, *, predict: bool) -> None:
+    if not steps or certificate is not None or predict:
+        raise ValueError(
+            f"Expected steps >= 1 beside epsilon and delta, and neither certificate nor predict, "
+            f"got {steps=}. The noise of the first step is found by the training's own certificate."
         )
 
 

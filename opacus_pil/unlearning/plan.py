@@ -103,6 +103,7 @@ class CertifiedPlan(UnlearningPlan):
         certificate: The claim, with its assumptions.
         steps_worst_case: Steps with every member at the full clipping bound; None if even
             `max_steps` are too few, or if the certificate knows no worst case.
+        noise_burst: Noise of the first step, as a multiple of that of training and of the others.
     """
 
     epsilon: float
@@ -110,6 +111,7 @@ class CertifiedPlan(UnlearningPlan):
     delta: float
     certificate: Certificate
     steps_worst_case: int | None
+    noise_burst: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no certificate speaks of."""
@@ -137,6 +139,7 @@ class CertifiedPlan(UnlearningPlan):
             f"at delta {self.delta:.3g}",
             f"  certificate       {type(self.certificate).__name__}",
             f"  directions        {'both' if self.certificate.two_sided else 'one'}",
+            *([f"  noise, first step {self.noise_burst:g} x"] if self.noise_burst != 1.0 else []),
             "  assumptions",
             *[f"    - {sentence}" for sentence in self.certificate.assumptions],
         ]
@@ -222,6 +225,8 @@ def bound_to(plan: UnlearningPlan, state: str) -> str:
     claim = ""
     if isinstance(plan, CertifiedPlan):
         claim = f"{plan.epsilon!r} {plan.delta!r} {type(plan.certificate).__name__}"
+        if plan.noise_burst != 1.0:
+            claim += f" {plan.noise_burst!r}"
         if METHOD[plan.method].own_constants:
             claim += repr(plan.certificate)  # the run follows its constants
     text = (

@@ -17,15 +17,18 @@ from .._validate import IntArray
 from ..certificates import (
     BestCertificate,
     Certificate,
+    ContractionCertificate,
     DataProcessingCertificate,
     NoisyFineTuningCertificate,
     PoissonContractionCertificate,
 )
+from ..certificates.burst import with_burst
 from ..errors import CertificateError
 from .applicable import AndWorst, Question, certificates_for
-from .goal import FixedSteps, Goal, Pilots, Retraining, StepsAtDelta, Target
+from .goal import Burst, FixedSteps, Goal, Pilots, Retraining, StepsAtDelta, Target
 from .grounds import require_still_weights, training_codes, with_codes
 from .methods import METHOD, RETRAINING
+from .noise_burst import least_burst
 from .pilots import mean_log_loss
 from .plan import (
     CertifiedPlan,
@@ -93,6 +96,8 @@ class Planning:
                 return self._of_fixed_steps(self._goal)
             case StepsAtDelta():
                 return self._at_delta(self._goal)
+            case Burst():
+                return self._with_burst(self._goal)
             case Target():
                 return self._for_target(self._goal)
 
@@ -157,6 +162,30 @@ class Planning:
             delta=goal.delta,
             certificate=certificate,
             steps_worst_case=None,
+            **self._common(),
+        )
+
+    def _with_burst(self, goal: Burst) -> UnlearningPlan:
+        certificate, _ = self._grounded(goal)
+        if not isinstance(certificate, ContractionCertificate):
+            raise CertificateError(
+                "Expected full batches for a first step with more noise, got "
+                f"{type(certificate).__name__}. Pass epsilon and delta alone."
+            )
+        burst = least_burst(
+            certificate, epsilon=goal.epsilon, delta=goal.delta, steps=goal.steps
+        )  # fmt: skip
+        chosen = with_burst(certificate, burst)
+        return CertifiedPlan(
+            steps=goal.steps,
+            reason="as many steps as the caller asked for; the least noise in the first one that "
+            f"reaches the target, {burst:g} times the others', rounded up on a public grid",
+            epsilon=chosen.epsilon(delta=goal.delta, steps=goal.steps),
+            target_epsilon=goal.epsilon,
+            delta=goal.delta,
+            certificate=chosen,
+            steps_worst_case=None,
+            noise_burst=burst,
             **self._common(),
         )
 
@@ -231,7 +260,7 @@ class Planning:
 
     # --- what a claim stands on ---------------------------------------------------------------
 
-    def _grounded(self, goal: Target | StepsAtDelta) -> AndWorst:
+    def _grounded(self, goal: Target | Burst | StepsAtDelta) -> AndWorst:
         """Return the certificate, which names what it takes for granted, and its worst case."""
         if goal.supplied and not self._noisy:
             raise CertificateError(
@@ -253,7 +282,7 @@ class Planning:
             codes += ("supplied_by_caller",)
         return with_codes(certificate, *codes), worst
 
-    def _applicable(self, goal: Target | StepsAtDelta) -> AndWorst:
+    def _applicable(self, goal: Target | Burst | StepsAtDelta) -> AndWorst:
         asked = Question(
             rows=self._rows,
             method=goal.rules,
@@ -309,7 +338,7 @@ class Planning:
     def _label(self) -> tuple[str, ...]:
         """Return why the label that a plan rests on is not a stronger one."""
         goal, ledger = self._goal, self._state.ledger
-        claim = isinstance(goal, Target | StepsAtDelta)
+        claim = isinstance(goal, Target | Burst | StepsAtDelta)
         if ledger is None or (claim and goal.rules.own_constants):
             return ()  # of any training: no ledger stands behind it
         return tuple(ledger.reasons)
@@ -326,7 +355,7 @@ class Planning:
     def _require_fitting_model(self) -> None:
         """Raise where the model or its ledger cannot take steps of this method."""
         self._state.require_chargeable(self._goal.rules)
-        if not isinstance(self._goal, Target | StepsAtDelta):
+        if not isinstance(self._goal, Target | Burst | StepsAtDelta):
             return
         if self._goal.certificate is not None:
             _require_plain_descent(self._goal.certificate, self._state.optimizer)

@@ -258,8 +258,21 @@ class Run:
                 "before. Nothing was forgotten, and nothing was changed."
             )
         if self._account is not None and _counts_steps(plan.certificate):
+            self._require_burst(plan)
             ran = Ran(module=self._module, optimizer=self._optimizer, account=self._account)
             GlmRun(self._state, ran=ran)
+
+    def _require_burst(self, plan: CertifiedPlan) -> None:
+        """Raise unless the ledger saw the noise of the first step that the certificate counts."""
+        assert self._account is not None
+        assert self._state.account is not None
+        before, now = self._state.account.charger.bursts, self._account.charger.bursts
+        counted = [plan.noise_burst] if plan.noise_burst != 1.0 and plan.steps else []
+        if [*before, *counted] != now:
+            raise CertificateError(
+                f"Expected a first step with {plan.noise_burst:g} times the noise, got "
+                f"{now[len(before) :] or 'none'}. Nothing was changed."
+            )
 
     def _move_state(self, model_hash: str) -> None:
         state, plan, method = self._state, self._plan, METHOD[self._plan.method]

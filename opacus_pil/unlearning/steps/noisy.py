@@ -38,6 +38,7 @@ def noisy_steps(
     noise_generator: torch.Generator | None = None,
     sampler_generator: torch.Generator | None = None,
     sampler_state: torch.Tensor | None = None,
+    noise_burst: float = 1.0,
     after_step: AfterStep | None = None,
     progress: tqdm | None = None,
 ) -> None:
@@ -46,7 +47,8 @@ def noisy_steps(
     Every step charges the ledgers of `account`, a fork of those of `privacy_engine`, whose kernel
     it is. Full-batch training (sample_rate 1) makes these the steps of noisy gradient descent
     (Langevin). A resumed run passes `sampler_state`, the state of `sampler_generator` after the
-    last batch that was used. The module is in training mode meanwhile and afterwards, except for
+    last batch that was used, and `noise_burst` 1: only the first step of a run adds so many times
+    the noise of training. The module is in training mode meanwhile and afterwards, except for
     the submodules in `evaluated` and frozen statistics.
     """
     training_mode(module, evaluated=evaluated)
@@ -71,7 +73,9 @@ def noisy_steps(
     batches = iter(loader)  # draws a base seed that the batches do not depend on
     if sampler_state is not None and sampler_generator is not None:
         sampler_generator.set_state(sampler_state)
+    training = private_optimizer.step_hook
     for number, drawn in enumerate(batches, start=1):
+        training.scale_noise(noise_burst if number == 1 else 1.0)
         batch = moved_to(drawn, device)
         private_optimizer.zero_grad()
         if ghost:

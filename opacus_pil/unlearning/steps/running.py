@@ -112,8 +112,11 @@ def _averaged(stretch: Stretch) -> None:
 def _noisy(stretch: Stretch) -> None:
     assert stretch.privacy_engine is not None
     assert stretch.account is not None
+    plan = stretch.plan
+    first = isinstance(plan, CertifiedPlan) and stretch.done == 0
     noisy_steps(
         stretch.module,
+        noise_burst=plan.noise_burst if isinstance(plan, CertifiedPlan) and first else 1.0,
         optimizer=stretch.optimizer,
         privacy_engine=stretch.privacy_engine,
         account=stretch.account,

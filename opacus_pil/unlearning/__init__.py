@@ -7,6 +7,7 @@ from .plan import RetrainPlan as RetrainPlan
 from .plan import UnlearningPlan as UnlearningPlan
 from .requests.queue import Request as Request
 from .requests.queue import RequestQueue as RequestQueue
+from .requests.served import Served as Served
 from .result import CertifiedResult as CertifiedResult
 from .result import RetrainedResult as RetrainedResult
 from .result import UncertifiedResult as UncertifiedResult

@@ -30,6 +30,7 @@ from .pilots import Calibration
 from .plan import UnlearningPlan
 from .planning import Planning, mean_log_loss_of
 from .requests.queue import Request, RequestQueue
+from .requests.served import Served
 from .requests.serving import Serving
 from .result import UnlearningResult
 from .run import Run, Watch, require_runnable
@@ -96,6 +97,7 @@ class UnlearningEngine:
             make_model=make_model,
         )  # fmt: skip
         self._progress = progress
+        self._trial = False  # a branch, which leaves everything outside of it alone
         self._serving: Serving | None = None
         if requests is not None:
             self._serving = Serving(RequestQueue(requests), self._state, progress=progress)
@@ -147,6 +149,7 @@ class UnlearningEngine:
         """
         branch = copy.copy(self)
         branch._state, branch._serving = self._state.branch(), None
+        branch._trial = True
         return branch
 
     def mean_log_loss(
@@ -246,6 +249,9 @@ class UnlearningEngine:
     ) -> UnlearningResult:  # fmt: skip
         """Run a plan and return the unlearned model.
 
+        What `heads.FrozenFeatures` keeps of the forgotten rows is erased after it; the original
+        data are the caller's.
+
         Args:
             plan: From this engine, made after its last run.
             checkpoint_dir: Existing folder for a file that a killed run resumes from.
@@ -278,6 +284,8 @@ class UnlearningEngine:
         run.take_steps()
         result = run.settle()
         run.remove()
+        if not self._trial:
+            self._state.data.erase(self._state.forgotten)
         return result
 
     def submit(
@@ -311,7 +319,7 @@ class UnlearningEngine:
         strength: float | None = None, predict: bool = False, adaptive: bool = False,
         certificate: NoisyFineTuningCertificate | None = None, max_batch: int | None = None,
         checkpoint_every: int = 50, seed: int | None = None, wait: bool = True,
-    ) -> list[Request]:  # fmt: skip
+    ) -> Served:  # fmt: skip
         """Serve the queue until it is empty, and become the engine of the model served last.
 
         Requests that have a plan together are served by one run; an instance that several name is
@@ -341,7 +349,8 @@ class UnlearningEngine:
             wait: Wait while another process serves; else raise.
 
         Returns:
-            The requests that were done or failed, in that order.
+            The requests that were done or failed, in that order: a list, whose
+            `.verify(model=, ids=)` reads a certificate and recomputes it.
 
         Raises:
             ValueError: Arguments that make no plan, or an engine without requests.

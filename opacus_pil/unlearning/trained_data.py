@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from ..accounting.instance_ids import InstanceIds
 from ..errors import LedgerError
 from ..files.fingerprint import Fingerprint
+from ..heads import FrozenFeatures
 
 _AUGMENTED = "random augmentation"  # in a fingerprint's notes, of a transform
 
@@ -65,6 +66,11 @@ class TrainedData:
                 "same order; rows that were forgotten keep their places."
             )
 
+    def erase(self, rows: Iterable[int]) -> None:
+        """Let the data set overwrite what it keeps of rows, if it is one that can."""
+        if isinstance(self.dataset, FrozenFeatures):
+            self.dataset.erase(sorted(rows))
+
     def codes(self) -> tuple[str, ...]:
         """Return what a certificate takes for granted about the data: codes of its context."""
         found = []
@@ -74,6 +80,8 @@ class TrainedData:
             found.append("dataset_not_fingerprinted")
         if any(_AUGMENTED in note for note in self.began.notes):
             found.append("augmentation_random")
+        if isinstance(self.dataset, FrozenFeatures):
+            found.append("frozen_part_is_public")
         return tuple(found)
 
     def state(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ..saved_state import load, saved
 from ..state import TrainedState
 from .batching import Planned, together
 from .queue import Request, RequestQueue
+from .served import Served
 from .server import Batch, Server
 
 _KIND = "served model"
@@ -108,7 +109,7 @@ class Serving:
         seed: int | None,
         checkpoint_every: int,
         wait: bool,
-    ) -> list[Request]:
+    ) -> Served:
         """Serve until nothing is queued; arguments and errors as in `UnlearningEngine.serve`."""
         if METHOD[wish["method"]].retrains and self._state.make_model is None:
             raise ValueError(
@@ -124,7 +125,7 @@ class Serving:
             while self._serve_next(service):
                 pass
             self._clean_up(None)
-        return [self.queue.get(request_id) for request_id in finished]
+        return Served(map(self.queue.get, finished), folder=self.queue.folder)
 
     # --- before the first batch ---------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class Serving:
         state.data.require_same()
         self._rehearsals = Rehearsals(state)
         self._rehearsals.without(_NO_ROWS)
+        state.data.erase(state.forgotten)  # whom a killed server had served
         if self._file is None:
             self._file = _write_state(state, self.queue.folder)
             server.begin(self._file, data=state.data.state())
@@ -290,6 +292,7 @@ class Serving:
                 result |= _certified(done, path)
             server.finish(batch, state_file=name, result=result)
             self._file = name
+        self._state.data.erase(self._state.forgotten)
 
     def _run(
         self, batch: Batch, plan: UnlearningPlan, *, checkpoint_every: int

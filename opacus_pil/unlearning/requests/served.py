@@ -1,0 +1,82 @@
+"""Served: what one call of `serve` has finished, and the certificates that it wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch.nn as nn
+
+from ...certificates.certificate_file import read_certificate, read_key
+from ...certificates.verification import verify_certificate
+from ...certificates.verification_report import VerificationReport
+from ...errors import CertificateError
+from ...files.model_hash import model_hash
+from .queue import Request
+
+
+class Served(list[Request]):
+    """Requests that were done or failed, in that order; a list.
+
+    Args:
+        requests: They.
+        folder: Where the queue keeps its certificates.
+    """
+
+    def __init__(self, requests: Iterable[Request], *, folder: Path) -> None:
+        super().__init__(requests)
+        self.folder = folder
+
+    @property
+    def certificates(self) -> tuple[Path, ...]:
+        """The certificate files that were written, each once, in the order of their runs."""
+        names = [(one.result or {}).get("certificate_file") for one in self]
+        return tuple(self.folder / name for name in dict.fromkeys(names) if name)
+
+    def verify(
+        self,
+        *,
+        model: nn.Module | None = None,
+        ids: Sequence[str | int] | None = None,
+        signed_by: str | None = None,
+    ) -> VerificationReport:
+        """Read the certificate of some ids from disk and recompute what it says.
+
+        Guarantee: that of `certificates.verify_certificate`, which is run on the file and its key.
+
+        Args:
+            model: Held against the model after unlearning; plain or wrapped.
+            ids: Who is looked for among the forgotten. Default: nobody is, and there must be one
+                certificate.
+            signed_by: Public key that must have signed it, 32 bytes in hex.
+
+        Raises:
+            CertificateError: No certificate was written for them (the message says why), or several
+                were.
+            LedgerError, OSError: The file is damaged or gone.
+        """
+        wanted = None if ids is None else set(ids)
+        chosen = [one for one in self if wanted is None or wanted & set(one.ids)]
+        names = [(one.result or {}).get("certificate_file") for one in chosen]
+        files = list(dict.fromkeys(name for name in names if name))
+        if len(files) != 1:
+            raise CertificateError(
+                f"Expected one certificate for these requests, got {len(files)}: "
+                f"{'; '.join(map(_words, chosen)) or 'nobody asked for these ids here'}. "
+                "Name the ids of one run."
+            )
+        path = self.folder / files[0]
+        key = Path(f"{path}.key")
+        return verify_certificate(
+            read_certificate(path),
+            model_sha256=None if model is None else model_hash(model),
+            key=read_key(key) if key.exists() else None,
+            ids=ids,
+            signed_by=signed_by,
+        )
+
+
+def _words(request: Request) -> str:
+    found = request.result or {}
+    why = found.get("certificate_file") or found.get("no_certificate_file") or found.get("reason")
+    return f"{request.request_id}: {request.state}, {why or found.get('status', 'no result')}"

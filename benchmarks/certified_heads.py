@@ -13,6 +13,7 @@ class from the public model; 1,000 images test. δ = 1/n. All constants are cons
   the deployed one, and one retrained without the set;
 - frontier: for fixed K the least noise of the first step that reaches ε, and the accuracy of the
   head after K steps, mean over runs: what a deletion costs in accuracy if it may cost K steps;
+  beside it the same with more noise in every step, and in the last one only;
 - seconds: from `submit` to a certificate that was written, read and verified.
 
     python benchmarks/certified_heads.py            # about 25 minutes on two busy cores
@@ -39,6 +40,8 @@ from tqdm import tqdm
 
 from opacus_pil import CertificateError, PerInstancePrivacyEngine, UnlearningEngine
 from opacus_pil.certificates import LangevinCertificate
+from opacus_pil.certificates.gaussian import gaussian_epsilon
+from opacus_pil.certificates.hull import lower_hull
 from opacus_pil.datasets import load, split
 from opacus_pil.heads import (
     BoundedFeatures,
@@ -110,8 +113,8 @@ def trained_backbone(images: torch.Tensor, labels: torch.Tensor, *, seed: int) -
 
 def descend(
     data: Any, setting: Setting, *, steps: int, noise: float = 0.0, seed: int = 0,
-    start: torch.Tensor | None = None, caps: np.ndarray | None = None, burst: float = 1.0,
-    divisor: int | None = None,
+    start: torch.Tensor | None = None, caps: np.ndarray | None = None,
+    scales: np.ndarray | None = None, divisor: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Run the head's own steps in closed form, weights (classes, width); a test compares them."""
     x, y = data.features.double(), nn.functional.one_hot(data.targets, CLASSES).double()
@@ -125,7 +128,7 @@ def descend(
             residuals *= (limits / (residuals.abs() * norms + 1e-6)).clamp(max=1.0)
         weights = (1 - STEP_SIZE * setting.weight_decay) * weights
         weights -= STEP_SIZE / n * residuals.T @ x
-        std = noise * (burst if step == 0 else 1.0)
+        std = noise * (1.0 if scales is None else float(scales[step]))
         if std:
             weights += std * torch.randn(weights.shape, generator=generator).double()
     return weights
@@ -251,7 +254,11 @@ class _Part:
 def frontier(
     data: Any, test: Any, trained: Any, setting: Setting, caps: np.ndarray, scope: Scope
 ) -> list[dict[str, Any]]:
-    """For every K: the least noise of the first step that reaches ε, and what it leaves."""
+    """For every K: more noise in the first, in every or in the last step, and what it leaves.
+
+    "first" is what `plan(epsilon=, delta=, steps=)` gives; the other two are computed by the same
+    hull, for comparison.
+    """
     size, base, found = len(data), unlearner(data, trained), []
     start, sets = weights_of(base.module), chosen_sets(caps, seed=1)
     for name in ("median", "worst", "10", "100"):
@@ -263,24 +270,50 @@ def frontier(
                 plan = base.plan(
                     members, epsilon=epsilon, delta=1.0 / size, method="langevin", steps=steps
                 )
-                after = [
-                    accuracy(
-                        descend(
-                            retained, setting, steps=steps, noise=setting.noise_std, seed=seed,
-                            start=start, caps=caps[kept], burst=plan.noise_burst, divisor=size,
-                        ),
-                        test,
-                    )
-                    for seed in range(scope.runs)
-                ]  # fmt: skip
-                found.append(
-                    {
-                        "set": name, "epsilon": epsilon, "steps": steps,
-                        "burst": plan.noise_burst, "accuracy": float(np.mean(after)),
-                        "spread": float(np.std(after)),
-                    }
-                )  # fmt: skip
+                row = {"set": name, "epsilon": epsilon, "steps": steps, "burst": plan.noise_burst}
+                for where in ("first", "every", "last"):
+                    scales = _scales(plan, where=where)
+                    after = [
+                        accuracy(
+                            descend(
+                                retained, setting, steps=steps, noise=setting.noise_std, seed=seed,
+                                start=start, caps=caps[kept], scales=scales, divisor=size,
+                            ),
+                            test,
+                        )
+                        for seed in range(scope.runs)
+                    ]  # fmt: skip
+                    row |= {where: float(np.mean(after)), f"{where}_std": float(np.std(after))}
+                found.append(row)
     return found
+
+
+def _scales(plan: Any, *, where: str) -> np.ndarray:
+    """Return the noise of each step in units of training's that reaches the plan's target."""
+    certificate, steps = plan.certificate, plan.steps
+    trained = len(certificate.shifts)
+    c, noise = certificate.contraction, certificate.noise_std
+    shifts = np.append(certificate.shifts, np.zeros(steps))
+
+    def scales(burst: float) -> np.ndarray:
+        found = np.full(steps, burst if where == "every" else 1.0)
+        if where != "every":
+            found[0 if where == "first" else -1] = burst
+        return found
+
+    def reached(burst: float) -> bool:
+        stds = noise * np.append(np.ones(trained), scales(burst))
+        hull = lower_hull(np.full(len(stds), c), stds, shifts, initial_distance=0.0)
+        mu = hull.mu(0, contraction=c, noise_std=noise)
+        return gaussian_epsilon(mu, delta=plan.delta) <= plan.target_epsilon
+
+    low, high = 0.0, 20.0  # of log(burst)
+    if reached(1.0):
+        return scales(1.0)
+    while high - low > 1e-3:
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if reached(math.exp(middle)) else (middle, high)
+    return scales(math.exp(high))
 
 
 def seconds(data: Any, trained: Any) -> dict[str, Any]:
@@ -375,7 +408,8 @@ def print_setting(found: dict[str, Any]) -> None:
     keys = dict.fromkeys((r["epsilon"], r["set"]) for r in found["frontier"])
     for epsilon, name in keys:
         cells = [
-            f"{r['accuracy']:.3f} ({r['burst']:.3g}×)" for r in found["frontier"]
+            f"{r['first']:.3f} ({r['burst']:.3g}×) · {r['every']:.3f} · {r['last']:.3f}"
+            for r in found["frontier"]
             if (r["epsilon"], r["set"]) == (epsilon, name)
         ]  # fmt: skip
         print(f"| {epsilon} | {name} | " + " | ".join(cells) + " |")

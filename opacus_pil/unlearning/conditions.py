@@ -1,14 +1,14 @@
 """Condition: one thing that the proof of contraction needs of a run, met or not, with its cure.
 
-Knows words; what is looked at is `glm.py` and `feature_norm.py`.
+Knows words; what is looked at is `glm.py`, `linear_model.py` and `feature_norm.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from ..errors import CertificateError
+from ..errors import CertificateError, UnsupportedError
 
 
 class Condition(NamedTuple):
@@ -19,21 +19,39 @@ class Condition(NamedTuple):
         domain: What is needed.
         found: What there is.
         cure: What to do about it.
+        error: In other words, where somebody else has looked.
     """
 
     holds: bool
     domain: str
     found: str
     cure: str
+    error: CertificateError | UnsupportedError | None = None
+
+
+def looked_at(domain: str, look: Callable[[], object]) -> Condition:
+    """Return the condition that a look does not raise.
+
+    Args:
+        domain: What is needed.
+        look: Raises CertificateError or UnsupportedError where it is not.
+    """
+    try:
+        look()
+    except (CertificateError, UnsupportedError) as error:
+        return Condition(False, domain, "", "", error)
+    return Condition(True, domain, "", "")
 
 
 def require_contracting(conditions: Iterable[Condition]) -> None:
-    """Raise at the first condition that is not met.
+    """Raise at the first condition that is not met; the ones after it are not looked at.
 
     Raises:
         CertificateError: With its words.
     """
     for one in conditions:
+        if one.error is not None:
+            raise one.error
         if not one.holds:
             raise CertificateError(
                 f"Expected {one.domain} for a contraction certificate, got {one.found}. {one.cure}"

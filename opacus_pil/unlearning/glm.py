@@ -22,9 +22,9 @@ from ..certificates.capped_glm import SHIFT_ROUND_UP
 from ..training.account import Account
 from ..training.kernel import TrainingKernel
 from ..training.task import Task
-from .conditions import Condition, require_contracting
+from .conditions import Condition, looked_at, require_contracting
 from .convex_loss import ConvexLoss, convex_loss
-from .feature_norm import checked_feature_norm
+from .feature_norm import FeatureNorms, checked_feature_norm
 from .linear_model import LinearModel, linear_model
 from .state import TrainedState
 
@@ -71,66 +71,84 @@ class GlmRun:
         measured: bool = False,
         evidence: Callable[[], None] | None = None,
     ) -> None:
-        ran = _of(state) if ran is None else ran
         assert state.kernel is not None
         self.kernel, self._measured = state.kernel, measured
-        self._model, self._loss, self.feature_norm = self._looked_at_model(state, ran)
-        ledger = ran.account.per_instance
-        self._look_at_ledger(ledger, ran, evidence=evidence or ran.account.require_evidence)
+        ran = _of(state) if ran is None else ran
+        require_contracting(self._looked_at(state, ran, evidence=evidence))
         group = ran.optimizer.param_groups[0]
         self.step_size, self.weight_decay = float(group["lr"]), float(group["weight_decay"])
         self.caps = self._caps(ran.account)
 
-    def _looked_at_model(
-        self, state: TrainedState, ran: Ran
-    ) -> tuple[LinearModel, ConvexLoss, float]:
-        """Return the model, its loss and the norm of its features, if it is one."""
+    @classmethod
+    def conditions(cls, state: TrainedState) -> list[Condition]:
+        """Return everything that is asked of a run, met or not, as far as it can be asked.
+
+        What a missing condition is the ground of is not in the list.
+        """
+        run = cls.__new__(cls)
+        assert state.kernel is not None
+        run.kernel, run._measured = state.kernel, False
+        return list(run._looked_at(state, _of(state), evidence=None))
+
+    def _looked_at(
+        self, state: TrainedState, ran: Ran, *, evidence: Callable[[], None] | None
+    ) -> Iterator[Condition]:
+        """Look at one thing after the other; ends where nothing more can be asked."""
+        yield from self._of_model(state, ran)
+        if hasattr(self, "feature_norm"):
+            yield from self._of_ledger(ran, evidence or ran.account.require_evidence)
+
+    def _of_model(self, state: TrainedState, ran: Ran) -> Iterator[Condition]:
+        """Look at the model, its loss and its features."""
         task, training = state.task, state.privacy_engine
         assert training is not None
-        model = linear_model(ran.module, evaluated=state.evaluated)
+        found: list[LinearModel] = []
+        yield looked_at(
+            "linear outputs, alone or on a frozen part",
+            lambda: found.append(linear_model(ran.module, evaluated=state.evaluated)),
+        )
+        if not found:
+            return
+        (model,) = found
         criterion: Any = task.criterion if task.own_loss is None else task.own_loss
         loss = convex_loss(criterion, outputs=model.outputs)
-        require_contracting(
-            [
-                *_known_loss(criterion, loss, self.kernel.loss_reduction),
-                _same_task(task, training.task, measured=self._measured),
-                *_clipped_apart(model, self.kernel),
-            ]
-        )
-        assert loss is not None
-        norms = checked_feature_norm(
-            model.radius if state.feature_norm is None else state.feature_norm,
-            state.data.dataset,
-            rows=state.retain_set,
-            bias=model.bias,
-            features_of=model.features_of,
-        )
+        yield from _known_loss(criterion, loss, self.kernel.loss_reduction)
+        yield _same_task(task, training.task, measured=self._measured)
+        yield from _clipped_apart(model, self.kernel)
+        if loss is None:
+            return
+        norms: list[FeatureNorms] = []
+        bound = model.radius if state.feature_norm is None else state.feature_norm
+        yield looked_at(
+            "feature_norm, a public bound that every feature vector keeps",
+            lambda: norms.append(
+                checked_feature_norm(
+                    bound, state.data.dataset, rows=state.retain_set, bias=model.bias,
+                    features_of=model.features_of,
+                )
+            ),
+        )  # fmt: skip
+        if not norms:
+            return
         if model.outputs > 1 and not model.separate:
             caps = ran.account.per_instance.caps
-            lengths = loss.steepest * norms.of_rows
+            lengths = loss.steepest * norms[0].of_rows
             limits = np.ones_like(lengths) if caps is None else caps[state.retain_set]
-            require_contracting(
-                _never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths)
-            )
-        return model, loss, norms.bound
+            yield from _never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths)
+        self._loss, self.feature_norm = loss, norms[0].bound
 
-    def _look_at_ledger(
-        self, ledger: PerInstanceAccountant, ran: Ran, *, evidence: Callable[[], None]
-    ) -> None:
-        """Raise unless all steps were alike, with caps fixed before them, as far as was seen."""
-        measured = self._measured
-        norms: list[Condition] = []
+    def _of_ledger(self, ran: Ran, evidence: Callable[[], None]) -> Iterator[Condition]:
+        """Look whether all steps were alike, with caps fixed before them, as far as was seen."""
+        ledger, measured = ran.account.per_instance, self._measured
         if not measured:
-            norms += _small_norms(ran.account, allowed=self._loss.steepest * self.feature_norm)
-            if ledger.guarantee != "bound":
-                require_contracting(norms)
-                evidence()  # says why, where a step is the cause
-        require_contracting(
-            [*norms, *_fixed_caps(ledger, measured=measured), *_plain_descent(ran.optimizer)]
+            yield _small_norms(ran.account, allowed=self._loss.steepest * self.feature_norm)
+            yield looked_at("steps that a certificate can rest on", evidence)
+        yield from _fixed_caps(ledger, measured=measured)
+        yield from _plain_descent(ran.optimizer)
+        yield looked_at(
+            "constant steps, those of the optimizer as it is",
+            lambda: ran.account.require_constant_steps(self.kernel.update_by(ran.optimizer)),
         )
-        ran.account.require_constant_steps(self.kernel.update_by(ran.optimizer))
-        if not measured:
-            evidence()
 
     def _caps(self, account: Account) -> FloatArray:
         """Return what every instance was clipped to, shape (instances, outputs that are apart)."""
@@ -273,13 +291,12 @@ def _never_clipped(
     )
 
 
-def _small_norms(account: Account, *, allowed: float) -> Iterator[Condition]:
+def _small_norms(account: Account, *, allowed: float) -> Condition:
     """Hold the gradients that were clipped against those that loss and features allow."""
-    if "earlier_release" in account.findings:
-        return  # it kept none; the certificate's context says so
     largest = account.largest_norm
-    yield Condition(
-        largest <= allowed * SHIFT_ROUND_UP,
+    # A release that kept none says so in the certificate's context.
+    return Condition(
+        "earlier_release" in account.findings or largest <= allowed * SHIFT_ROUND_UP,
         f"gradients of norm at most {allowed:g}, as the loss and feature_norm allow,",
         f"norm {largest:.6g} in training" if math.isfinite(largest) else "none that were kept",
         "The loss was scaled, features were others or targets not in [0, 1]: train on what is "

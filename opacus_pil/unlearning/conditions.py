@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from ..errors import CertificateError, UnsupportedError
+from ..errors import CertificateError, OpacusPilError
 
 
 class Condition(NamedTuple):
@@ -26,7 +26,7 @@ class Condition(NamedTuple):
     domain: str
     found: str
     cure: str
-    error: CertificateError | UnsupportedError | None = None
+    error: OpacusPilError | None = None
 
 
 def looked_at(domain: str, look: Callable[[], object]) -> Condition:
@@ -34,11 +34,11 @@ def looked_at(domain: str, look: Callable[[], object]) -> Condition:
 
     Args:
         domain: What is needed.
-        look: Raises CertificateError or UnsupportedError where it is not.
+        look: Raises an error of this package where it is not.
     """
     try:
         look()
-    except (CertificateError, UnsupportedError) as error:
+    except OpacusPilError as error:
         return Condition(False, domain, "", "", error)
     return Condition(True, domain, "", "")
 

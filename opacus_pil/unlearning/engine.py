@@ -8,8 +8,10 @@ when a run has ended well.
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -26,16 +28,19 @@ from ..privacy_engine import PerInstancePrivacyEngine
 from ..training.task import Collate, Task
 from .described import described_state
 from .goal import checked_goal, plain_wish
+from .options import Options, Trial, options_for
 from .pilots import Calibration
 from .plan import UnlearningPlan
 from .planning import Planning, mean_log_loss_of
 from .requests.queue import Request, RequestQueue
 from .requests.served import Served
 from .requests.serving import Serving
+from .requirements import Requirements, requirements_of
 from .result import UnlearningResult
 from .run import Run, Watch, require_runnable
 from .saved_state import load, saved
 from .state import MakeModel
+from .suggest import Suggestion, suggested
 
 
 class UnlearningEngine:
@@ -169,6 +174,88 @@ class UnlearningEngine:
             ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
         """
         return mean_log_loss_of(self._state, self._state.named(forget, rows), order=order)
+
+    @staticmethod
+    def suggest(
+        public: Dataset, *, epsilon: float, delta: float, num_instances: int, set_size: int = 1,
+        steps: int = 100, feature_norm: float = 1.0, cap_factor: float = 1.5,
+        cap_floor: float = 0.02, seed: int = 0, progress: bool = True,
+    ) -> Suggestion:  # fmt: skip
+        """Return constants of training, before it, for deletions that are cheap after it.
+
+        Guarantee: none about accuracy, which is that of public rows; the steps are what the
+            certificate will ask for, for members whose caps are at most the public 90 % quantile.
+
+        Args:
+            public: Of (features, class number); nothing private may be in it. At least 4 rows,
+                better some hundred per class.
+            epsilon, delta: Target of a deletion.
+            num_instances: Size of the private training set.
+            set_size: Instances forgotten together.
+            steps: Most steps that a deletion may take.
+            feature_norm: Bound on the features' norm, the constant included.
+            cap_factor, cap_floor: Rule of `heads.caps_from_public_model`.
+            seed: Of the split into halves and the noise.
+            progress: Show a progress bar when the output is a terminal.
+
+        Raises:
+            CertificateError: Nothing on the grid reaches the target in so many steps.
+            ValueError: A value outside its range.
+        """
+        return suggested(
+            public, epsilon=epsilon, delta=delta, num_instances=num_instances, set_size=set_size,
+            steps=steps, feature_norm=feature_norm, cap_factor=cap_factor, cap_floor=cap_floor,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+
+    def requirements(self, method: str = "langevin") -> Requirements:
+        """Return everything that a method needs of this model, met or not, each with its cure.
+
+        Looks at the model, its training and its data, and changes nothing. `print` shows the list.
+
+        Args:
+            method: As in `plan`.
+
+        Raises:
+            ValueError: An unknown method.
+        """
+        return requirements_of(self._state, method)
+
+    def options(
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        epsilon: float, delta: float, methods: Sequence[str] | None = None,
+        certificate: NoisyFineTuningCertificate | None = None,
+        score: Callable[[nn.Module], float] | None = None, max_steps: int | None = None,
+    ) -> Options:  # fmt: skip
+        """Return a table of methods: what is certified, its steps, its cost, and why not.
+
+        Args:
+            forget: Instances, by their ids if there are ids, else by row.
+            rows: Rows in their place.
+            epsilon, delta: Target of the methods that can be certified.
+            methods: Some of those of `plan`. Default: all.
+            certificate: For "noisy_finetuning", as in `plan`.
+            score: Higher is better, of a plain model on a held-out split that you name: certified
+                plans are then run on a branch, which changes nothing, and the difference is shown.
+                It takes as long as these runs take.
+            max_steps: As in `plan`.
+
+        Raises:
+            ValueError: As in `plan`, about the rows; an unknown method.
+
+        Privacy: steps and scores are private: they show how much the forget set weighs.
+        """
+        named = self._state.forgettable(self._state.named(forget, rows))
+        trial = Trial(
+            plan=functools.partial(self.plan, rows=named),
+            run=lambda plan: self.branch().unlearn(plan).module,
+            score=score,
+            before=math.nan if score is None else float(score(self.module)),
+        )
+        return options_for(
+            trial, epsilon=epsilon, delta=delta, methods=methods, certificate=certificate,
+            max_steps=max_steps,
+        )  # fmt: skip
 
     def plan(
         self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,

@@ -9,10 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..certificates import Certificate
+from ..certificates import (
+    Certificate,
+    DataProcessingCertificate,
+    NoisyFineTuningCertificate,
+)
 from ..errors import CertificateError, UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..training.account import Account
@@ -120,6 +125,23 @@ def require_still_weights(module: nn.Module) -> None:
         raise CertificateError(
             f"Expected a model whose weights are moved by noisy steps only, got an embedding with "
             f"max_norm at {name!r}, which rescales what a batch looks up. Leave max_norm out."
+        )
+
+
+def require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a caller's certificate cannot describe steps of this optimizer.
+
+    Raises:
+        CertificateError: It is not SGD, or has momentum.
+    """
+    if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
+        return  # of any optimizer; and of one of its own
+    moving = any(group.get("momentum") for group in optimizer.param_groups)
+    if moving or type(optimizer) is not torch.optim.SGD:
+        raise CertificateError(
+            f"Expected torch.optim.SGD without momentum for a {type(certificate).__name__}, got "
+            f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
+            "couples steps; train and unlearn with plain SGD."
         )
 
 

@@ -11,22 +11,19 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from .._validate import IntArray
 from ..certificates import (
     BestCertificate,
     Certificate,
     ContractionCertificate,
-    DataProcessingCertificate,
-    NoisyFineTuningCertificate,
     PoissonContractionCertificate,
 )
 from ..certificates.burst import with_burst
 from ..errors import CertificateError
 from .applicable import AndWorst, Question, certificates_for
+from .drowned import warn_if_drowned
 from .goal import Burst, FixedSteps, Goal, Pilots, Retraining, StepsAtDelta, Target
-from .grounds import require_still_weights, training_codes, with_codes
+from .grounds import require_plain_descent, require_still_weights, training_codes, with_codes
 from .methods import METHOD, RETRAINING
 from .noise_burst import least_burst
 from .pilots import mean_log_loss
@@ -84,6 +81,8 @@ class Planning:
         plan = self._unbound()
         self._require_rehearsed()
         self._require_moving(plan)
+        if isinstance(plan, CertifiedPlan):
+            warn_if_drowned(self._state.module, plan.certificate, steps=plan.steps)
         return replace(plan, basis=bound_to(plan, self._state.basis()))
 
     def _unbound(self) -> UnlearningPlan:
@@ -358,7 +357,7 @@ class Planning:
         if not isinstance(self._goal, Target | Burst | StepsAtDelta):
             return
         if self._goal.certificate is not None:
-            _require_plain_descent(self._goal.certificate, self._state.optimizer)
+            require_plain_descent(self._goal.certificate, self._state.optimizer)
         if self._goal.rules.own_constants:
             require_all_trainable(self._state.module)
 
@@ -384,16 +383,3 @@ def mean_log_loss_of(state: TrainedState, rows: IntArray, *, order: float) -> fl
     if ledger is None:
         raise ValueError("Expected privacy_engine for privacy losses, got None. Pass it.")
     return mean_log_loss(ledger.rdp(rows), orders=ledger.orders, order=order)
-
-
-def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a caller's certificate cannot describe steps of this optimizer."""
-    if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
-        return  # of any optimizer; and of one of its own
-    moving = any(group.get("momentum") for group in optimizer.param_groups)
-    if moving or type(optimizer) is not torch.optim.SGD:
-        raise CertificateError(
-            f"Expected torch.optim.SGD without momentum for a {type(certificate).__name__}, got "
-            f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
-            "couples steps; train and unlearn with plain SGD."
-        )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import LedgerError as LedgerError
     from .errors import OpacusPilError as OpacusPilError
     from .errors import UnsupportedError as UnsupportedError
+    from .files.ledger_table import LedgerTable as LedgerTable
     from .privacy_engine import PerInstancePrivacyEngine as PerInstancePrivacyEngine
     from .replaying.replay import replay as replay
     from .unlearning import UnlearningEngine as UnlearningEngine
@@ -30,6 +31,7 @@ _HOME = {
     "BatchMemoryManager": "capture.memory",
     "CertificateError": "errors",
     "LedgerError": "errors",
+    "LedgerTable": "files.ledger_table",
     "OpacusPilError": "errors",
     "UnsupportedError": "errors",
     "PerInstancePrivacyEngine": "privacy_engine",
@@ -40,10 +42,14 @@ _HOME = {
     "replay": "replaying.replay",
 }
 
-__all__ = [*_HOME, "__version__"]
+_ROOMS = ("accounting", "auditing", "certificates", "evaluation", "heads", "plots")
+
+__all__ = [*_HOME, *_ROOMS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -24,13 +24,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from . import _validate as check
-from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .accounting import DEFAULT_ORDERS, PerInstanceAccountant
 from .accounting.instance_ids import InstanceIds
 from .capture.indices import record_indices
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
 from .capture.sweep import Sweep
 from .errors import UnsupportedError
+from .exposure import PerInstanceEpsilon
 from .files.fingerprint import Fingerprint
 from .training import checkpoint
 from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
@@ -143,6 +144,15 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         self.account = Account(self.accountant, terms, caps=caps)
         self._trainings = Trainings(fingerprint)
 
+    def __repr__(self) -> str:
+        """Say in a line what is accounted for."""
+        known = f"norm_policy={self.norm_policy!r}"
+        if self.account.begun:
+            ledger = self.per_instance
+            known += f", {ledger.num_instances:,} instances, {ledger.steps:,} steps"
+            known += f", label {ledger.guarantee!r}"
+        return f"{type(self).__name__}({known})"
+
     # --- what it knows ------------------------------------------------------------------------
 
     @property
@@ -234,6 +244,8 @@ class PerInstancePrivacyEngine(PrivacyEngine):
     ) -> PerInstanceEpsilon:
         """Return each instance's epsilon at `delta`, with its guarantee and why not a stronger one.
 
+        The result answers: `spent[id]`, `spent.top(10)`, `spent.to_dataframe()`, `spent.plot()`.
+
         Args:
             delta: In (0, 1).
             indices: Instances to read, by their ids if the engine was given `instance_ids`, else by
@@ -244,7 +256,10 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             TypeError, ValueError: δ outside (0, 1), or an instance that is not there or named
                 twice.
         """
-        return self.per_instance.get_epsilon(delta, indices=self.account.positions(indices, rows))
+        norms = self.account.charger.norms.seen
+        return PerInstanceEpsilon.of(
+            self.per_instance, delta=delta, rows=self.account.positions(indices, rows), norms=norms
+        )
 
     def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
         """Return one ledger of all instances of a distributed training, in order of the data set.

@@ -296,6 +296,14 @@ class PerInstanceAccountant:
         """
         write_ledger(path, ledger_chunks(self, delta=delta, columns=columns))
 
+    def __repr__(self) -> str:
+        """Say in a line what the ledger holds."""
+        gone = f", {self.num_forgotten:,} forgotten" if self.num_forgotten else ""
+        return (
+            f"{type(self).__name__}({self.num_instances:,} instances, {self.steps:,} steps, label "
+            f"{self.guarantee!r}{gone})"
+        )
+
     # --- copying, saving and joining ----------------------------------------------------------
 
     def copy(self) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import matplotlib
 import numpy as np
@@ -14,11 +14,28 @@ from matplotlib.ticker import MaxNLocator
 from .. import _validate as check
 from .style import COLOURS, DASHES, MARKERS, STYLE, legend_above, vector
 
-if TYPE_CHECKING:
-    from ..evaluation.loss_barrier import LossBarrier
+
+class Barrier(Protocol):
+    """What is drawn of `evaluation.LossBarrier`."""
+
+    @property
+    def barrier(self) -> float:
+        """Highest loss above the chord."""
+
+    @property
+    def alphas(self) -> Sequence[float]:
+        """Positions on the line between two models."""
+
+    @property
+    def losses(self) -> Sequence[float]:
+        """Loss at each of them."""
+
+    @property
+    def chord(self) -> Sequence[float]:
+        """The straight line between the end losses."""
 
 
-def loss_barrier_curves(barriers: Mapping[str, Mapping[str, LossBarrier]]) -> Figure:
+def loss_barrier_curves(barriers: Mapping[str, Mapping[str, Barrier]]) -> Figure:
     """Draw the loss along the straight line between models: one panel per split, one line per pair.
 
     Args:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
-from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 import matplotlib
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .. import _validate as check
+from ..accounting.shown import rounded_up as rounded_up
 
 # Okabe and Ito (2008): told apart with every common colour vision; markers and dashes differ too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -76,17 +75,3 @@ def legend_above(axes: Any, *, columns: int) -> None:
         loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, borderaxespad=0.2,
         columnspacing=1.4, handlelength=2.2, borderpad=0.0,
     )  # fmt: skip
-
-
-def rounded_up(value: float, *, digits: int = 3) -> str:
-    """Print a number with a few significant digits, rounded up: ε is never shown too small.
-
-    >>> rounded_up(1.2301), rounded_up(0.05), rounded_up(float("inf"))
-    ('1.24', '0.05', '∞')
-    """
-    if not math.isfinite(value):
-        return "∞" if value > 0 else str(value)
-    # Through repr: 0.05 means the decimal that was printed, not the binary number just above it.
-    number = Decimal(repr(float(value)))
-    number = Context(prec=digits, rounding=ROUND_CEILING).plus(number)
-    return f"{number:f}" if number == 0 or 1e-6 <= abs(number) < 1e7 else f"{number:e}"

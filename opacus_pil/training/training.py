@@ -288,11 +288,10 @@ class Training:
     def _update(self, record: StepRecord, noise_std: float, batches: int) -> str:
         """Return `described_update` of this step; most steps are like the one before."""
         if self._noise_scale != 1.0:
-            kernel = self.kernel
-            base = kernel.noise_multiplier * float(kernel.max_grad_norm)
-            if noise_std == kernel.noise_multiplier * self._noise_scale * kernel.max_grad_norm:
+            z, clip = self.kernel.noise_multiplier, float(self.kernel.max_grad_norm)
+            if noise_std == z * self._noise_scale * clip:
                 self._charger.bursts.append(self._noise_scale)
-                noise_std = base  # as declared: more of the same noise
+                noise_std = z * clip  # as declared: more of the same noise
         clip_bound: Any = record.max_grad_norm
         if self.kernel.output_bounds and record.layer_bounds:
             clip_bound = record.layer_bounds

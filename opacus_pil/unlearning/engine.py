@@ -107,6 +107,14 @@ class UnlearningEngine:
         if requests is not None:
             self._serving = Serving(RequestQueue(requests), self._state, progress=progress)
 
+    def __repr__(self) -> str:
+        """Say in a line what is left and what has run."""
+        state = self._state
+        return (
+            f"{type(self).__name__}({state.data.size:,} instances, {len(state.forgotten):,} "
+            f"forgotten in {state.requests_served} runs)"
+        )
+
     @property
     def module(self) -> nn.Module:
         """The plain model as it is now: trained, or unlearned by the last run."""

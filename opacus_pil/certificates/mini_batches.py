@@ -7,6 +7,7 @@ and the settings of the run. For batches that are known before the run see `know
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,16 +21,18 @@ from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
 from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
-from .causal_plan import log_moment
+from .batch_moments import CURVE_ORDERS, BatchMoments
+from .causal_plan import step_by_step_curve
 from .contraction import SHIFT_ROUND_UP, ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
-from .record import Certificate
+from .record import Certificate, OnProbe
+from .step_search import smallest_steps
 
-# Neighbours (in α − 1) are a factor 1.5 apart: the best of them is within 2 % of the best order.
-_ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 24)
 _SIZE_SHARE = 0.01  # of δ, spent on batches so large that they are not followed
-_COUNTED = (2_000, 1_000_000)  # unlearning steps that are counted: sizes followed, one factor
+_COUNTED = 1_000_000  # unlearning steps that are counted; the rest is data processing
+_LEVELS = 4096  # different shifts of a batch that are told apart
+_SILENCE = 0.5  # seconds of a long evaluation without a sign of life
 
 
 @dataclass(frozen=True)
@@ -211,65 +214,116 @@ class PoissonContractionCertificate(Certificate):
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:
         """Rényi divergence bound in nats after `steps` steps, shape (orders,)."""
         asked = _validate.orders(orders)
-        steps = _validate.integer("steps", steps, low=0)
-        return self._bounds(asked, steps, self.num_retained)[0]
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
+        moments = self._moments(self.num_retained)
+        curve = np.full_like(CURVE_ORDERS, 0.0 if self._present == 0.0 else math.inf)
+        if moments is not None:
+            curve = moments.rdp(CURVE_ORDERS, steps=steps)
+        at_orders = DataProcessingCertificate(curve.tolist(), CURVE_ORDERS.tolist())
+        mu = self._everyone(self.num_retained).mu(steps)
+        return np.minimum(asked * (mu * mu / 2.0), at_orders.rdp(asked, steps=steps))
 
     def epsilon(self, *, delta: float, steps: int) -> float:
         """ε of the (ε, δ) statement after `steps` unlearning steps; see `Certificate.epsilon`.
 
-        The least of the conversion over DEFAULT_ORDERS and the exact Gaussian curve with every
+        The least of the conversion at orders of its own and the exact Gaussian curve with every
         forgotten instance in every batch, each at δ less the probability of too large a batch.
         """
+        return self._searched(delta, steps, None)
+
+    def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
+        """ε by a plan that took every step of training by itself; seconds, sometimes less."""
         delta = _validate.delta(delta)
-        steps = _validate.integer("steps", steps, low=0)
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
         largest, rest = self._largest_batch(delta)
-        curve, mu = self._bounds(np.asarray(DEFAULT_ORDERS), steps, largest)
+        curve = np.full(len(DEFAULT_ORDERS), math.inf)
+        if self._moments(largest) is not None:
+            curve = step_by_step_curve(
+                DEFAULT_ORDERS,
+                factors=self._factors(largest),
+                shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
+                training_steps=self.training_steps,
+                unlearning_steps=steps,
+            )
         converted = float(rdp_to_epsilon(curve, orders=DEFAULT_ORDERS, delta=rest)[0])
-        return min(converted, gaussian_epsilon(mu, delta=rest))
+        return min(converted, gaussian_epsilon(self._everyone(largest).mu(steps), delta=rest))
+
+    def _probed(self, delta: float, steps: int, on_probe: OnProbe | None) -> float:
+        """ε, and whoever waits for the search is told, also while it takes its time."""
+        found = self._searched(delta, steps, on_probe)
+        if on_probe is not None:
+            on_probe(steps, found)
+        return found
+
+    def _first(self, target: float, delta: float, high: int, on_probe: OnProbe | None) -> int:
+        """Smallest K <= high with ε(K) <= target, given that `high` reaches it."""
+        at_once = self._probed(delta, 0, on_probe)
+        if at_once <= target:
+            return 0
+        return smallest_steps(
+            lambda steps: self._probed(delta, steps, on_probe),
+            target=target,
+            at_once=at_once,
+            high=high,
+        )
+
+    def _searched(self, delta: float, steps: int, on_probe: OnProbe | None) -> float:
+        delta = _validate.delta(delta)
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
+        if (delta, steps) not in self._found:
+            largest, rest = self._largest_batch(delta)
+            found = gaussian_epsilon(self._everyone(largest).mu(steps), delta=rest)
+            moments = self._moments(largest)
+            if moments is not None:
+                alive = None if on_probe is None else _Alive(on_probe, steps)
+                found = min(found, moments.epsilon(delta=rest, steps=steps, on_block=alive))
+            self._found[delta, steps] = found
+        return self._found[delta, steps]
+
+    @cached_property
+    def _found(self) -> dict[tuple[float, int], float]:
+        """What was computed: the search for K and the report ask for the same K twice."""
+        return {}
+
+    def _moments(self, largest: int) -> BatchMoments | None:
+        """What batches of at most `largest` retained instances give away; None: all or nothing."""
+        if largest not in self._by_size:
+            found = None
+            if self._present > 0.0 and self.training_steps > 0:
+                # Nothing is hidden where the noise is next to none.
+                if self.noise_std > 1e-100 * self._present:
+                    found = BatchMoments(
+                        self._factors(largest),
+                        sum_law(self._shifts / self.noise_std, self.sample_rate, levels=_LEVELS),
+                        training_steps=self.training_steps,
+                    )
+            self._by_size[largest] = found
+        return self._by_size[largest]
+
+    @cached_property
+    def _by_size(self) -> dict[int, BatchMoments | None]:
+        return {}
+
+    def _everyone(self, largest: int) -> ContractionCertificate:
+        """The run with every forgotten instance in every batch, none larger than `largest`."""
+        if largest not in self._with_everyone:
+            shifts = (self._present,) * self.training_steps
+            factor = float(self._factor(largest))
+            self._with_everyone[largest] = ContractionCertificate(factor, self.noise_std, shifts)
+        return self._with_everyone[largest]
+
+    @cached_property
+    def _with_everyone(self) -> dict[int, ContractionCertificate]:
+        return {}
 
     def _largest_batch(self, delta: float) -> tuple[int, float]:
         """Largest batch to follow, and δ less the probability that any batch is larger."""
         if self._factor(self.num_retained) == self._factor(0):
             return self.num_retained, delta
-        rate = _SIZE_SHARE * delta / (self.training_steps + _COUNTED[1])
+        rate = _SIZE_SHARE * delta / (self.training_steps + _COUNTED)
         size = largest_size(trials=self.num_retained, rate=self.sample_rate, tail=rate)
         # A union bound over all steps, as many as are ever counted: the same δ for every K.
         return size, delta * (1.0 - _SIZE_SHARE) * (1.0 - 1e-15)
-
-    def _bounds(self, orders: FloatArray, steps: int, largest: int) -> tuple[FloatArray, float]:
-        """Rényi bound, and μ with everyone present, if no batch retains more than `largest`."""
-        steps = min(steps, _COUNTED[1])  # the rest is data processing
-        shifts = (self._present,) * self.training_steps
-        factor = float(self._factor(largest))
-        mu = ContractionCertificate(factor, self.noise_std, shifts).mu(steps)
-        curve = DataProcessingCertificate(self._curve(steps, largest).tolist(), _ORDERS.tolist())
-        return np.minimum(orders * (mu * mu / 2.0), curve.rdp(orders, steps=steps)), mu
-
-    def _curve(self, steps: int, largest: int) -> FloatArray:
-        """Rényi bound at `_ORDERS` by the causal plan."""
-        factors = self._factors(largest)
-        if len(factors.values) > 1:
-            steps = min(steps, _COUNTED[0])
-        key = steps, largest
-        if key not in self._curves:
-            moment = np.full_like(_ORDERS, math.inf)
-            if self._present == 0.0:
-                moment = np.zeros_like(_ORDERS)
-            elif self.noise_std > 1e-100 * self._present:
-                moment = log_moment(
-                    _ORDERS,
-                    factors=factors,
-                    shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
-                    training_steps=self.training_steps,
-                    unlearning_steps=steps,
-                )
-            self._curves[key] = moment / (_ORDERS - 1.0)
-        return self._curves[key]
-
-    @cached_property
-    def _curves(self) -> dict[tuple[int, int], FloatArray]:
-        """What `_curve` has computed: the search for K and the report ask for the same K twice."""
-        return {}
 
     @property
     def _shifts(self) -> FloatArray:
@@ -296,6 +350,18 @@ class PoissonContractionCertificate(Certificate):
         """Law of the factor over batches of at most `largest` retained instances."""
         values = self._factor(np.arange(largest + 1))
         return factor_law(values, trials=self.num_retained, rate=self.sample_rate)
+
+
+class _Alive:
+    """Tells of an evaluation that takes long."""
+
+    def __init__(self, on_probe: OnProbe, steps: int) -> None:
+        self._tell, self._steps, self._last = on_probe, steps, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._last >= _SILENCE:
+            self._last = time.monotonic()
+            self._tell(self._steps, None)
 
 
 def _require(name: str, value: object, needed: object, cure: str) -> None:

@@ -147,7 +147,7 @@ def fork(found: dict[str, Any], *, mode: str, policy: str) -> None:
     engine = training.engine
     found["kernel"] = refusal(lambda: vars(engine.kernel))
     copy = engine.fork()
-    copy.forget([0, 3])
+    copy.account.forget([0, 3])
     module = convolutional()
     rest = np.setdiff1d(np.arange(SIZE), [0, 3])
     made = copy.make_private_on(
@@ -172,16 +172,16 @@ def fork(found: dict[str, Any], *, mode: str, policy: str) -> None:
 def charged(found: dict[str, Any]) -> None:
     training = Training(engine={"history": True}).run(until=3)
     engine = training.engine
-    engine.charge_everyone(noise_multiplier=2.0, sample_rate=0.1)
+    engine.account.charge_everyone(noise_multiplier=2.0, sample_rate=0.1)
     found["everyone"] = ledger(engine.per_instance)
-    engine.forget([2])
-    found["again"] = refusal(lambda: engine.forget([2]))
-    engine.charge_without_noise(2)
+    engine.account.forget([2])
+    found["again"] = refusal(lambda: engine.account.forget([2]))
+    engine.account.charge_without_noise(2)
     found["without noise"] = losses(engine)
-    state = engine.ledger_state()
+    state = engine.account.state()
     found["keys"] = sorted(state["per_instance"])
     other = Training(engine={"history": True})
-    other.engine.load_ledger_state(state)
+    other.engine.account.load_state(state)
     found["loaded"] = ledger(other.engine.per_instance)
     gathered = engine.gather_per_instance()
     found["gathered"] = ledger(gathered)

@@ -23,9 +23,9 @@ FACADES = (
 )
 # Documented by name, and not reached through a façade.
 SINGLE = {
-    "opacus_pil.ledger_table": ("LedgerTable",),
+    "opacus_pil.files.ledger_table": ("LedgerTable",),
     "opacus_pil.accounting.pld": ("tight_epsilon", "tight_group_epsilon"),
-    "opacus_pil.unlearning.model_hash": ("model_hash", "model_file_hash"),
+    "opacus_pil.files.model_hash": ("model_hash", "model_file_hash"),
     "opacus_pil.datasets": None,
     "opacus_pil.plots": None,
     "opacus_pil.report": None,

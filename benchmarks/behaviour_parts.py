@@ -132,7 +132,7 @@ def losses(engine: Any) -> dict[str, Any]:
     for name, read in {
         "engine_epsilon": lambda: spread(engine.get_per_instance_epsilon(DELTA).epsilon),
         # Norms as they were measured, before they are rounded up to a level.
-        "measured": lambda: plain(without(engine.ledger_state()["per_instance"], "ledger")),
+        "measured": lambda: plain(without(engine.account.state()["per_instance"], "ledger")),
     }.items():
         found["per_instance"][name] = _read(read)
     return found

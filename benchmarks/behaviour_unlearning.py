@@ -12,7 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from behaviour_parts import DELTA, digest, ledger, plain, refusal, sheet, weights, without
+from behaviour_parts import (
+    DELTA,
+    digest,
+    ledger,
+    plain,
+    refusal,
+    reseed,
+    sheet,
+    weights,
+    without,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -281,6 +291,7 @@ def plans() -> Iterator[tuple[str, Any]]:
         found["ledger"] = ledger(trained.engine.per_instance)
         state = engine.state_dict()
         found["state"] = sorted(state)
+        reseed(3)  # the same data: another engine is another process
         again = logistic().unlearning()
         again.load_state_dict(state)
         found["loaded"] = described(again.plan([9], steps=2, method="langevin"))
@@ -319,6 +330,7 @@ def served(goal: dict[str, Any], *, make: Callable[[], Trained], **serving: Any)
             ids = [*found["requests"]["ada"]["rows"]]
             report = verify_certificate(record, key=key, ids=ids)
             found[path.name]["with ids"] = str(report).splitlines()[1:]
+        reseed(8)  # the same data
         blank = make().unlearning(requests=folder)
         found["next process"] = [weights(blank.module), sorted(blank.forgotten)]
     return found

@@ -29,6 +29,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -155,11 +156,20 @@ def run_here(options: argparse.Namespace) -> int:
         ]  # fmt: skip
         status = pytest.main(arguments, plugins=[plugin])
         os.chdir("/")
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in spent)
+    Path(f"{options.out}.seconds").write_text(str(seconds))
     return 0 if status in (0, 1, 2) else int(status)
 
 
-def run_apart(options: argparse.Namespace) -> dict[str, dict[str, dict[str, str]]]:
-    """Run the files in a process per engine, all at the same time; return their outcomes."""
+def run_apart(
+    options: argparse.Namespace,
+) -> tuple[dict[str, dict[str, dict[str, str]]], dict[str, float]]:
+    """Run the files in a process per engine, all at the same time.
+
+    Returns:
+        Each run's outcomes, and its seconds of processor time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         running = {}
         for run in RUNS:
@@ -169,7 +179,7 @@ def run_apart(options: argparse.Namespace) -> dict[str, dict[str, dict[str, str]
             ]  # fmt: skip
             with open(f"{folder}/{run}.log", "w") as log:
                 running[run] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        found = {}
+        found, seconds = {}, {}
         end = time.monotonic() + options.timeout
         try:
             for run, process in running.items():
@@ -188,10 +198,11 @@ def run_apart(options: argparse.Namespace) -> dict[str, dict[str, dict[str, str]
                 if status or not out.exists():
                     raise SystemExit(f"The run {run!r} broke off:\n{log_text}")
                 found[run] = json.loads(out.read_text())
+                seconds[run] = float(Path(f"{out}.seconds").read_text())
         finally:
             for process in running.values():
                 process.kill()
-        return found
+        return found, seconds
 
 
 def counts(outcomes: dict[str, dict[str, str]], file: str) -> dict[str, int]:
@@ -224,7 +235,7 @@ def main() -> None:
         raise SystemExit(run_here(options))
 
     start = time.monotonic()
-    found = run_apart(options)
+    found, seconds = run_apart(options)
     minutes = (time.monotonic() - start) / 60
     rows = {file: {run: counts(found[run], file) for run in RUNS} for file in options.files}
     print(f"{'':32}" + "".join(f"{run:^24}" for run in RUNS))
@@ -232,7 +243,8 @@ def main() -> None:
     for file, row in rows.items():
         numbers = [row[run][outcome] for run in RUNS for outcome in OUTCOMES]
         print(f"{file:32}" + "".join(f"{number:>8}" for number in numbers))
-    print(f"{minutes:.0f} minutes")
+    ratio = seconds["ours"] / seconds["opacus"]
+    print(f"{minutes:.0f} minutes; processor time of ours / Opacus's: {ratio:.2f}")
     lost = {run: only_there(found["opacus"], found[run]) for run in RUNS[1:]}
     for run, tests in lost.items():
         print(f"\n{len(tests)} tests pass with Opacus's engine and not in the run {run!r}.")
@@ -245,7 +257,8 @@ def main() -> None:
 
     report = {
         "torch": torch.__version__, "opacus": opacus.__version__, "examples": options.examples,
-        "only": options.only, "files": rows, "passed_only_with_opacus": lost,
+        "only": options.only, "processor_seconds": seconds, "files": rows,
+        "passed_only_with_opacus": lost,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=2) + "\n")

@@ -38,7 +38,7 @@ from opacus_pil.accounting import (  # noqa: E402
     rdp_to_epsilon,
     sampled_gaussian_rdp,
 )
-from opacus_pil.ledger_table import LedgerTable  # noqa: E402
+from opacus_pil.files.ledger_table import LedgerTable  # noqa: E402
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 BATCH = 500

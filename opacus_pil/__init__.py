@@ -10,12 +10,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing.audit import audit as audit
+    from .auditing.audit_record import Audit as Audit
     from .capture.memory import BatchMemoryManager as BatchMemoryManager
     from .errors import CertificateError as CertificateError
     from .errors import LedgerError as LedgerError
     from .errors import OpacusPilError as OpacusPilError
     from .errors import UnsupportedError as UnsupportedError
     from .privacy_engine import PerInstancePrivacyEngine as PerInstancePrivacyEngine
+    from .replaying.replay import replay as replay
     from .unlearning import UnlearningEngine as UnlearningEngine
     from .unlearning import UnlearningPlan as UnlearningPlan
     from .unlearning import UnlearningResult as UnlearningResult
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "auditing.audit_record",
     "BatchMemoryManager": "capture.memory",
     "CertificateError": "errors",
     "LedgerError": "errors",
@@ -32,6 +36,8 @@ _HOME = {
     "UnlearningEngine": "unlearning",
     "UnlearningPlan": "unlearning",
     "UnlearningResult": "unlearning",
+    "audit": "auditing.audit",
+    "replay": "replaying.replay",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -52,4 +58,4 @@ def __dir__() -> list[str]:
 # Opacus looks accountants up by name. Where Opacus is loaded already, "per_instance_rdp" is there
 # from now on; otherwise from the first use of a name above.
 if "opacus" in sys.modules:
-    importlib.import_module(".worst_case_accountant", __name__)
+    importlib.import_module(".training.worst_case_accountant", __name__)

@@ -1,7 +1,8 @@
 """The command line: arguments in, exit code out. Computes nothing itself.
 
-Exit codes: 0 done, 1 a certificate that does not hold, 2 a wrong argument or an unusable file (one
-line says which), 3 a certificate that holds and does not have the ids asked for, 130 interrupted.
+Exit codes: 0 done, 1 a certificate that does not hold or a training that is not what it claims, 2 a
+wrong argument or an unusable file (one line says which), 3 a certificate that holds and does not
+have the ids asked for, or a check without power, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .account_command import add_account_command
+from .audit_command import add_audit_command
+from .check_command import add_check_command, parted
 from .errors import OpacusPilError
 
 _DEMO_EPILOG = """example:
@@ -56,7 +60,10 @@ hour on two cores. All files are private: mode 0600.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    own, of_script = parted(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(own)
+    if of_script:
+        arguments.arguments = of_script
     try:
         return int(arguments.run(arguments))
     except (OpacusPilError, ValueError, TypeError, OSError, ImportError) as error:
@@ -94,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     _verify_command(commands)
     _key_command(commands)
     _study_command(commands)
+    add_account_command(commands)
+    add_audit_command(commands)
+    add_check_command(commands)
     return parser
 
 
@@ -234,7 +244,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             key_path = beside
     model = None
     if arguments.model is not None:
-        from .unlearning.model_hash import model_file_hash  # needs torch
+        from .files.model_hash import model_file_hash  # needs torch
 
         model = model_file_hash(arguments.model)
     asked = arguments.signed_by

@@ -1,34 +1,47 @@
 """PerInstancePrivacyEngine: Opacus's PrivacyEngine that also knows each instance's privacy loss.
 
-Training is Opacus's, bit for bit (except with caps, which clip more). Watching and charging it is
-`recording_engine.py`, saving it and going on `resuming_engine.py`.
+Training is Opacus's, bit for bit (except with caps, which clip more). Composed of an `Account`,
+both ledgers, and the `Trainings` that charge it; says in which order they are asked.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-import warnings
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, Literal, Self, overload
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from opacus import PrivacyEngine
 from opacus.data_loader import DPDataLoader
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.utils.data import DataLoader
 
 from . import _validate as check
-from .capture.fixed_batches import recording_copy
+from .accounting import DEFAULT_ORDERS, PerInstanceAccountant, PerInstanceEpsilon
+from .accounting.instance_ids import InstanceIds
 from .capture.indices import record_indices
 from .capture.row_losses import LossOf
 from .capture.shards import Shard
-from .distributed import require_same_arguments, separate_coins
-from .resuming_engine import ResumingEngine
-from .training.task import Task
-from .training_kernel import (
-    TrainingKernel,
+from .capture.sweep import Sweep
+from .errors import UnsupportedError
+from .files.fingerprint import Fingerprint
+from .training import checkpoint
+from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
+from .training.account import Account
+from .training.attached import attached, attached_shard
+from .training.beginning import begin_attached, begin_made
+from .training.distributed import require_same_arguments
+from .training.kernel import TrainingKernel
+from .training.support import (
+    asked,
+    checked_arguments,
     is_distributed,
     require_known_options,
     require_map_style,
@@ -36,6 +49,18 @@ from .training_kernel import (
     require_supported,
     require_uniform_batches,
 )
+from .training.task import Task
+from .training.terms import Terms
+from .training.training import Training
+from .training.trainings import Trainings
+
+# What Opacus returns. Its classes are Any to a type checker for as long as it ships no types; the
+# number of values, and the loader, are known.
+Made = tuple[AbstractGradSampleModule, DPOptimizer, DataLoader[Any]]
+MadeGhost = tuple[
+    AbstractGradSampleModule, DPOptimizer, DPLossFastGradientClipping, DataLoader[Any]
+]
+_NotGhost = Literal["hooks", "functorch", "ew"]
 
 # Opacus's default criterion objects; getting one of them means that the caller named none.
 _DEFAULT_CRITERIA = tuple(
@@ -44,7 +69,7 @@ _DEFAULT_CRITERIA = tuple(
 )
 
 
-class PerInstancePrivacyEngine(ResumingEngine):
+class PerInstancePrivacyEngine(PrivacyEngine):
     """Opacus's PrivacyEngine with a second ledger: the privacy loss of every training instance.
 
     Guarantee: `get_epsilon` is Opacus's. Per-instance values hold for adding or removing one
@@ -94,7 +119,207 @@ class PerInstancePrivacyEngine(ResumingEngine):
 
     _loss_of: LossOf | None = None  # on its way through Opacus's make_private_with_epsilon
 
+    def __init__(
+        self,
+        *,
+        accountant: str = "prv",
+        secure_mode: bool = False,
+        norm_policy: str | None = None,
+        refresh_every: int | None = None,
+        orders: Sequence[float] = DEFAULT_ORDERS,
+        levels: int = 1024,
+        caps: npt.ArrayLike | None = None,
+        budget: Any = None,
+        history: bool = False,
+        instance_ids: npt.ArrayLike | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        terms = Terms.checked(
+            norm_policy, refresh_every=refresh_every, orders=orders, levels=levels, caps=caps,
+            budget=budget, history=history, instance_ids=instance_ids,
+        )  # fmt: skip
+        super().__init__(accountant=accountant, secure_mode=secure_mode)
+        self.account = Account(self.accountant, terms, caps=caps)
+        self._trainings = Trainings(fingerprint)
+
+    # --- what it knows ------------------------------------------------------------------------
+
+    @property
+    def norm_policy(self) -> str:
+        """How an instance's sensitivity at a step is found.
+
+        Unless it was named: "last_seen" before make_private, after it the default for its batches.
+        """
+        return self.account.norm_policy
+
+    @property
+    def kernel(self) -> TrainingKernel:
+        """Constants of the training recorded by make_private.
+
+        Raises:
+            ValueError: make_private was not called yet.
+            UnsupportedError: It was called several times with different constants, with other
+                than flat clipping, without Poisson sampling, or in several processes.
+        """
+        return self._trainings.kernel
+
+    @property
+    def per_instance(self) -> PerInstanceAccountant:
+        """The per-instance ledger; in a distributed training that of this process's shard.
+
+        Its `instance_ids` are rows of the data set; `gather_per_instance` joins the shards.
+
+        Raises:
+            ValueError: make_private was not called yet, so the number of instances is unknown.
+        """
+        return self.account.per_instance
+
+    @property
+    def task(self) -> Task:
+        """What the last training minimises and how its batches are joined, as far as named."""
+        return self._trainings.task
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """What is known of each training that this engine made private, oldest first."""
+        return self._trainings.all
+
+    @property
+    def instance_ids(self) -> InstanceIds:
+        """The ids of the data set's rows."""
+        return self.account.terms.ids
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """What the data set held when the training was made private; None: nothing was trained."""
+        return self._trainings.fingerprint
+
+    def fingerprint_of(self, dataset: Any) -> Fingerprint:
+        """Return what a data set holds now, or the name that the caller gave its contents."""
+        return self._trainings.fingerprint_of(dataset)
+
+    def task_with(
+        self, *, criterion: Any = None, loss_of: LossOf | None = None, collate_fn: Any = None
+    ) -> Task:
+        """Return the training's task with what is given in place of its own."""
+        return self._trainings.task_with(
+            criterion=criterion, loss_of=loss_of, collate_fn=collate_fn
+        )
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return Opacus's worst-case epsilon.
+
+        Edge cases (first match wins):
+            before the first step    0
+            noise-free steps         inf
+            a gradient that was not finite   inf from then on: no clip bounds it. Opacus goes on
+                                     with its own number; this is the one departure from it
+            poisson_sampling=False   Opacus's value too, and it is no bound: it takes batches as
+                                     drawn by independent coins and claims the amplification, which
+                                     fixed or shuffled batches do not have. The per-instance values
+                                     of such a training claim none.
+        """
+        if not self.accountant.history:
+            check.delta(delta)
+            return 0.0
+        return float("inf") if self.account.unbounded else super().get_epsilon(delta)
+
+    def get_per_instance_epsilon(
+        self,
+        delta: float,
+        *,
+        indices: npt.ArrayLike | None = None,
+        rows: npt.ArrayLike | None = None,
+    ) -> PerInstanceEpsilon:
+        """Return each instance's epsilon at `delta`, with its guarantee and why not a stronger one.
+
+        Args:
+            delta: In (0, 1).
+            indices: Instances to read, by their ids if the engine was given `instance_ids`, else by
+                row. None: all.
+            rows: Rows in their place.
+
+        Raises:
+            TypeError, ValueError: δ outside (0, 1), or an instance that is not there or named
+                twice.
+        """
+        return self.per_instance.get_epsilon(delta, indices=self.account.positions(indices, rows))
+
+    def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
+        """Return one ledger of all instances of a distributed training, in order of the data set.
+
+        Every process must call it; what each has charged is left as it is.
+
+        Guarantee: that of the shards, weakest label first. An instance's numbers are those that a
+            single process would have charged for the same draws and norms.
+
+        Args:
+            dst: Rank that gets the ledger; the others get None. Default: every rank gets it.
+
+        Returns:
+            A new accountant over the whole data set. In one process a copy of `per_instance`.
+
+        Raises:
+            LedgerError: On every rank: the ranks counted other steps, other noise or other rates.
+            ValueError: make_private was not called yet.
+            UnsupportedError: The process group is gone.
+        """
+        return self.account.gathered(dst=dst)
+
+    def require_constant_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise unless all steps so far were alike, and are those that `optimizer` takes now.
+
+        Raises:
+            CertificateError: A schedule, other settings now, or steps that nothing is known about.
+        """
+        self.account.require_constant_steps(self.kernel.update_by(optimizer))
+
+    def fork(self, *, norm_policy: str | None = None) -> Self:
+        """Return an engine with copies of both ledgers, the same kernel and the same caps.
+
+        What it trains charges the copies only; `adopt` takes them over.
+
+        Args:
+            norm_policy: Policy of the fork; default: this engine's. A ledger with caps keeps
+                "capped", another cannot become it.
+
+        Raises:
+            ValueError: The policy does not fit this engine's caps or refresh interval.
+        """
+        fork = copy.copy(self)  # Opacus's own settings, its secure generator among them
+        fork.account = self.account.fork(norm_policy=norm_policy)
+        fork.accountant, fork._trainings = fork.account.opacus, self._trainings.forked()
+        return fork
+
+    def adopt(self, other: PerInstancePrivacyEngine) -> None:
+        """Take over the ledgers of a fork of this engine.
+
+        Raises:
+            LedgerError: `other` is no fork of this engine, or this engine was charged since the
+                fork, which the fork's ledgers would forget. Nothing is changed.
+        """
+        self.account.adopt(other.account)
+
     # --- training -----------------------------------------------------------------------------
+
+    @overload
+    def make_private(
+        self, *, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float | list[float], criterion: Any = ...,
+        loss_of: LossOf | None = ..., grad_sample_mode: _NotGhost = ..., **options: Any,
+    ) -> Made: ...  # fmt: skip
+    @overload
+    def make_private(
+        self, *, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float | list[float], criterion: Any = ...,
+        loss_of: LossOf | None = ..., grad_sample_mode: Literal["ghost"], **options: Any,
+    ) -> MadeGhost: ...  # fmt: skip
+    @overload
+    def make_private(
+        self, *, module: nn.Module, optimizer: torch.optim.Optimizer, data_loader: DataLoader[Any],
+        noise_multiplier: float, max_grad_norm: float | list[float], criterion: Any = ...,
+        loss_of: LossOf | None = ..., grad_sample_mode: str, **options: Any,
+    ) -> Any: ...  # fmt: skip
 
     def make_private(
         self,
@@ -103,7 +328,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
         optimizer: torch.optim.Optimizer,
         data_loader: DataLoader[Any],
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | list[float],
         criterion: Any = _DEFAULT_CRITERIA[0],
         loss_of: LossOf | None = None,
         **options: Any,
@@ -126,37 +351,28 @@ class PerInstancePrivacyEngine(ResumingEngine):
             UnsupportedError, TypeError, ValueError: A use without a sound per-instance number, or a
                 keyword that nobody knows; nothing was changed.
         """
-        require_known_options(options)
-        loss_of = self._loss_of if loss_of is None else loss_of
-        noise = check.real(
-            "noise_multiplier", noise_multiplier, low=0.0,
-            cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
-        )  # fmt: skip
-        bound = _checked_bound(max_grad_norm, clipping=options.get("clipping", "flat"))
-        mode = options.get("grad_sample_mode", "hooks")
         poisson = options.get("poisson_sampling", True)
-        named = not any(criterion is default for default in _DEFAULT_CRITERIA)
-        require_map_style(data_loader)
-        policy = self._policy_for(poisson_sampling=poisson)
-        require_supported(module, options, norm_policy=policy)
-        distributed = is_distributed(module)
-        if poisson:
-            require_uniform_batches(data_loader, distributed=distributed)
-        size = len(data_loader.dataset)  # type: ignore[arg-type]
-        shard = Shard.of_process(size) if distributed else None
-        charger = self._ready_charger(
-            module,
-            data_loader.dataset,
-            options,
-            shard=shard,
+        policy = self.account.policy_for(poisson_sampling=poisson)
+        found = checked_arguments(
+            module, optimizer=optimizer, data_loader=data_loader,
+            noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, options=options,
             policy=policy,
-            noise_multiplier=noise,
-            loss_known=named or mode == "ghost" or loss_of is not None,
+        )  # fmt: skip
+        loss_of = self._loss_of if loss_of is None else loss_of
+        ghost = found.grad_sample_mode == "ghost"
+        named = not any(criterion is default for default in _DEFAULT_CRITERIA)
+        shard = Shard.of_process(found.size) if found.distributed else None
+        ready = self.account.prepared(
+            found, shard=shard, policy=policy, loss_known=named or ghost or loss_of is not None
         )
-        if distributed:
+        if ready.policy.enforced:
+            self._trainings.require_same_rows(data_loader.dataset)
+        if found.distributed:
             require_same_arguments(
-                noise_multiplier=noise, max_grad_norm=bound, norm_policy=policy, instances=size,
-                batches=len(data_loader), grad_sample_mode=mode, policy_settings=self._settings(),
+                noise_multiplier=found.noise_multiplier, max_grad_norm=found.max_grad_norm,
+                norm_policy=policy.name, instances=found.size, batches=len(data_loader),
+                grad_sample_mode=found.grad_sample_mode,
+                policy_settings=self.account.terms.shared,
             )  # fmt: skip
         made = super().make_private(
             module=module,
@@ -167,58 +383,27 @@ class PerInstancePrivacyEngine(ResumingEngine):
             criterion=criterion,
             **options,
         )
-        private_module, private_optimizer, loader = made[0], made[1], made[-1]
-        if poisson:
-            tracker = record_indices(loader)
-            collate = loader.collate_fn.wrapped_collator_fn
-            drawn_rate = float(loader.batch_sampler.sample_rate)
-        else:
-            loader, tracker = recording_copy(loader)
-            made = (*made[:-1], loader)
-            collate, drawn_rate = loader.collate_fn, 1.0
-        kernel = TrainingKernel(
-            sample_rate=drawn_rate,
-            expected_batch_size=private_optimizer.expected_batch_size,
-            noise_multiplier=noise,
-            max_grad_norm=bound,
-            loss_reduction=private_optimizer.loss_reduction,
-            grad_sample_mode=mode,
-            batch_first=options.get("batch_first", True),
-            num_instances=len(loader.dataset),
-            clipping=options.get("clipping", "flat"),
-            poisson_sampling=poisson,
-            world_size=1 if shard is None else shard.world_size,
-            rand_on_empty=bool(options.get("rand_on_empty", False)),
-        )
-        if shard is not None and not self.secure_mode:
-            separate_coins(loader.batch_sampler)
-        if policy == "participation" and not self._policy_named:
-            warnings.warn(
-                "poisson_sampling=False: fixed batches are charged by norm_policy='participation', "
-                "without amplification by sampling and for zero-out neighbours (an instance's slot "
-                "stays empty), not for adding or removing one. get_epsilon stays Opacus's, which "
-                "claims the amplification. Name the policy to accept this.",
-                stacklevel=2,
-            )
-        self._settle(charger, shard)
-        self._kernels.append(kernel)
-        self._account(
-            private_module,
-            private_optimizer,
-            tracker,
-            kernel=kernel,
-            dataset=loader.dataset,
-            task=Task(
-                criterion=criterion if named or mode == "ghost" else None,
-                own_loss=loss_of,
-                collate_fn=collate,
-                reduction=kernel.loss_reduction,
-                per_row=mode == "ghost",
-            ),
-            # Opacus may account at 1 / (n - 1) while drawing at 1 / n: the larger counts.
-            sample_rate=max(1 / len(loader), drawn_rate),
-        )
-        return made
+        return begin_made(
+            self.account, self._trainings, made, asked=found, options=options, ready=ready,
+            shard=shard, criterion=criterion if named or ghost else None, loss_of=loss_of,
+            secure_mode=self.secure_mode,
+        )  # fmt: skip
+
+    @overload
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], loss_of: LossOf | None = ...,
+        grad_sample_mode: _NotGhost = ..., **options: Any,
+    ) -> Made: ...  # fmt: skip
+    @overload
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], loss_of: LossOf | None = ...,
+        grad_sample_mode: Literal["ghost"], **options: Any,
+    ) -> MadeGhost: ...  # fmt: skip
+    @overload
+    def make_private_with_epsilon(
+        self, *, module: nn.Module, data_loader: DataLoader[Any], loss_of: LossOf | None = ...,
+        grad_sample_mode: str, **options: Any,
+    ) -> Any: ...  # fmt: skip
 
     def make_private_with_epsilon(
         self,
@@ -238,7 +423,8 @@ class PerInstancePrivacyEngine(ResumingEngine):
         require_known_options(options)
         require_map_style(data_loader)
         poisson = options.get("poisson_sampling", True)
-        require_supported(module, options, norm_policy=self._policy_for(poisson_sampling=poisson))
+        policy = self.account.policy_for(poisson_sampling=poisson)
+        require_supported(module, options, policy=policy)
         if poisson:
             require_uniform_batches(data_loader, distributed=is_distributed(module))
         # Opacus hands its options to the accountant's conversion too, which knows no loss.
@@ -263,12 +449,13 @@ class PerInstancePrivacyEngine(ResumingEngine):
         noise_generator: torch.Generator | None = None,
         sampler_generator: torch.Generator | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
+        account: Account | None = None,
     ) -> Any:
         """Make a plain module private with the training's own kernel, drawing from `population`.
 
         Sample rate, expected batch size, noise and clip bound are those of training: they are
         public constants and do not follow the size of the population. Every step charges this
-        engine's ledgers.
+        engine's ledgers, or those of `account`; then nothing of this engine is changed.
 
         Args:
             population: Rows of `dataset` that may be drawn, each once.
@@ -281,6 +468,7 @@ class PerInstancePrivacyEngine(ResumingEngine):
             noise_generator: Source of the noise; None: torch's global generator.
             sampler_generator: Source of the batches; None: torch's global generator.
             collate_fn: Joins items to a batch. Default: the training's.
+            account: A fork of this engine's account, which is charged in its place.
 
         Returns:
             The tuple of make_private. In ghost mode its criterion is None with `loss_of`.
@@ -301,16 +489,15 @@ class PerInstancePrivacyEngine(ResumingEngine):
         require_plain(module, optimizer)
         task = self.task_with(criterion=criterion, loss_of=loss_of, collate_fn=collate_fn)
         ghost = kernel.grad_sample_mode == "ghost"
-        if not task.named and (ghost or self._refresh_every):
+        if not task.named and (ghost or self.account.terms.policy.refresh_every):
             raise ValueError(
                 "Expected criterion to be the loss to train with, got criterion=None. Pass it."
             )
-        generator = self.secure_rng if self.secure_mode else sampler_generator
         loader = DPDataLoader(
             dataset,
             sample_rate=kernel.sample_rate,
             collate_fn=task.collate_fn,
-            generator=generator,
+            generator=self.secure_rng if self.secure_mode else sampler_generator,
             batch_first=kernel.batch_first,
         )
         private_module = self._prepare_model(
@@ -330,13 +517,16 @@ class PerInstancePrivacyEngine(ResumingEngine):
             noise_generator=noise_generator,
             grad_sample_mode=kernel.grad_sample_mode,
         )
+        charged = self.account if account is None else account
         private_optimizer.attach_step_hook(
-            self.accountant.get_optimizer_hook_fn(sample_rate=kernel.sample_rate)
+            charged.opacus.get_optimizer_hook_fn(sample_rate=kernel.sample_rate)
         )
-        self._account(
-            private_module,
-            private_optimizer,
-            record_indices(loader, population=rows, steps=count),
+        trainings = self._trainings if account is None else self._trainings.forked()
+        trainings.begin(
+            charged,
+            module=private_module,
+            optimizer=private_optimizer,
+            tracker=record_indices(loader, population=rows, steps=count),
             kernel=kernel,
             dataset=dataset,
             task=task,
@@ -355,13 +545,230 @@ class PerInstancePrivacyEngine(ResumingEngine):
             )
         return private_module, private_optimizer, private_loss, loader
 
+    def attach(
+        self,
+        *,
+        module: Any,
+        optimizer: DPOptimizer,
+        data_loader: DataLoader[Any] | None = None,
+        dataset: Any = None,
+        sample_rate: float | None = None,
+        criterion: Any = None,
+        loss_of: LossOf | None = None,
+    ) -> None:
+        """Account for a training that was made private elsewhere, before its first step.
 
-def _checked_bound(max_grad_norm: Any, *, clipping: str) -> float:
-    """Return the clip bound on a whole gradient; one bound per layer with per-layer clipping."""
-    cure = "Pass a positive number; with clipping='per_layer' a list of one per parameter."
-    if clipping != "per_layer":
-        return check.real("max_grad_norm", max_grad_norm, low=0.0, open_low=True, cure=cure)
-    bounds = check.real_array("max_grad_norm", max_grad_norm, low=0.0, open_low=True, cure=cure)
-    if bounds.ndim != 1 or not len(bounds):
-        raise ValueError(check.expected("max_grad_norm", "to be a list", max_grad_norm, cure))
-    return float(np.linalg.norm(bounds))
+        For loops whose framework calls Opacus itself. A step hook that is attached already stays,
+        and is called first; this engine's own worst-case ledger counts beside it.
+
+        Args:
+            module: What Opacus's make_private returned first.
+            optimizer: Opacus's optimizer, flat, per-layer, adaptive or ghost clipping.
+            data_loader: Opacus's DPDataLoader, not yet iterated. None: rows come from
+                `batch(indices=...)`; then `dataset` and `sample_rate` are needed.
+            dataset: The training set, without a `data_loader`.
+            sample_rate: Probability that an instance is drawn, without a `data_loader`.
+            criterion: The loss trained with; as in make_private, name it.
+            loss_of: In its place, as in make_private.
+
+        Raises:
+            UnsupportedError, TypeError, ValueError: A training without a sound per-instance number;
+                nothing was changed.
+        """
+        theirs = attached(
+            optimizer=optimizer, data_loader=data_loader, dataset=dataset, sample_rate=sample_rate
+        )
+        policy = self.account.policy_for(poisson_sampling=True)
+        require_supported(module, theirs.options, policy=policy)
+        shard = attached_shard(module, data_loader)
+        found = asked(
+            module, theirs.options, size=len(theirs.dataset),
+            noise_multiplier=float(optimizer.noise_multiplier),
+            max_grad_norm=float(optimizer.max_grad_norm),
+        )  # fmt: skip
+        known = criterion is not None or loss_of is not None
+        ready = self.account.prepared(found, shard=shard, policy=policy, loss_known=known)
+        if ready.policy.enforced:
+            self._trainings.require_same_rows(theirs.dataset)
+        begin_attached(
+            self.account, self._trainings, theirs, module=module, optimizer=optimizer,
+            data_loader=data_loader, asked=found, ready=ready, shard=shard, criterion=criterion,
+            loss_of=loss_of,
+        )  # fmt: skip
+
+    # --- during training ----------------------------------------------------------------------
+
+    @contextmanager
+    def batch(
+        self, *, indices: npt.ArrayLike | None = None, rows: npt.ArrayLike | None = None
+    ) -> Iterator[None]:
+        """Say which rows the next step's batch holds, for loops with loaders of their own.
+
+        The caller vouches that the rows were drawn by independent coins at the accounted rate.
+
+        Args:
+            indices: Instances, each once, in the order of the batch, by their ids if the engine was
+                given `instance_ids`, else by row; in a distributed training of this process's
+                shard.
+            rows: Rows in their place.
+        """
+        named = self.account.rows(indices, rows)
+        trackers = [training.tracker for training in self.trainings]
+        for tracker in trackers:
+            tracker.set_explicit(named)
+        try:
+            yield
+        finally:
+            for tracker in trackers:
+                tracker.set_explicit(None)
+
+    def refresh_norms(self, *, criterion: Any = None, loss_of: LossOf | None = None) -> Sweep:
+        """Measure every instance at the current parameters; later steps charge these norms.
+
+        Args:
+            criterion: The loss trained with. Default: the one make_private was given.
+            loss_of: In its place, as in make_private.
+
+        Raises:
+            ValueError: No loss is known.
+            UnsupportedError: norm_policy is "worst_case" or "capped", which charge no norms.
+        """
+        if not self.account.terms.policy.measured:
+            raise UnsupportedError(
+                f"Expected a norm policy that charges norms, got norm_policy="
+                f"{self.norm_policy!r}. Use 'last_seen' or 'refresh'; "
+                "opacus_pil.capture.sweep measures without charging."
+            )
+        return self._trainings.measured(self.account, criterion=criterion, loss_of=loss_of)
+
+    def set_caps(self, caps: npt.ArrayLike) -> None:
+        """Clip each instance to another cap from the next step on.
+
+        Guarantee: with a budget the ledger stays "bound" if each cap is a function of the released
+            models and of the instance's own record only; without one it becomes "output_specific".
+
+        Args:
+            caps: Shape (instances,), in units of max_grad_norm, in [0, 1]; in a distributed
+                training of the whole data set, on every rank.
+
+        Raises:
+            ValueError: Not one finite cap per instance; norm_policy is not "capped"; or steps
+                labelled "bound" were charged already and there is no budget.
+            UnsupportedError: A batch is in hand: caps are fixed before a step's rows are drawn.
+        """
+        if not self.account.terms.policy.enforced:
+            raise ValueError(
+                f"Expected norm_policy='capped', got norm_policy={self.norm_policy!r}. "
+                "Caps are enforced under that policy only."
+            )
+        if any(training.in_hand for training in self.trainings):
+            raise UnsupportedError(
+                "Expected caps to be set between steps, got a drawn batch in hand that no step has "
+                "used. Caps that could depend on who was drawn bound nothing: call set_caps after "
+                "optimizer.step() and before the next batch is taken from the loader."
+            )
+        self.account.set_caps(caps)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str] | IO[bytes],
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Save as Opacus does, and with it both ledgers and where the training stands.
+
+        Guarantee: with `optimizer`, a process that loads the file goes on with the run that was
+            saved: on CPU the weights and ledgers that follow are equal bit for bit, if items and
+            the forward pass draw their randomness from torch's, numpy's or Python's global
+            generator in the main process. With num_workers > 0 this holds for items without
+            randomness: the workers' generators are not saved. Save after `optimizer.step()`: a
+            batch that was handed out and not stepped on is not handed out again.
+
+        Args:
+            path: A path: the file is replaced as a whole, mode 0600. An open binary file is
+                written as it is.
+            module: As in Opacus.
+            optimizer: The private optimizer. None: weights and ledgers only.
+            noise_scheduler: As in Opacus; functions it holds are not saved.
+            grad_clip_scheduler: Likewise.
+            checkpoint_dict: More entries, of tensors and plain values; for example the epoch.
+            module_state_dict_kwargs: As in Opacus.
+            torch_save_kwargs: As in Opacus.
+
+        Raises:
+            ValueError: make_private was not called yet, or `optimizer` is not of this engine.
+            UnsupportedError: Within a logical batch, or in a pass whose position is not known.
+            TypeError: An entry that would have to be unpickled by running code.
+
+        Privacy: the file holds per-instance losses and the states that the noise is drawn from.
+            Whoever has it can undo the noise to come: never release it; release the weights.
+        """
+        checkpoint.save(
+            self._kept(), path, module=module, optimizer=optimizer,
+            schedulers=(noise_scheduler, grad_clip_scheduler), extra=checkpoint_dict,
+            module_options=module_state_dict_kwargs, options=torch_save_kwargs,
+        )  # fmt: skip
+
+    def load_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str] | IO[bytes],
+        module: Any,
+        optimizer: DPOptimizer | None = None,
+        noise_scheduler: Any = None,
+        grad_clip_scheduler: Any = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+        strict: bool = False,
+    ) -> dict[str, Any]:
+        """Load what `save_checkpoint` saved, or a file of plain Opacus.
+
+        Call it after make_private with the saved training's arguments, right before the loop. With
+        `optimizer`, the next pass over the private loader hands out what was left of the pass that
+        was saved (nothing, if it was saved after its last batch), the ones after it are whole, and
+        all generators continue. Without, only weights and ledgers are loaded.
+
+        A file of plain Opacus knows no instances: every instance is charged the worst case for its
+        history, with a warning. So is everybody where the file's training had other data, as Opacus
+        goes on there; `strict` refuses. Where `module` is a copy that this engine does not train,
+        the ledgers stay with the training that goes on, with a warning.
+
+        Args:
+            path: File or open binary file; nothing in it is run.
+            module: As in Opacus.
+            optimizer: The private optimizer of the same training.
+            noise_scheduler: As in Opacus.
+            grad_clip_scheduler: As in Opacus.
+            module_load_dict_kwargs: As in Opacus.
+            torch_load_kwargs: As in Opacus, for example map_location.
+            strict: Refuse a file of a training on other data.
+
+        Returns:
+            The other entries of the file, as in Opacus.
+
+        Raises:
+            ValueError: make_private was not called yet, or `optimizer` is not of this engine.
+            FileNotFoundError: There is no such file.
+            LedgerError: A damaged or edited file; or one of another training: orders, levels, norm
+                policy, accountant, clipping, mode, kernel, loader, generators or model, with
+                `strict` also other data; or another training of this engine would be forgotten.
+                Only the noise may be another one, as in Opacus: the training
+                goes on with its own, with a warning. Module, optimizer, schedulers, engine and
+                generators are as they were.
+        """
+        return checkpoint.load(
+            self._kept(), path, module=module, optimizer=optimizer,
+            schedulers=(noise_scheduler, grad_clip_scheduler),
+            module_options=module_load_dict_kwargs, options=torch_load_kwargs, strict=strict,
+        )  # fmt: skip
+
+    def _kept(self) -> checkpoint.Kept:
+        return checkpoint.Kept(self.account, self._trainings, self.secure_mode, self.secure_rng)

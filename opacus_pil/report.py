@@ -15,16 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from . import _validate as check
-from .checkpoint import write_atomic
+from .files.container import write_atomic
+from .files.pages import template
 from .plots import rounded_up, to_png
-
-try:
-    import jinja2
-except ImportError as error:
-    raise ImportError(
-        "Expected jinja2 for the report, got none. "
-        'Install the report extra: pip install "opacus-pil[report]".'
-    ) from error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,14 +124,7 @@ def render_report(
         if section.task is not None and section.task not in names:
             raise ValueError(check.expected("section.task", f"to be one of {names}", section.task))
     shown = [_section(section) for section in sections]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("opacus_pil", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         title=title,
         version=__version__,
         tasks=tasks,

@@ -165,7 +165,7 @@ class Training:
         if isinstance(self.engine, PerInstancePrivacyEngine):
             found["shard"] = self.engine.per_instance.instance_ids
             found["ledger"] = self.engine.per_instance.state_dict()
-            found["kernel"] = self.engine._kernels[-1]
+            found["kernel"] = self.engine._trainings.kernels[-1]
             found["all"] = self.engine.gather_per_instance().state_dict()
         return found
 

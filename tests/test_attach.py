@@ -13,7 +13,7 @@ from opacus.accountants import create_accountant
 from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from opacus_pil import PerInstancePrivacyEngine, UnsupportedError
 from opacus_pil.accounting import DEFAULT_ORDERS, rdp_to_epsilon, sampled_gaussian_rdp
@@ -76,6 +76,18 @@ def test_hooks_that_were_there_and_that_come_later_are_all_called():
     assert calls == ["before", "after"] * 5
     assert attached.per_instance.steps == 5
     assert sum(count for _, _, count in attached.accountant.history) == 5
+
+
+def test_a_loader_that_was_made_private_twice_is_joined_as_the_user_joins():
+    theirs, attached = PrivacyEngine(accountant="rdp"), PerInstancePrivacyEngine(accountant="rdp")
+    _, first = made_private(theirs)
+    _, made = made_private(theirs, data_loader=first[-1])  # Opacus wraps what it had wrapped
+    attached.attach(
+        module=made[0], optimizer=made[1], data_loader=made[-1], criterion=nn.CrossEntropyLoss()
+    )
+    assert attached.task.collate_fn is default_collate
+    run(made)
+    attached.require_constant_steps(made[1].original_optimizer)
 
 
 def test_without_a_loader_the_caller_names_the_rows():

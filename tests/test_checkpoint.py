@@ -16,9 +16,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from opacus_pil import PerInstancePrivacyEngine
 from opacus_pil.accounting import PerInstanceAccountant
-from opacus_pil.checkpoint import load_state, save_state, write_atomic
-from opacus_pil.dataset_fingerprint import dataset_fingerprint
 from opacus_pil.errors import LedgerError, UnsupportedError
+from opacus_pil.files.container import load_state, save_state, write_atomic
+from opacus_pil.files.fingerprint import dataset_fingerprint
 from tests.capture.models import convolutional, images
 from tests.training_loop import SIZE, Loop, differences, same
 

@@ -22,12 +22,12 @@ from torch.utils.data import (
     random_split,
 )
 
-from opacus_pil import content_digest
-from opacus_pil.checkpoint import load_entries, save_entries
-from opacus_pil.content_digest import ContentDigest
-from opacus_pil.dataset_fingerprint import Fingerprint, _sampled_sha256, dataset_fingerprint
 from opacus_pil.errors import LedgerError
-from opacus_pil.resuming_engine import _KIND
+from opacus_pil.files import content_digest
+from opacus_pil.files.container import load_entries, save_entries
+from opacus_pil.files.content_digest import ContentDigest
+from opacus_pil.files.fingerprint import Fingerprint, _sampled_sha256, dataset_fingerprint
+from opacus_pil.training.checkpoint import _KIND
 from tests.capture.models import images
 from tests.training_loop import SIZE, Loop
 

@@ -19,6 +19,8 @@ from tests import distributed_runs as runs
 from tests.capture.models import convolutional, images
 from tests.distributed_runs import BATCH, BOUND, DELTA, SETTINGS, SIZE, WORLD, Ranks
 
+pytestmark = pytest.mark.slow  # starts processes that train together
+
 CAPS = np.linspace(0.1, 1.0, SIZE)
 
 

@@ -552,7 +552,7 @@ def test_a_fork_charges_copies_until_it_is_adopted():
     assert engine.per_instance is ledger  # whoever holds it sees the charges
     assert (ledger.rdp() == fork.per_instance.rdp()).all()
     assert engine.get_epsilon(DELTA) == fork.get_epsilon(DELTA) > before[1]
-    fork.charge_without_noise(1)
+    fork.account.charge_without_noise(1)
     assert engine.get_epsilon(DELTA) < np.inf  # adopted ledgers are copies
 
 
@@ -599,14 +599,14 @@ def test_saved_ledgers_go_on_where_they_stopped():
         module, made = prepared(engine)
         train(made)
         if interrupted:
-            state = engine.ledger_state()
+            state = engine.account.state()
             rng = torch.get_rng_state()
             heir = PerInstancePrivacyEngine(
                 accountant="rdp", norm_policy="refresh", refresh_every=4
             )
             twin, made = prepared(heir)
             twin.load_state_dict(module.state_dict())
-            heir.load_ledger_state(state)
+            heir.account.load_state(state)
             torch.set_rng_state(rng)
             engine = heir
         train(made)
@@ -616,13 +616,13 @@ def test_saved_ledgers_go_on_where_they_stopped():
     other = PerInstancePrivacyEngine(accountant="prv")
     prepared(other)
     with pytest.raises(LedgerError, match="prv"):
-        other.load_ledger_state(state)
+        other.account.load_state(state)
 
 
 def test_noise_free_steps_cost_everyone_everything():
     engine = PerInstancePrivacyEngine(accountant="prv")
     prepared(engine)
-    engine.charge_without_noise(2)
+    engine.account.charge_without_noise(2)
     assert engine.get_epsilon(DELTA) == np.inf
     assert (engine.get_per_instance_epsilon(DELTA).epsilon == np.inf).all()
     assert engine.per_instance.steps == 2

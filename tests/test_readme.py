@@ -1,4 +1,4 @@
-"""The README is true: its examples run, its commands are the ones CI runs, every file is named."""
+"""The README is true: its examples run, its commands are the ones CI runs, every room is named."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.test_house import ROOMS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +23,7 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.M | re.S)
 
 
+@pytest.mark.slow  # trains and unlearns as a reader would
 def test_python_examples_run_in_order(tmp_path: Path) -> None:
     blocks = _blocks("python")
     assert len(blocks) >= 2
@@ -67,16 +70,13 @@ def test_readme_is_one_sitting() -> None:
     assert len(TEXT.splitlines()) <= 150
 
 
-def test_every_file_of_the_package_has_one_line() -> None:
-    lines = re.findall(r"^- (`[^—]+\.py`) — \S", TEXT, flags=re.M)  # helpers share one
+def test_every_room_is_named_once_from_the_ground_up() -> None:
+    section = TEXT.partition("## One line per room")[2].partition("## ")[0]
+    lines = re.findall(r"^- (`[^—]+`) — \S", section, flags=re.M)
     named = [name for line in lines for name in re.findall(r"`([^`]+)`", line)]
-    package = ROOT / "opacus_pil"
-    files = sorted(
-        path.relative_to(package).as_posix()
-        for path in package.rglob("*.py")
-        if path.name != "__init__.py"
-    )
-    assert sorted(named) == files
+    rooms = [name.removesuffix(".py").removesuffix("/") for name in named]
+    assert rooms == list(ROOMS)
+    assert all((ROOT / "opacus_pil" / name).exists() for name in named)
 
 
 def test_every_tutorial_is_named_and_exists() -> None:
@@ -93,7 +93,7 @@ def test_sections_come_in_the_agreed_order() -> None:
     assert re.findall(r"^## (.+)$", TEXT, flags=re.M) == [
         "What is guaranteed and what is not",
         "Install",
-        "One line per file",
+        "One line per room",
         "Tutorials",
         "References",
         "How to cite",

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from opacus_pil import UnsupportedError, resuming_engine
+from opacus_pil import UnsupportedError
+from opacus_pil.training import checkpoint
 from tests.training_loop import SIZE, STEPS, Augmented, Loop, differences, same
 
 TRAININGS = {
@@ -171,7 +172,7 @@ def test_without_any_one_piece_of_the_state_the_training_takes_another_course(
     whole = uninterrupted_augmented()
     Loop(**options).run(until=6, after=lambda loop: loop.steps == 6 and loop.save(tmp_path / "c"))
     Loop(seed=99, **options).save(tmp_path / "fresh")
-    load = resuming_engine.load_entries
+    load = checkpoint.load_entries
 
     def without_piece(file, **kwargs):
         kept = dict(zip(("entries", "state"), load(file, **kwargs), strict=True))
@@ -183,7 +184,7 @@ def test_without_any_one_piece_of_the_state_the_training_takes_another_course(
         target[last] = source[last]
         return kept["entries"], kept["state"]
 
-    monkeypatch.setattr(resuming_engine, "load_entries", without_piece)
+    monkeypatch.setattr(checkpoint, "load_entries", without_piece)
     resumed = Loop(seed=99, **options).load(tmp_path / "c").run()
     assert differences(resumed.outcome(), whole) != []
 
@@ -239,6 +240,7 @@ def _main(folder: Path) -> None:
         assert status == (0 if kill_at is None else -signal.SIGKILL), (kill_at, status)
 
 
+@pytest.mark.slow  # a process for every kill
 def test_killed_at_several_steps_and_resumed_equals_the_uninterrupted_run(tmp_path):
     whole = Loop(**TRAININGS["augmented"])
     whole.save(tmp_path / "checkpoint")

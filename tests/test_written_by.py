@@ -20,9 +20,9 @@ import torch
 from opacus_pil.accounting import PerInstanceAccountant
 from opacus_pil.certificates import read_certificate, read_key, verify_certificate
 from opacus_pil.certificates.sentences import OWN
-from opacus_pil.ledger_table import LedgerTable
+from opacus_pil.files.ledger_table import LedgerTable
+from opacus_pil.files.model_hash import model_hash
 from opacus_pil.unlearning import CertifiedPlan, RequestQueue
-from opacus_pil.unlearning.model_hash import model_hash
 from tests.written_by.readings import (
     ORDERS,
     Logistic,

@@ -115,14 +115,14 @@ class Loop:
         """All that the rest of a training depends on."""
         generators = {
             use: generator.get_state()
-            for use, generator in self.engine._generators(self.engine._accountings[0]).items()
+            for use, generator in self.engine._kept().generators(self.engine.trainings[0]).items()
         }
         return {
             "weights": dict(self.module.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "noise": self.optimizer.noise_multiplier,
             "clip": self.optimizer.max_grad_norm,
-            "ledgers": self.engine.ledger_state(),
+            "ledgers": self.engine.account.state(),
             "epsilon": self.engine.get_per_instance_epsilon(1e-2).epsilon,
             "generators": generators,
             "torch": torch.get_rng_state(),

@@ -231,6 +231,11 @@ class PerInstanceAccountant:
         return ~self._state.present
 
     @property
+    def num_forgotten(self) -> int:
+        """Number of tombstones, known without counting."""
+        return self._state.size - self._state.num_present
+
+    @property
     def sensitivities(self) -> FloatArray:
         """Sensitivity each instance is charged at now, rounded up, shape (instances,).
 

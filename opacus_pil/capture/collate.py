@@ -51,7 +51,14 @@ DEFAULT, GIVEN, COMPARED = RowOrder("default"), RowOrder("given"), RowOrder("com
 
 def keeps_order(collate: Any) -> bool:
     """Whether a collate function needs no comparison; Opacus's wrapper is looked through."""
-    return getattr(collate, "wrapped_collator_fn", collate) is default_collate
+    return unwrapped(collate) is default_collate
+
+
+def unwrapped(collate: Any) -> Any:
+    """Return the user's collate function; Opacus wraps it again at every make_private."""
+    while hasattr(collate, "wrapped_collator_fn"):
+        collate = collate.wrapped_collator_fn
+    return collate
 
 
 class ProvingCollate:

@@ -77,6 +77,16 @@ class SplitPasses:
         return self._draw is not None
 
     @property
+    def left_out(self) -> bool:
+        """Whether batches of a pass in training were handed out, all so far, and not used.
+
+        Never with workers, which ask for batches ahead of their turn.
+        """
+        consumer = None if self._consumer is None else self._consumer()
+        ahead = getattr(consumer, "_num_workers", 1) > 0
+        return bool(self._used) and not ahead and _handed_out(consumer) != self._used
+
+    @property
     def interfering(self) -> bool:
         """Whether a batch of an older pass was handed out and is not used yet."""
         return any(_handed_out(one) != used for one, used in self._older.items())

@@ -12,8 +12,9 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from ..errors import UnsupportedError
-from .indices import Batches, BatchTracker, proving, require_in_order
+from .indices import Batches, proving, require_in_order
 from .passes import Pass, Resumable
+from .tracker import BatchTracker
 
 
 class RecordingBatchSampler(Resumable, Sampler[list[int]]):

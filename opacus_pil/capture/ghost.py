@@ -16,7 +16,7 @@ from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear
 from torch import nn
 
 from .clipping import clip_factors
-from .recorder import Recorder
+from .recorder import Recorder, written
 
 # Float32 Gram matrices of a sequence lose the norm of a small sum of large terms. The rounding
 # error of the squared norm is about eps · Σ ‖activation‖²‖backprop‖² over the sequence; where
@@ -45,7 +45,7 @@ class GhostSeam:
         self._gradients: dict[int, tuple[int, int]] | None = None
         module.get_clipping_coef = _Method(self, "factors")
         module.enable_hooks = _Method(self, "after_backward")
-        module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, nn.Linear: self._linear_norms}
+        module.NORM_SAMPLERS = {**module.NORM_SAMPLERS, nn.Linear: _LinearNorms(self)}
 
     def factors(self) -> torch.Tensor:
         """Return each row's clip factor in place of the module's own."""
@@ -72,7 +72,7 @@ class GhostSeam:
         type(module).enable_hooks(module)
         if self._norms is not None and self._gradients is None:
             self._gradients = {
-                id(p): _version(p.grad)
+                id(p): written(p.grad)
                 for p in module._module.parameters()
                 if p.grad is not None
             }  # fmt: skip
@@ -87,7 +87,7 @@ class GhostSeam:
                 self._capture()
             touched = [
                 p for p in parameters
-                if noted is None or p.grad is None or noted.get(id(p)) != _version(p.grad)
+                if noted is None or p.grad is None or noted.get(id(p)) != written(p.grad)
             ]  # fmt: skip
             if touched:
                 recorder.note("gradient_changed")
@@ -96,11 +96,9 @@ class GhostSeam:
             recorder.note("not_clipped", f"{len(unclipped)} of {len(parameters)} tensors")
         self._norms, self._gradients = None, None
 
-    def _linear_norms(
-        self, layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
-    ) -> dict[nn.Parameter, torch.Tensor]:
-        self._sequences |= backprops.ndim == 3
-        return linear_norms(layer, activations, backprops)
+    def note_sequences(self) -> None:
+        """Say that norms of a linear layer were those of sequences."""
+        self._sequences = True
 
     def _capture(self) -> torch.Tensor | None:
         assert self._norms is not None
@@ -122,17 +120,39 @@ class _Method:
         copied = memo.get(id(self._seam._module()))
         return _opacus(copied, self._name) if copied is not None else self
 
+    def __reduce__(self) -> Any:
+        return _opacus, (self._seam._module(), self._name)
+
+
+class _LinearNorms:
+    """`linear_norms`, telling one module's seam of sequences; a copy of the module tells nobody."""
+
+    def __init__(self, seam: GhostSeam) -> None:
+        self._seam = seam
+
+    def __call__(
+        self, layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor
+    ) -> dict[nn.Parameter, torch.Tensor]:
+        if backprops.ndim == 3:
+            self._seam.note_sequences()
+        return linear_norms(layer, activations, backprops)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return linear_norms
+
+    def __reduce__(self) -> Any:
+        return _untold, ()
+
+
+def _untold() -> Any:
+    return linear_norms
+
 
 _ORIGINAL = {"factors": "get_clipping_coef", "after_backward": "enable_hooks"}
 
 
 def _opacus(module: Any, name: str) -> Any:
     return types.MethodType(getattr(type(module), _ORIGINAL[name]), module)
-
-
-def _version(gradient: torch.Tensor) -> tuple[int, int]:
-    """What changes when somebody replaces a tensor or writes to it."""
-    return gradient.data_ptr(), gradient._version
 
 
 class ClipFactors(torch.Tensor):

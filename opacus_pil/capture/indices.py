@@ -7,15 +7,11 @@ or accountant; the random stream and the batches are Opacus's.
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import (
     DistributedUniformWithReplacementSampler,
@@ -25,173 +21,10 @@ from opacus.utils.uniform_sampler import (
 from .. import _validate as check
 from .._validate import IntArray
 from ..errors import UnsupportedError
-from .collate import DEFAULT, GIVEN, ProvingCollate, RowOrder, keeps_order
-from .draws import Draw, SplitPasses
+from .collate import DEFAULT, ProvingCollate, RowOrder, keeps_order
 from .passes import Pass, Resumable, started
 from .shards import RecordingShardSampler
-
-NOT_HANDED_OUT = RowOrder(
-    "", "no loader had just handed it out and no batch(indices=...) said which rows it holds"
-)
-_COLLATE_HIDDEN = RowOrder(
-    "", "Opacus's BatchMemoryManager hides what the collate function does", apart=False
-)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The batch that a backward pass or a step has used, as far as it is known.
-
-    Attributes:
-        rows: Rows of the data set, in the order of the batch; None: not known for certain.
-        draw: What they were drawn in, in no certain order; None: not known.
-        order: How the order is known; or why not.
-        fresh: Batches of this pass handed out since the last claim. 0: the batch was used before,
-            or comes from elsewhere.
-        unclaimed: The same over all passes: a caller may have kept earlier ones.
-    """
-
-    rows: IntArray | None
-    draw: Draw | None
-    order: RowOrder
-    fresh: int
-    unclaimed: int
-
-
-class BatchTracker:
-    """Holds the rows of the batch handed out last, until whoever uses the batch claims them.
-
-    Edge cases (`claim` answers rows=None, "unknown", rather than guess):
-        nothing was handed out since the last claim or since a new iterator began
-        two iterators are alive and both have a batch that nobody claimed
-        an iterator failed before: its later batches can no longer be matched
-        the batch came while a loop over Opacus's BatchMemoryManager had one waiting
-        the collate function did not show which row of the batch is which
-
-    Attributes:
-        skipped: Draws that were handed out and made no step while others did, since `settle`.
-    """
-
-    def __init__(self) -> None:
-        self._rows: IntArray | None = None
-        self._owner: weakref.ref[Any] | None = None  # iterator whose batch is unclaimed
-        self._explicit = False
-        self.handed_out = 0  # batches of this pass since the last claim
-        self.unclaimed = 0  # the same of all passes
-        self.skipped = 0
-        self.split = SplitPasses()  # knows the draws when Opacus's BatchMemoryManager loads
-        self._draw: Draw | None = None
-        self._order = NOT_HANDED_OUT
-        self._stepped = False  # a batch of this pass was claimed
-        self._evaluated = True  # every batch of this pass was handed out with gradients off
-        self.loader: Any = None  # the recording loader that publishes here; None: batch(indices=…)
-
-    def begin(self, running: Pass) -> None:
-        """A sampler starts a pass: a batch of an older one is no longer the current batch.
-
-        A loop may be left where it likes, at a public number of steps: the batch that was in hand
-        then is no skipped draw; those before it are.
-        """
-        self.split.begin(running)
-        if not self._explicit:
-            self._close(self.handed_out - 1)
-
-    def end(self) -> None:
-        """A pass was gone through to its end: what nobody claimed of it was skipped."""
-        if not self._explicit:
-            self._close(self.handed_out)
-
-    def publish(
-        self,
-        rows: npt.ArrayLike | None,
-        *,
-        owner: object,
-        draw: Draw | None = None,
-        order: RowOrder = DEFAULT,
-    ) -> None:
-        """A batch is being handed out; `draw` says what it is part of, if it is not all of it."""
-        if self._explicit:
-            return
-        other = None if self._owner is None else self._owner()
-        ambiguous = other is not None and other is not owner
-        if rows is None:
-            order = RowOrder("", "the loader lost count of its batches", order.apart)
-        elif ambiguous:
-            order = RowOrder("", "two passes over the data run side by side", order.apart)
-        elif not order.known:  # whom the batch holds is known all the same
-            draw = Draw(np.asarray(rows, dtype=np.int64).tolist()) if draw is None else draw
-        self._rows = np.asarray(rows, dtype=np.int64) if order.known else None
-        self._draw, self._order = (None, order) if rows is None or ambiguous else (draw, order)
-        self._owner = weakref.ref(owner)
-        self.handed_out += 1
-        self.unclaimed += 1
-        self._evaluated &= not torch.is_grad_enabled()
-
-    def claim(self, *, passes: int = 1) -> Claim:
-        """Return the current batch once.
-
-        Args:
-            passes: Backward passes whose gradients are claimed together.
-        """
-        rows, fresh, unclaimed = self._rows, self.handed_out, self.unclaimed
-        published = fresh > 0 or self._explicit
-        order = self._order if published else NOT_HANDED_OUT
-        if self._explicit:
-            order = GIVEN if rows is not None else NOT_HANDED_OUT
-            fresh = int(rows is not None)
-        self.skipped += max(fresh - passes, 0)
-        self._rows, self._owner, self.handed_out, self.unclaimed = None, None, 0, 0
-        self._stepped = True
-        if rows is not None and not self._explicit and self.split.interfering:
-            self._draw = None
-            why = "Opacus's BatchMemoryManager had a batch waiting"
-            rows, order = None, RowOrder("", why, order.apart)
-        draw = self._draw if published else None
-        if rows is not None and draw is None:
-            draw = Draw(rows.tolist())
-        if not published:  # where a memory manager of Opacus hands out a part nothing is
-            draw = self.split.use()
-            if draw is not None:
-                fresh, order = 1, DEFAULT if self._keeps_order else _COLLATE_HIDDEN
-        return Claim(rows, draw, order, fresh, unclaimed)
-
-    def settle(self) -> int:
-        """Return the number of skipped draws and count anew."""
-        skipped, self.skipped = self.skipped, 0
-        return skipped
-
-    @property
-    def in_hand(self) -> bool:
-        """Whether a batch may be in hand that no step has claimed; its rows may be unknown.
-
-        Of a loop that was left after some steps nothing is in hand.
-        """
-        if self.split.active or (self._explicit and self._rows is not None):
-            return True
-        left = self._stepped and (self._owner is None or self._owner() is None)
-        return self.handed_out > 0 and not left
-
-    def current(self) -> IntArray | None:
-        """Return the rows of the batch in hand, unclaimed; None when they are not known."""
-        if self.handed_out > 1 or (not self._explicit and self.split.interfering):
-            return None
-        return self._rows
-
-    def set_explicit(self, rows: IntArray | None) -> None:
-        """Take the caller's rows for the next claim and ignore loaders; None: back to loaders."""
-        self._rows, self._draw, self._owner, self.handed_out = rows, None, None, 0
-        self._explicit = rows is not None
-
-    @property
-    def _keeps_order(self) -> bool:
-        return self.loader is not None and keeps_order(self.loader.collate_fn)
-
-    def _close(self, skipped: int) -> None:
-        # Whoever only evaluates, with gradients off, makes no step of any draw of the pass.
-        if self._stepped or not self._evaluated:
-            self.skipped += max(skipped, 0)
-        self._rows, self.handed_out = None, 0
-        self._stepped, self._evaluated = False, True
+from .tracker import BatchTracker
 
 
 class RecordingSampler(Resumable, UniformWithReplacementSampler):
@@ -230,13 +63,18 @@ class RecordingSampler(Resumable, UniformWithReplacementSampler):
     def __iter__(self) -> Pass:
         """Start a pass with its own queue of emitted batches."""
         # Not a generator: the queue must exist before a DataLoader with workers primes itself.
-        running = self.begin(self._draw, redrawn=True)
+        running = self.begin(self._draw, redrawn=True, closed=self._tracker.exhausted)
         self._tracker.begin(running)
         self.emitted = running.emitted
         return running
 
     def _draw(self, count: int) -> Iterator[list[int]]:
-        for rows in itertools.islice(super().__iter__(), count):
+        source = super().__iter__()
+        for _ in itertools.repeat(None, count):
+            self._tracker.draws(self.generator, self.sample_rate)
+            rows = next(source, None)
+            if rows is None:
+                return
             if self.population is not None:
                 rows = self.population[rows].tolist() if rows else []
             yield rows
@@ -295,7 +133,7 @@ class Batches:
             batch = next(self._batches)
         except StopIteration:
             if not self.finished:
-                self._loader.tracker.end()
+                self._loader.tracker.end(self)
             self.finished = True
             raise
         except BaseException:

@@ -22,6 +22,7 @@ from .draws import Draw
 from .fixed_batches import RecordingFixedLoader
 from .indices import Batches, RecordingDataLoader, in_order, proving
 from .norms import require_splittable
+from .plain_step import held
 
 
 class Piece(NamedTuple):
@@ -121,7 +122,7 @@ def _drop_unfinished(optimizer: Any) -> None:
     optimizer._step_skip_queue.clear()
     if optimizer._is_last_step_skipped:
         optimizer._is_last_step_skipped = False
-        for parameter in optimizer.params:
+        for parameter in held(optimizer):  # those too that were frozen since
             parameter.summed_grad = None
         optimizer.recorder.clear()
 

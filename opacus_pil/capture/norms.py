@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,8 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from ..errors import UnsupportedError
 from .clipping import clip_factors
 from .ghost import GhostSeam
+from .plain_step import PlainStep, held, moves_by_gradient
+from .randomness import generator_mark
 from .recorder import Recorder
 
 
@@ -40,6 +41,22 @@ class _Recording:
     """What all recording optimizers share. Mixed in before the Opacus class."""
 
     recorder: Recorder
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refuse: torch would leave the copy without its plain optimizer, and this class broken.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        raise UnsupportedError(
+            "Expected one private optimizer for one accounted training, got a copy of it, whose "
+            "steps nobody would charge. Copy the plain module and build a plain optimizer for it, "
+            "or save optimizer.state_dict()."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, for the same reason."""
+        return self.__deepcopy__({})
 
     def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
         """Attach a hook; once privacy is accounted, add it after the accounting, with a warning."""
@@ -69,8 +86,17 @@ class _Recording:
         super().signal_skip_step(do_skip)  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        """Clear gradients as Opacus does, and the captures that belonged to them."""
+        """Clear gradients as Opacus does, and the captures that belonged to them.
+
+        Those of frozen parameters too, which Opacus keeps: unfrozen later, they would be in the sum
+        of a step that their rows were not drawn for.
+        """
         super().zero_grad(set_to_none)  # type: ignore[misc]
+        for p in held(self):
+            if not p.requires_grad and getattr(p, "grad_sample", None) is not None:
+                p.grad_sample = None
+            if not p.requires_grad and not self._is_last_step_skipped:  # type: ignore[attr-defined]
+                p.summed_grad = None
         if not self._is_last_step_skipped:  # type: ignore[attr-defined]
             self.recorder.clear()
 
@@ -81,10 +107,33 @@ class _Recording:
         self.recorder.noised = bool(moves) and bool(self.params)  # type: ignore[attr-defined]
         return moves
 
+    def scale_grad(self) -> None:
+        """Divide as Opacus does, and remember the noised gradients: nothing may touch them now."""
+        super().scale_grad()  # type: ignore[misc]
+        self._remember()
+
+    def reduce_gradients(self) -> None:
+        """Join the processes' gradients as Opacus's distributed optimizers do, likewise."""
+        whole = self.recorder.untouched()
+        super().reduce_gradients()  # type: ignore[misc]
+        if whole:
+            self._remember()
+
+    def _remember(self) -> None:
+        self.recorder.remember(self.params)  # type: ignore[attr-defined]
+
     def noise_std(self) -> float:
         """Return the standard deviation of the noise that Opacus adds to the sum right now."""
         optimizer: Any = self
         return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
+
+    def _noise_mark(self) -> int | None:
+        """Return where the noise is drawn from; None: none is, or nobody can say."""
+        optimizer: Any = self
+        rank = getattr(optimizer, "rank", 0)  # of several processes the first one adds the noise
+        if rank or optimizer.secure_mode or not optimizer.params or not self.noise_std():
+            return None
+        return generator_mark(optimizer.generator, optimizer.params[0].device)
 
     def add_noise(self) -> None:
         """Add noise as Opacus does, noting how much, to what, and whether the clip has held."""
@@ -93,59 +142,17 @@ class _Recording:
         sums = [p.summed_grad for p in parameters]
         self.recorder.before_noise([s for s in sums if s is not None])
         self.recorder.noise(self.noise_std())
+        if self.recorder.noise_seen.again(self._noise_mark()):
+            self.recorder.note("noise_repeated")
         super().add_noise()  # type: ignore[misc]
         self.recorder.noise(self.noise_std())
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if len(held) > len(parameters):  # else all of them were noised
+        everything = held(optimizer)
+        if len(everything) > len(parameters):  # else all of them were noised
             noised = {id(p) for p in parameters}
-            raw = [p for p in held if id(p) not in noised and _moves(p)]
+            raw = [p for p in everything if id(p) not in noised and moves_by_gradient(p)]
             if raw:
-                self.recorder.note("not_noised", f"{len(raw)} of {len(held)} parameter tensors")
-
-
-def _moves(parameter: torch.Tensor) -> bool:
-    """Whether a plain optimizer would move a parameter by its gradient."""
-    return parameter.grad is not None and bool((parameter.grad != 0).any())
-
-
-class PlainStep:
-    """Called before every step of the plain optimizer; reports one that no noise was added for.
-
-    Holds nothing alive, and a copy of the optimizer does not report to this training.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder: Any = weakref.ref(recorder)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PlainStep:
-        """Copy without the recorder: a copy reports to nobody."""
-        twin = PlainStep.__new__(PlainStep)
-        twin._recorder = _nobody
-        return twin
-
-    def __reduce__(self) -> Any:
-        """Pickle likewise."""
-        return _inert_plain_step, ()
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Look at one step of the plain optimizer before it is made."""
-        recorder = self._recorder()
-        if recorder is None:
-            return
-        expected, recorder.noised = recorder.noised, False
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if not expected and recorder.unnoised_step is not None and any(map(_moves, held)):
-            recorder.unnoised_step()
-
-
-def _nobody() -> None:
-    """Stand for a recorder that is gone."""
-
-
-def _inert_plain_step() -> PlainStep:
-    twin = PlainStep.__new__(PlainStep)
-    twin._recorder = _nobody
-    return twin
+                found = f"{len(raw)} of {len(everything)} parameter tensors"
+                self.recorder.note("not_noised", found)
 
 
 def chained(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -159,8 +166,8 @@ def _chain(first: Callable[[Any], None], second: Callable[[Any], None], optimize
 
 
 def _norms_of(samples: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return each row's gradient norm for every parameter, as Opacus forms it."""
-    return [g.reshape(len(g), -1).norm(2, dim=-1) for g in samples]
+    """Return each row's gradient norm for every parameter, as Opacus forms it; of no row, none."""
+    return [g.reshape(len(g), math.prod(g.shape[1:])).norm(2, dim=-1) for g in samples]
 
 
 def _norms_over(layers: list[torch.Tensor]) -> torch.Tensor:
@@ -179,6 +186,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip and sum with Opacus's arithmetic, bit for bit, keeping the norms."""
+        passes = self.accumulated_iterations  # first: Opacus says so where parameters disagree
         samples = self.grad_samples
         if len(samples[0]) == 0:
             norms = torch.zeros((0,), device=samples[0].device)
@@ -190,7 +198,7 @@ class RecordingDPOptimizer(_Recording, DPOptimizer):
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
         )
         factors = clip_factors(norms, max_grad_norm=self.max_grad_norm, caps=caps)
         # A row with cap 0 leaves before the multiplication: 0 · NaN is NaN.
@@ -218,6 +226,7 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
         The bounds in force are the list that clips; `max_grad_norm`, which the noise follows, is
         another attribute, and a schedule of Opacus changes that one only.
         """
+        passes = self.accumulated_iterations
         samples = self.grad_samples
         # Opacus pairs parameters and bounds up to the shorter list: who has none is not clipped.
         bounds = [*map(float, self.max_grad_norms), *[math.inf] * len(samples)][: len(samples)]
@@ -230,8 +239,16 @@ class RecordingPerLayerOptimizer(_Recording, DPPerLayerOptimizer):
             _norms_over(clipped),
             max_grad_norm=math.hypot(*bounds),
             rounding=_coarsest(samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
             allowed=torch.stack([norm.sum().to(device) for norm in clipped]),
+            whole=_norms_over(layers),
+            layer_factors=torch.stack(
+                [
+                    (bound / (norm + 1e-6)).clamp(max=1.0).to(device)  # as Opacus does
+                    for norm, bound in zip(layers, bounds, strict=True)
+                ],
+                dim=1,
+            ),
         )
         super().clip_and_accumulate()
 
@@ -241,12 +258,13 @@ class RecordingAdaptiveOptimizer(_Recording, AdaClipDPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Record the norms, then clip, count and sum as Opacus does."""
+        passes = self.accumulated_iterations
         norms = _norms_over(_norms_of(self.grad_samples))
         self.recorder.capture(
             norms,
             max_grad_norm=float(self.max_grad_norm),
             rounding=_coarsest(self.grad_samples),
-            passes=self.accumulated_iterations,
+            passes=passes,
         )
         super().clip_and_accumulate()
 
@@ -339,6 +357,18 @@ def record_norms(optimizer: DPOptimizer, recorder: Recorder, *, module: Any) -> 
     plain = optimizer.original_optimizer
     if isinstance(plain, torch.optim.Optimizer):
         plain.register_step_pre_hook(PlainStep(recorder))
+
+
+def clipped_sum(optimizer: Any, parameter: Any) -> torch.Tensor | None:
+    """Return the sum of the rows' clipped gradients; None: the optimizer does not hold it."""
+    found: torch.Tensor | None = getattr(parameter, "summed_grad", None)
+    gradient = parameter.grad
+    if found is None or gradient is None or gradient.data_ptr() != found.data_ptr():
+        return found
+    # A process that adds no noise divides the sum itself: its gradient is a view of it.
+    if optimizer.loss_reduction != "mean":
+        return found
+    return found * (optimizer.expected_batch_size * optimizer.accumulated_iterations)
 
 
 def require_splittable(optimizer: Any) -> None:

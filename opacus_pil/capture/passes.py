@@ -43,6 +43,7 @@ class Pass:
         redrawn: Whether another process draws the rest by itself, from the saved state of the
             generator. If not, they are read from `source` when somebody asks what is left.
         opened: Called when the first batch is asked for.
+        closed: Called when one is asked for and there is none left.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Pass:
         waiting: list[list[int]] | None = None,
         redrawn: bool,
         opened: Callable[[], None] | None = None,
+        closed: Callable[[], None] | None = None,
     ) -> None:
         self.emitted: deque[list[int]] = deque()  # given to the loader, not handed out yet
         self.owner: weakref.ref[Any] | None = None  # who hands out; None: an unknown loader
@@ -61,7 +63,7 @@ class Pass:
         self._source = source
         self._draws = draws
         self._redrawn = redrawn
-        self._opened = opened
+        self._opened, self._closed = opened, closed
 
     def __iter__(self) -> Pass:
         """Return itself: one pass."""
@@ -78,6 +80,8 @@ class Pass:
             try:
                 rows = next(self._source)
             except StopIteration:
+                if self._closed is not None and not self.exhausted:
+                    self._closed()
                 self.exhausted = True
                 raise
             self._draws -= 1
@@ -101,12 +105,19 @@ class Resumable:
     _running: weakref.ref[Pass] | None = None
     _resumed: Remainder | None = None
 
-    def begin(self, source: Callable[[int], Iterator[list[int]]], *, redrawn: bool) -> Pass:
+    def begin(
+        self,
+        source: Callable[[int], Iterator[list[int]]],
+        *,
+        redrawn: bool,
+        closed: Callable[[], None] | None = None,
+    ) -> Pass:
         """Start a pass: what is left of an interrupted one, once, else a whole one.
 
         Args:
             source: Draws so many batches.
             redrawn: As in Pass.
+            closed: Likewise.
         """
         left = self._resumed
         draws = len(self) if left is None else left.draws  # type: ignore[arg-type]
@@ -114,7 +125,10 @@ class Resumable:
         # A DataLoader with workers asks for two iterators and uses the second: what is left is
         # left until it is used.
         opened = None if left is None else self._forget
-        running = Pass(source(draws), draws=draws, waiting=waiting, redrawn=redrawn, opened=opened)
+        running = Pass(
+            source(draws), draws=draws, waiting=waiting, redrawn=redrawn, opened=opened,
+            closed=closed,
+        )  # fmt: skip
         self._running = weakref.ref(running)
         return running
 

@@ -6,7 +6,6 @@ which label a step has earned is `training/evidence.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +18,21 @@ from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
-from .indices import BatchTracker
-
-_OUT_OF_STEP = (
-    "its physical batches are not the parts of one draw; a loop over Opacus's BatchMemoryManager "
-    "was left early or skipped a batch, which opacus_pil.BatchMemoryManager allows"
+from .parts import (
+    OUT_OF_STEP,
+    Part,
+    exceeds,
+    factors_of,
+    joined,
+    layer_factors_of,
+    members,
+    most_copies,
+    most_draws,
+    rows_of,
+    whole_norms,
 )
-# The sum of a batch in floating point against the sum of its norms: float32 sums of thousands of
-# rows err by far less, and a broken clip by far more.
-_TRIPWIRE_SLACK = 1e-3
+from .randomness import Seen
+from .tracker import BatchTracker
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ class StepRecord:
         noise_std: Standard deviation of the noise on the sum, as it was when it was added; None: no
             noise was seen.
         unfinite: Shape (batch,), rows whose gradient was not finite.
+        factors: Shape (batch,), what each row's gradient was multiplied with before it was summed;
+            None: layers were clipped one by one.
+        whole: Shape (batch,), norms over all layers where `norms` are those of what clipping layers
+            one by one has left, still on their device; None: `norms` are whole.
+        layer_factors: Shape (batch, layers), the same for layers clipped one by one, still on their
+            device; None: clipped together, or parts of the step trained other layers.
+        parts: Rows in each physical batch.
         facts: What takes away from a claim.
     """
 
@@ -76,25 +88,11 @@ class StepRecord:
     copies: int = 1
     noise_std: float | None = None
     unfinite: npt.NDArray[np.bool_] | None = None
+    factors: FloatArray | None = None
+    whole: torch.Tensor | None = None
+    layer_factors: torch.Tensor | None = None
+    parts: tuple[int, ...] = ()
     facts: tuple[Fact, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Capture:
-    rows: IntArray | None  # of this physical batch; None: not published
-    draw: Draw | None  # which draw it is part of; None: not known
-    order: RowOrder
-    norms: torch.Tensor
-    max_grad_norm: float
-    dropped: torch.Tensor | None  # rows with cap 0, which took no part
-    mismatch: str
-    rounding: float  # relative, of the coarsest number behind the norms
-    unclaimed: int  # batches that loaders had given since the one before
-    passes: int
-    foreign: bool  # a batch that no loader had just handed out
-    limits: FloatArray | None  # of each row, where caps are in force
-    allowed: torch.Tensor | None  # most that each layer's sum can be; None: clipped together
-    phantom: bool  # a row that Opacus put into an empty draw is in the sum
 
 
 class Recorder:
@@ -108,6 +106,7 @@ class Recorder:
         rand_on_empty: Opacus replaces an empty draw by one random row, whose norm is nobody's.
         publish: Where the norms are left as `per_sample_gradient_norms`, as ghost clipping does
             by itself: the module or hooks object that Opacus made; None: nowhere.
+        noise_seen: Where noise was drawn from before, in other trainings of the same ledgers too.
 
     Attributes:
         listeners: Called at each noisy step with rows (None: not known) and unclipped norms, those
@@ -122,8 +121,10 @@ class Recorder:
         caps_rounding: float = 1.0,
         rand_on_empty: bool = False,
         publish: Any = None,
+        noise_seen: Seen | None = None,
     ) -> None:
         self.tracker = tracker
+        tracker.midway = lambda: self.midway
         self.caps = caps
         self.publish = publish
         self.listeners: list[Callable[[IntArray | None, FloatArray], None]] = []
@@ -132,13 +133,18 @@ class Recorder:
         self.everyone_in = True  # no row of the batch captured last is left out by a cap of 0
         self.noised = False  # the plain optimizer's next step is that of a gradient with noise
         self.unnoised_step: Callable[[], None] | None = None  # told of one that is not
+        self.ledger: object = None  # that the steps are charged to; others may share it
+        self.noise_seen = Seen() if noise_seen is None else noise_seen
+        self.changed_step: Callable[[], None] | None = None  # and of one by a changed gradient
         self._caps_rounding = caps_rounding
         self._rand_on_empty = rand_on_empty
-        self._captures: list[_Capture] = []
+        self._captures: list[Part] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
+        self._lasting: dict[Fact, None] = {}
         self._noise_std: float | None = None
         self._sums: torch.Tensor | None = None  # norm of each layer's clipped sum
         self._sum_rounding = 0.0
+        self._noised: list[tuple[Any, tuple[int, int]]] = []  # parameters, and what they step by
 
     @property
     def midway(self) -> bool:
@@ -147,12 +153,23 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget captured batches whose gradients were dropped without a step."""
+        self.tracker.skipped += bool(self._captures)  # of a draw that was used for nothing
+        self._reset()
+
+    def _reset(self) -> None:
         self._captures, self._facts = [], {}
         self._noise_std, self._sums = None, None
 
-    def note(self, code: str, detail: str = "") -> None:
-        """Keep a fact about the step under way."""
-        self._facts.setdefault(Fact(code, detail))
+    def note(self, code: str, detail: str = "", *, lasting: bool = False) -> None:
+        """Keep a fact about the step under way.
+
+        Args:
+            code: What it is.
+            detail: What was found.
+            lasting: Keep it for all later steps too, and when gradients are dropped, which ghost
+                clipping does between its two backward passes.
+        """
+        (self._lasting if lasting else self._facts).setdefault(Fact(code, detail))
 
     def capture(
         self,
@@ -162,6 +179,8 @@ class Recorder:
         rounding: float | None = None,
         passes: int = 1,
         allowed: torch.Tensor | None = None,
+        whole: torch.Tensor | None = None,
+        layer_factors: torch.Tensor | None = None,
         droppable: bool = True,
     ) -> torch.Tensor | None:
         """Keep one physical batch's norms and claim its rows; return the rows' caps, if any.
@@ -173,6 +192,8 @@ class Recorder:
             passes: Backward passes whose gradients are clipped together.
             allowed: Most that the norm of each layer's sum can be, where layers are clipped one by
                 one; None: they are clipped together, to `max_grad_norm`.
+            whole: Shape (batch,), norms before layers were clipped; `norms` are those after it.
+            layer_factors: Shape (batch, layers), what gradients are multiplied with then.
             droppable: Whether a row with cap 0 is left out before anything is summed.
 
         Raises:
@@ -193,7 +214,7 @@ class Recorder:
             rows, mismatch = None, f"{passes} backward passes are in one step"
         elif not claim.order.known:
             split = self.tracker.split.active and draw is None and claim.fresh == 0
-            rows, mismatch = None, _OUT_OF_STEP if split else claim.order.why
+            rows, mismatch = None, OUT_OF_STEP if split else claim.order.why
         elif rows is not None and len(rows) != len(norms):
             mismatch = f"the batch has {len(rows)} rows and {len(norms)} gradient norms"
             rows = None
@@ -201,7 +222,11 @@ class Recorder:
         if self.caps is not None:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
-            self._require_enforceable(rows, draw, coarsest, mismatch)
+            try:
+                self._require_enforceable(rows, draw, coarsest, mismatch)
+            except UnsupportedError:
+                self.tracker.skipped += claim.fresh > 0  # claimed, and no step will be made of it
+                raise
             if phantom:
                 self.everyone_in = True
                 caps = torch.ones(1, device=norms.device, dtype=norms.dtype)
@@ -213,9 +238,10 @@ class Recorder:
                 dropped = caps == 0
                 _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
         self._captures.append(
-            _Capture(
+            Part(
                 rows, draw, claim.order, norms, max_grad_norm, dropped, mismatch, coarsest,
-                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, phantom,
+                claim.unclaimed, passes, passes > claim.fresh, limits, allowed, whole,
+                layer_factors, phantom,
             )
         )  # fmt: skip
         return caps
@@ -242,6 +268,14 @@ class Recorder:
         self._sums = torch.stack(norms)
         self._sum_rounding = max(torch.finfo(s.dtype).eps for s in sums)
 
+    def remember(self, parameters: Sequence[Any]) -> None:
+        """Note the noised gradients as they are, by which the model is to move."""
+        self._noised = [(p, written(p.grad)) for p in parameters if p.grad is not None]
+
+    def untouched(self) -> bool:
+        """Whether the gradients noted by `remember` are as they were then."""
+        return all(p.grad is not None and written(p.grad) == seen for p, seen in self._noised)
+
     def noise(self, std: float) -> None:
         """Note the standard deviation of the noise that is being added to the sum.
 
@@ -256,24 +290,31 @@ class Recorder:
         Args:
             max_grad_norm: Clip bound to report if nothing was captured.
         """
-        captures, facts, std = self._captures, list(self._facts), self._noise_std
-        norms, sums, allowed = _joined(captures, self._sums)
-        exceeded = _exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
-        self.clear()
+        captures, facts, std = self._captures, [*self._lasting, *self._facts], self._noise_std
+        norms, sums, allowed = joined(captures, self._sums)
+        exceeded = exceeds(captures, norms, sums, allowed, rounding=self._sum_rounding)
+        self._reset()
         skipped = self.tracker.settle()
         if skipped:
             facts.append(Fact("draw_skipped"))
+        if self.tracker.coins_repeated:
+            facts.append(Fact("coins_repeated"))
         if exceeded:
             facts.append(Fact("sum_above_clip"))
+        if len({c.max_grad_norm for c in captures}) > 1:
+            facts.append(Fact("clip_changed_midway"))
         if any(c.foreign for c in captures):
             facts.append(Fact("batch_not_drawn"))
         draws = {c.draw for c in captures if c.draw is not None}
-        rows, mismatch = _rows_of(captures, draws, len(norms))
+        rows, mismatch = rows_of(captures, draws, len(norms))
         order = next((c.order for c in captures if not c.order.known), DEFAULT)
-        drawn = _members(captures, draws)
+        drawn = members(captures, draws)
         copies = 1
         if rows is None and drawn is not None and len(norms) != len(drawn):
             copies = max(-(-len(norms) // max(len(drawn), 1)), 1)
+            facts.append(Fact("rows_not_once"))
+        elif rows is not None and (most := most_copies(rows)) > 1:  # drawn with replacement
+            rows, copies, mismatch = None, most, f"a row is in the batch {most} times"
             facts.append(Fact("rows_not_once"))
         unclipped = norms
         if any(c.dropped is not None for c in captures):
@@ -289,10 +330,14 @@ class Recorder:
             mismatch=mismatch,
             order=order,
             drawn=drawn,
-            draws=1 if rows is not None else _most_draws(captures, draws),
+            draws=1 if rows is not None else most_draws(captures, draws),
             copies=copies,
             noise_std=std,
             unfinite=~np.isfinite(norms),
+            factors=factors_of(captures, unclipped),
+            whole=whole_norms(captures),
+            layer_factors=layer_factors_of(captures),
+            parts=tuple(len(c.norms) for c in captures),
             facts=tuple(facts),
         )
 
@@ -322,6 +367,11 @@ class Recorder:
             )
 
 
+def written(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when somebody replaces a tensor or writes to it."""
+    return tensor.data_ptr(), tensor._version
+
+
 def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) -> None:
     """Raise where a row that is not left out has a gradient that no cap bounds."""
     bad = ~torch.isfinite(norms) & ~dropped
@@ -332,84 +382,3 @@ def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) 
             f"{len(norms)} not finite (first: instance {first}). A non-finite gradient cannot be "
             "clipped; check its loss."
         )
-
-
-def _rows_of(captures: list[_Capture], draws: set[Draw], size: int) -> tuple[IntArray | None, str]:
-    """Return the rows of a step in the order of its norms, or None and why."""
-    if not captures:
-        return None, "no gradient was captured"
-    if all(c.rows is not None for c in captures):
-        if len(draws) > 1:
-            return None, f"{len(draws)} drawn batches are in one step"
-        return np.concatenate([c.rows for c in captures if c.rows is not None]), ""
-    return _whole_draw(captures, size)
-
-
-def _whole_draw(captures: list[_Capture], size: int) -> tuple[IntArray | None, str]:
-    """Return the rows of a draw that Opacus split, if just its pieces were captured."""
-    draw = captures[0].draw
-    if any(c.mismatch for c in captures):
-        return None, next(c.mismatch for c in captures if c.mismatch)
-    if (
-        draw is None
-        or any(c.draw is not draw or c.rows is not None for c in captures)
-        or len(draw.rows) != size  # each part is used once: all of them, if the length is right
-    ):
-        return None, _OUT_OF_STEP
-    return np.asarray(draw.rows, dtype=np.int64), ""
-
-
-def _members(captures: list[_Capture], draws: set[Draw]) -> IntArray | None:
-    """Return who is in the step, in no certain order; None: not known."""
-    parts = [c.draw.rows for c in captures[:1] if c.draw is not None]
-    whole = len(draws) == 1 and all(c.draw is not None and c.passes == 1 for c in captures)
-    return np.asarray(parts[0], dtype=np.int64) if whole and parts else None
-
-
-def _most_draws(captures: list[_Capture], draws: set[Draw]) -> int:
-    unknown = sum(c.draw is None for c in captures)
-    passes = sum(c.passes for c in captures if c.passes > 1)
-    return max(len(draws) + unknown, passes, sum(c.unclaimed for c in captures), 1)
-
-
-def _joined(
-    captures: list[_Capture], sums: torch.Tensor | None
-) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Return norms, layers' sums and what layers allow, in one transfer from the device."""
-    parts = [c.norms for c in captures]
-    layers = [c.allowed for c in captures if c.allowed is not None]
-    rows = sum(map(len, parts))
-    last = rows if sums is None else rows + len(sums)
-    parts = [*parts, *([] if sums is None else [sums]), *layers]
-    if not parts:
-        return np.empty(0), np.empty(0), None
-    device = parts[0].device
-    if any(p.device != device for p in parts):
-        parts = [p.to(device) for p in parts]
-    together = parts[0] if len(parts) == 1 else torch.cat(parts)
-    found: FloatArray = together.to("cpu", torch.float64).numpy()
-    allowed = found[last:].reshape(len(layers), -1).sum(axis=0) if layers else None
-    return found[:rows], found[rows:last], allowed
-
-
-def _exceeds(
-    captures: list[_Capture], norms: FloatArray, sums: FloatArray, layers: FloatArray | None, *,
-    rounding: float,
-) -> bool:  # fmt: skip
-    """Whether clipped sums are larger than their rows allow, over all layers or in one of them."""
-    if not len(sums):
-        return False
-    slack = 1.0 + _TRIPWIRE_SLACK + len(norms) * rounding
-    if layers is not None:
-        return bool((sums > layers * slack).any())
-    limit, start = 0.0, 0
-    for part in captures:
-        own, start = norms[start : start + len(part.norms)], start + len(part.norms)
-        if part.limits is None:
-            limit += float(np.minimum(own, part.max_grad_norm).sum())
-        else:  # a row that caps leave out may hold NaN
-            kept = part.limits > 0.0
-            limit += float(np.minimum(own, part.limits * part.max_grad_norm)[kept].sum())
-        if part.phantom:  # Opacus's random row is in the sum and not here
-            limit += part.max_grad_norm
-    return math.sqrt(float(sums @ sums)) > limit * slack

@@ -7,6 +7,7 @@ caller's own `loss_of(module, batch)`. Knows no data set and no optimizer.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,12 +33,21 @@ def pair_loss(criterion: Callable[..., torch.Tensor], *, reduction: str) -> Loss
     losses_of = _per_row(criterion, reduction)
 
     def loss_of(module: Any, batch: Any) -> torch.Tensor:
-        inputs, targets = as_pair(batch)
-        dtype = _floating_dtype(module)
-        outputs = module(_cast(inputs, dtype))
-        return losses_of(outputs, _cast(targets, dtype))
+        inputs, targets = typed_pair(module, batch)
+        return losses_of(module(inputs), targets)
 
     return loss_of
+
+
+def typed_pair(module: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets of a batch that is a pair; floating ones in the module's dtype.
+
+    Raises:
+        UnsupportedError: Another kind of batch.
+    """
+    inputs, targets = as_pair(batch)
+    dtype = _floating_dtype(module)
+    return _cast(inputs, dtype), _cast(targets, dtype)
 
 
 def as_pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,7 +140,7 @@ def _per_row(
                 f"Expected criterion to give one loss per instance with reduction='none' ({size}), "
                 f"got shape {tuple(losses.shape)}. Reshape outputs and targets to (batch, ...)."
             )
-        return _joined_terms(losses.reshape(size, -1), how)
+        return _joined_terms(losses.reshape(size, math.prod(losses.shape[1:])), how)
 
     return together
 

@@ -21,7 +21,7 @@ from .._validate import IntArray
 from .passes import Pass, Resumable
 
 if TYPE_CHECKING:
-    from .indices import BatchTracker
+    from .tracker import BatchTracker
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +121,7 @@ class RecordingShardSampler(Resumable, DistributedUniformWithReplacementSampler)
 
     def _draw(self, count: int) -> Iterator[list[int]]:
         for _ in itertools.repeat(None, count):
+            self._tracker.draws(self.generator, self.sample_rate)
             coins = torch.rand(self.num_samples, generator=self.generator) < self.sample_rate
             rows: list[Any] = self.dealt[coins].tolist()
             yield rows

@@ -7,7 +7,7 @@ as they were, so that training with and without sweeps stays bit-identical.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,17 @@ import numpy.typing as npt
 import torch
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.grad_sample.embedding_norm_sample import compute_embedding_norm_sample
-from opacus.grad_sample.gsm_base import AbstractGradSampleHooks, AbstractGradSampleModule
 from opacus.grad_sample.linear import compute_linear_grad_sample, compute_linear_norm_sample
-from opacus.validators import ModuleValidator
-from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import default_collate
 
 from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
+from .collate import keeps_order, order_of_rows
 from .randomness import untouched_generators
 from .row_losses import LossOf, moved_to, pair_loss
+from .unhooked import measurable_copy
 
 
 @dataclass(frozen=True)
@@ -38,11 +35,13 @@ class Sweep:
 
     Attributes:
         indices: Shape (n,), rows of the data set.
-        norms: Shape (n,), unclipped norm of each instance's own gradient.
+        norms: Shape (n,), unclipped norm of each instance's own gradient; with `layer_bounds` that
+            of what is left of it.
         losses: Shape (n,), each instance's own loss.
         outputs: Shape (n, ...), model outputs, if asked for.
         deterministic: Neither model nor data set touched a global random generator. With dropout
             modules set aside this says that the norms do not depend on a draw.
+        whole: Shape (n,), unclipped norms in any case.
 
     Privacy: all of it depends on private data and is not private to release.
     """
@@ -52,6 +51,7 @@ class Sweep:
     losses: FloatArray
     outputs: npt.NDArray[Any] | None
     deterministic: bool
+    whole: FloatArray
 
 
 def sweep(
@@ -88,7 +88,8 @@ def sweep(
             tokens) joins them when the criterion does not say so itself.
         batch_first: As in Opacus: False if the batch is the inputs' second dimension.
         chunk_size: Instances per forward pass; bounds the memory.
-        collate_fn: Joins items to a batch. Default: torch's default_collate.
+        collate_fn: Joins items to a batch. Default: torch's default_collate. One that moves rows,
+            as by sorting them, is asked for each row alone.
         parameters: Names of the parameters that count. Default: all that require a gradient.
         layer_bounds: Clip bound of each parameter by name, where layers are clipped one by one: of
             each layer's norm what is left of it counts. Default: norms are unclipped.
@@ -111,27 +112,49 @@ def sweep(
         if criterion is None:
             raise ValueError("Expected criterion or loss_of, got neither. Pass the training's own.")
         loss_of = pair_loss(criterion, reduction=loss_reduction)
-    plain = plain_copy(module)
+    plain = measurable_copy(module)
     _count_only(plain, parameters)
     join = default_collate if collate_fn is None else collate_fn
+    dimension = 0 if batch_first else 1
     device = next(plain.parameters()).device
     with untouched_generators(device) as moved:
         measure = _Measure(plain, loss_of, batch_first=batch_first, layer_bounds=layer_bounds)
         parts = []
         for start in range(0, len(rows), chunk_size):
-            chunk = rows[start : start + chunk_size]
-            batch = moved_to(join([dataset[int(row)] for row in chunk]), device)
-            parts.append(measure(batch, len(chunk)))
+            items = [dataset[int(row)] for row in rows[start : start + chunk_size]]
+            for batch, order in _batches(join, items, dimension=dimension):
+                found = measure(moved_to(batch, device), len(order))
+                parts.append(tuple(part[order] for part in found))
         deterministic = not moved()
-    norms = np.concatenate([part[0] for part in parts]) if parts else np.empty(0)
-    losses = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
+    norms, losses, whole = (
+        np.concatenate([part[k] for part in parts]) if parts else np.empty(0) for k in (0, 1, 3)
+    )
     if infinite:
         norms = np.where(np.isfinite(norms), norms, np.inf)
     else:
         for name, values in (("norms", norms), ("losses", losses)):
             _require_finite(name, values, rows)
     outputs = np.concatenate([part[2] for part in parts]) if parts and keep_outputs else None
-    return Sweep(rows, norms, losses, outputs, deterministic)
+    return Sweep(rows, norms, losses, outputs, deterministic, whole)
+
+
+def _batches(join: Any, items: list[Any], *, dimension: int) -> Iterator[tuple[Any, IntArray]]:
+    """Join items to one batch, or to one each where the batch does not show which row is whose.
+
+    Yields:
+        A batch, and the position in it of each of its items.
+    """
+    if keeps_order(join):
+        yield join(items), np.arange(len(items))
+        return
+    single = [join([copy.copy(item)]) for item in items]  # a collate function may take items apart
+    batch = join([copy.copy(item) for item in items])
+    order, _ = order_of_rows(batch, single, dimension=dimension)
+    if order is not None:
+        yield batch, np.argsort(order)
+        return
+    for one in single:
+        yield one, np.zeros(1, dtype=np.int64)
 
 
 def _linear_norms(
@@ -166,6 +189,9 @@ class _Norms(GradSampleModuleFastGradientClipping):
     }
 
 
+_Found = tuple[FloatArray, FloatArray, npt.NDArray[Any], FloatArray]  # `_Measure` of one chunk
+
+
 class _Measure:
     """Norms, losses and outputs of one chunk, by ghost clipping where the model allows it."""
 
@@ -196,12 +222,12 @@ class _Measure:
                 f"{error}"
             ) from error
 
-    def __call__(self, batch: Any, size: int) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+    def __call__(self, batch: Any, size: int) -> _Found:
         try:
             return self._run(batch, size)
         except NotImplementedError:  # tied parameters, or a layer without ghost norms
             self._wrapped.to_standard_module()
-            self._module = plain_copy(self._module)
+            self._module = measurable_copy(self._module)
             self._wrapped = self._wrap(ghost=False)
         try:
             return self._run(batch, size)
@@ -210,7 +236,7 @@ class _Measure:
                 f"Expected per-sample gradients of every parameter, got none: {error}"
             ) from error
 
-    def _run(self, batch: Any, size: int) -> tuple[FloatArray, FloatArray, npt.NDArray[Any]]:
+    def _run(self, batch: Any, size: int) -> _Found:
         counted = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
         for parameter in counted.values():
             parameter._norm_sample = None  # type: ignore[attr-defined]  # none may be left over
@@ -226,6 +252,7 @@ class _Measure:
         unused = [n for n, p in counted.items() if p._norm_sample is None]  # type: ignore[attr-defined]
         if unused:
             raise NotImplementedError(f"parameter {unused[0]} took no part in the loss")
+        whole = _float64(self._wrapped.get_norm_sample())
         if self._bounds is not None:
             for name, parameter in counted.items():
                 layer: Any = parameter
@@ -233,8 +260,8 @@ class _Measure:
         norms = self._wrapped.get_norm_sample()
         for parameter in self._module.parameters():
             parameter.grad = None
-        check.same_length("norms", norms.cpu().numpy(), "instances", size)
-        return _float64(norms), _float64(losses), seen.array(size)
+        check.same_length("norms", _float64(norms), "instances", size)
+        return _float64(norms), _float64(losses), seen.array(size), whole
 
 
 class _LastOutput:
@@ -254,85 +281,14 @@ class _LastOutput:
     def array(self, size: int) -> npt.NDArray[Any]:
         """The output as an array; of a record with logits (transformers) these."""
         output = getattr(self._output, "logits", self._output)
-        return output.detach().cpu().numpy() if torch.is_tensor(output) else np.empty(size)
+        if not torch.is_tensor(output):
+            return np.empty(size)
+        coarse = output.dtype is torch.bfloat16  # which numpy does not have
+        return (output.float() if coarse else output).detach().cpu().numpy()
 
 
 def _float64(values: torch.Tensor) -> FloatArray:
     return values.detach().double().cpu().numpy()
-
-
-def plain_copy(module: nn.Module) -> nn.Module:
-    """Copy a module without Opacus's hooks, ready for a full pass.
-
-    Modules that hold trained parameters are in training mode, dropout modules off, all others
-    (a frozen BatchNorm, say) in the mode they were in.
-
-    Raises:
-        UnsupportedError: A layer that mixes instances; Opacus's validator says which.
-    """
-    inner = module._module if isinstance(module, AbstractGradSampleHooks) else module
-    memo: dict[int, Any] = {}
-    for part in inner.modules():  # leftovers of Opacus are shared with the copy, then dropped
-        for name in _LEFTOVERS:
-            if name in part.__dict__:
-                memo[id(part.__dict__[name])] = part.__dict__[name]
-        for hook in (*part._forward_hooks.values(), *part._backward_hooks.values()):
-            owner = _hook_owner(hook)
-            if owner is not None:
-                memo[id(owner)] = owner
-    clone = copy.deepcopy(inner, memo)
-    for part in clone.modules():
-        for name in _LEFTOVERS:
-            part.__dict__.pop(name, None)
-        for hooks in (part._forward_hooks, part._backward_hooks):
-            for key in [key for key, hook in hooks.items() if _hook_owner(hook) is not None]:
-                del hooks[key]
-        if any(p.requires_grad for p in part.parameters(recurse=False)):
-            part.training = True  # Opacus measures nothing in evaluation mode
-        elif isinstance(part, _DropoutNd):
-            part.training = False
-    clone.training = True
-    mixing = batch_dependent(clone)
-    try:
-        ModuleValidator.validate(clone, strict=True)
-    except UnsupportedModuleError as error:
-        mixing = mixing or str(error)
-    if mixing:
-        raise UnsupportedError(
-            f"Expected a module that treats instances one by one, got {type(inner).__name__}: "
-            f"{mixing}"
-        )
-    return clone
-
-
-def batch_dependent(module: nn.Module) -> str:
-    """Return which normalisation layer depends on the batch, and what to do; "": none.
-
-    A BatchNorm in evaluation mode with fixed statistics treats rows one by one; InstanceNorm does
-    so in either mode, but updates statistics in training mode, if it keeps any.
-    """
-    for name, part in module.named_modules():
-        if not isinstance(part, _NormBase):
-            continue
-        instance = isinstance(part, nn.modules.instancenorm._InstanceNorm)
-        if part.training and (part.track_running_stats or not instance):
-            return (
-                f"{type(part).__name__} at {name or 'the top'!r} is in training mode. Put it into "
-                "evaluation mode and freeze it, or use GroupNorm."
-            )
-    return ""
-
-
-# Attributes that Opacus leaves on the modules it hooks.
-_LEFTOVERS = (
-    "autograd_grad_sample_hooks", "activations", "max_batch_len", "ft_compute_sample_grad",
-)  # fmt: skip
-
-
-def _hook_owner(hook: Any) -> Any:
-    """Return the Opacus object that a module hook belongs to, or None for the user's own hooks."""
-    owner = getattr(getattr(hook, "func", hook), "__self__", None)
-    return owner if isinstance(owner, AbstractGradSampleHooks | AbstractGradSampleModule) else None
 
 
 def _count_only(module: nn.Module, parameters: Collection[str] | None) -> None:

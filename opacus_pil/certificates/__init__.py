@@ -4,6 +4,7 @@ from .assumptions import Assumption as Assumption
 from .assumptions import assumption as assumption
 from .best import BestCertificate as BestCertificate
 from .best import best_of as best_of
+from .certificate import Certificate as Certificate
 from .certificate_file import read_certificate as read_certificate
 from .certificate_file import read_key as read_key
 from .certificate_file import write_certificate as write_certificate
@@ -16,8 +17,7 @@ from .log_sobolev import lsi_constant_after as lsi_constant_after
 from .methods import CERTIFIED_METHODS as CERTIFIED_METHODS
 from .mini_batches import PoissonContractionCertificate as PoissonContractionCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate as NoisyFineTuningCertificate
-from .record import Certificate as Certificate
-from .run_record import certificate_record as certificate_record
+from .recording import certificate_record as certificate_record
 from .sequential import sequential_requests as sequential_requests
 from .signature import new_key as new_key
 from .signature import read_public_key as read_public_key

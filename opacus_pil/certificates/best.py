@@ -16,7 +16,7 @@ from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
 from .assumptions import Assumption, assumption
-from .record import Certificate, OnProbe
+from .certificate import Certificate, OnProbe
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from ..atomic_file import atomic_file
 from ..errors import LedgerError
 from .certificate_record import FIELDS, FORMAT, VERSION, CertificateRecord, is_hex
-from .run_record import NO_VERSION, SOFTWARE, VERSION_LIKE
+from .recording import NO_VERSION, SOFTWARE, VERSION_LIKE
 from .version1 import Version1
 
 

@@ -20,7 +20,7 @@ from .._validate import FloatArray
 from ..accounting.quadrature import SMALLEST
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
-from .record import Certificate, OnProbe
+from .certificate import Certificate, OnProbe
 
 _ROUND_UP = 1.0 + 1e-14  # a dozen roundings; the exponential adds its exponent's ulps
 _ROUND_DOWN = 1.0 - 1e-15

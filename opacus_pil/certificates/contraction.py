@@ -19,9 +19,9 @@ from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, Span, assumption, checked_context
+from .certificate import Certificate
 from .gaussian import gaussian_delta, gaussian_epsilon
 from .hull import Hull, lower_hull
-from .record import Certificate
 
 # Room for a clipped gradient that float32 leaves some ulps (6e-8) above its cap.
 SHIFT_ROUND_UP = 1.0 + 1e-5

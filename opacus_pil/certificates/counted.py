@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from .certificate import Certificate
 from .chien2024 import Chien2024Certificate
 from .contraction import ContractionCertificate
 from .derivation import context_numbers
 from .methods import CLIPS_FIRST, members_of
 from .mini_batches import PoissonContractionCertificate
-from .record import Certificate
 
 
 class Counted(NamedTuple):

@@ -15,7 +15,7 @@ from .. import _validate
 from .._validate import FloatArray
 from ..accounting.rdp import rdp_to_epsilon
 from .assumptions import Assumption, Context, assumption, checked_context
-from .record import Certificate
+from .certificate import Certificate
 
 
 @dataclass(frozen=True, init=False)

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from .assumptions import Assumption
 from .batch_laws import step_factor
+from .certificate import Certificate
 from .chien2024 import Chien2024Certificate, sharp_constants
 from .contraction import SHIFT_ROUND_UP, ContractionCertificate, full_batch_factor
 from .langevin import LangevinCertificate
 from .methods import members_of
 from .mini_batches import PoissonContractionCertificate
-from .record import Certificate
 
 # Relative. Sentences show six digits, which are all that a file of version 1 kept, each good to
 # 5e-6; a constant is a product of up to eight of them.

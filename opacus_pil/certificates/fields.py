@@ -15,13 +15,13 @@ from typing import Any
 from ..errors import CertificateError, OpacusPilError
 from .assumptions import Assumption, assumption
 from .best import BestCertificate
+from .certificate import Certificate
 from .chien2024 import Chien2024Certificate
 from .contraction import ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .langevin import LangevinCertificate
 from .mini_batches import PoissonContractionCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate
-from .record import Certificate
 
 CLASSES: dict[str, type[Certificate]] = {
     kind.__name__: kind

@@ -19,10 +19,10 @@ from ..accounting.quadrature import SMALLEST
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
+from .certificate import Certificate, OnProbe
 from .chien2024 import Chien2024Certificate, sharp_constants
 from .data_processing import DataProcessingCertificate
 from .log_sobolev import fixed_order_factor, log_growth, moving_order_factor
-from .record import Certificate, OnProbe
 
 _EPS = float(np.finfo(np.float64).eps)
 _ROUND_UP = 1.0 + 64.0 * _EPS

@@ -6,13 +6,13 @@ Knows names and classes; what a method's steps do is not seen from a file.
 from __future__ import annotations
 
 from .best import BestCertificate
+from .certificate import Certificate
 from .chien2024 import Chien2024Certificate
 from .contraction import ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .langevin import LangevinCertificate
 from .mini_batches import PoissonContractionCertificate
 from .noisy_finetuning import NoisyFineTuningCertificate
-from .record import Certificate
 
 # Noise-free fine-tuning has no certificate, and retraining needs none.
 METHOD_WORDS = {

@@ -23,10 +23,10 @@ from .assumptions import Assumption, Context, assumption, checked_context
 from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
 from .batch_moments import CURVE_ORDERS, BatchMoments
 from .causal_plan import step_by_step_curve
+from .certificate import Certificate, OnProbe
 from .contraction import SHIFT_ROUND_UP, ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
-from .record import Certificate, OnProbe
 from .step_search import smallest_steps
 
 _SIZE_SHARE = 0.01  # of δ, spent on batches so large that they are not followed

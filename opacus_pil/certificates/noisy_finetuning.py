@@ -18,8 +18,8 @@ from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
+from .certificate import Certificate
 from .gaussian import gaussian_epsilon
-from .record import Certificate
 
 _ROUND_UP = 1.0 + 1e-11  # a dozen roundings; the exponents K·log(1 − ηλ) cost up to 745 ulps each
 _SMALLEST = 1e-300  # a smaller ρ is reported as this: its square root and shifts may underflow

@@ -13,12 +13,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from .. import __version__, _validate
+from .certificate import Certificate
 from .certificate_record import DIRECTIONS, TOLERANCE, CertificateRecord, hashed_id, is_hex
 from .counted import Run, count_mismatch, counted, model_mismatch
 from .derivation import derivation_mismatch
 from .fields import REFUSALS
 from .methods import method_mismatch
-from .record import Certificate
 from .signature import has_valid_signature
 from .verification_report import Check, VerificationReport, shortened, statement_of
 from .version1 import words_mismatch

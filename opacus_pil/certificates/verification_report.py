@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .certificate import Certificate
 from .certificate_record import DIRECTIONS, CertificateRecord
 from .methods import METHOD_WORDS
-from .record import Certificate
 
 _LONGEST = 400  # characters of a detail: a page, not a flood
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from ..errors import CertificateError
 from .assumptions import Assumption, assumption, number_kinds
+from .certificate import Certificate
 from .fields import decoded, encoded
-from .record import Certificate
 from .sentences import CONTEXT, SENTENCES
 
 FIELDS = (

@@ -18,7 +18,7 @@ from ..capture.sweep import sweep
 from ..datasets import ImageData, binary, logistic_features, split
 from ..evaluation import evaluate
 from ..privacy_engine import PerInstancePrivacyEngine
-from ..unlearning.methods import plain_module
+from ..unlearning.twin import plain_module
 from .forgetting import Trained, forget_and_compare
 from .task import TaskResult, exposure_order, forget_sets, task_result
 

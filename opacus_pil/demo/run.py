@@ -19,7 +19,7 @@ import torch
 from .. import __version__, datasets
 from .. import _validate as check
 from ..accounting.ledger_rows import write_ledger
-from ..checkpoint import write_atomic
+from ..files.container import write_atomic
 from ..report import write_report
 from . import cnn, logistic
 from .task import TaskResult

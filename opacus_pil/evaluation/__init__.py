@@ -47,6 +47,7 @@ from .rank_correlation import ScoreComparison as ScoreComparison
 from .rank_correlation import compare_scores as compare_scores
 from .rank_correlation import correlation_difference as correlation_difference
 from .rank_correlation import rank_correlation as rank_correlation
+from .task_metrics import evaluate_task as evaluate_task
 from .visits import DIFFICULTY_SCORES as DIFFICULTY_SCORES
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "estimated_privacy_losses",
     "evaluate",
     "evaluate_splits",
+    "evaluate_task",
     "gaussian_klom",
     "group_hardness",
     "klom",

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from .. import __version__
 from .. import _validate as check
 from .._validate import IntArray
-from ..checkpoint import load_state, save_state
 from ..errors import LedgerError
+from ..files.container import load_state, save_state
 
 Trial = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _RESULT = "result.pt"

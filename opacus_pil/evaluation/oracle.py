@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +13,27 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .. import _validate as check
+from ..capture.row_losses import LossOf
 from ..privacy_engine import PerInstancePrivacyEngine
-from ..unlearning.methods import noisy_steps
+from ..training.task import Collate
+from ..unlearning.described import described_task, evaluated_in_training
+from ..unlearning.steps.noisy import noisy_steps
 
-MakeModel = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
+MakeSeeded = Callable[[int], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def retrained_oracles(
-    make: MakeModel,
+    make: MakeSeeded,
     *,
     privacy_engine: PerInstancePrivacyEngine,
     dataset: Dataset,
-    criterion: nn.Module,
-    forget_set: npt.ArrayLike,
     steps: int,
     seeds: Sequence[int],
+    criterion: Any = None,
+    loss_of: LossOf | None = None,
+    collate_fn: Collate | None = None,
+    forget_set: npt.ArrayLike | None = None,
+    rows: npt.ArrayLike | None = None,
     progress: bool = True,
 ) -> list[nn.Module]:
     """Retrain from scratch on the data without the forget set, once per seed.
@@ -39,21 +46,28 @@ def retrained_oracles(
         make: make(seed) -> (plain module, plain optimizer), freshly initialised.
         privacy_engine: The engine of the original training.
         dataset: Its training set, in the same row order.
-        criterion: The plain loss.
-        forget_set: Rows to leave out, shape (members,).
         steps: Steps of each retraining.
         seeds: One per oracle; batches, noise and the global generator follow it.
+        criterion, loss_of, collate_fn: As in UnlearningEngine: what the training minimised and how
+            its batches are joined. Default: what `privacy_engine` trained with.
+        forget_set: Instances to leave out, shape (members,), by their ids if the engine has
+            instance_ids, else by row.
+        rows: Rows in their place.
         progress: Show a progress bar when the output is a terminal.
 
     Returns:
         One plain module per seed.
 
     Raises:
-        ValueError: No seed, rows out of range or repeated, or nothing left to train on.
+        TypeError, ValueError: No seed, rows out of range or repeated, or nothing left to train on.
+        UnsupportedError: Batches that the task does not describe.
     """
     size = privacy_engine.kernel.num_instances
-    rows = check.index_array("forget_set", forget_set, size=size)
-    retain = np.setdiff1d(np.arange(size), rows)
+    gone = privacy_engine.instance_ids.rows(forget_set, rows=rows, size=size, name="forget_set")
+    retain = np.setdiff1d(np.arange(size), gone)
+    task = described_task(
+        privacy_engine, criterion=criterion, loss_of=loss_of, collate_fn=collate_fn
+    )
     if not len(retain) or not len(seeds):
         raise ValueError(
             f"Expected rows to train on and at least one seed, got {len(retain)} rows and "
@@ -73,8 +87,10 @@ def retrained_oracles(
                     module,
                     optimizer=optimizer,
                     dataset=dataset,
-                    criterion=criterion,
-                    privacy_engine=privacy_engine.fork(norm_policy=policy),
+                    task=task,
+                    evaluated=evaluated_in_training(privacy_engine),
+                    privacy_engine=privacy_engine,
+                    account=privacy_engine.account.fork(norm_policy=policy),
                     retain_set=retain,
                     steps=count,
                     noise_generator=torch.Generator().manual_seed(2 * seed),

@@ -14,13 +14,13 @@ import torch
 
 from .. import __version__, datasets
 from .. import _validate as check
-from ..checkpoint import write_atomic
+from ..files.container import write_atomic
 from ..plots import to_png
 from ..report import Illustration, Section, write_report
 from . import figures
 from .certified import certified_claim, judged
+from .condition import Bench, run_condition
 from .settings import Settings, study_settings
-from .sweeps import Bench, run_condition
 from .words import CLAIMS, verdicts
 
 TRIALS, FIGURES = "trials", "figures"

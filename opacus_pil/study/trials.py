@@ -20,8 +20,8 @@ from ..capture.sweep import sweep
 from ..evaluation import loss_barrier
 from ..evaluation.difficulty import DifficultyTracker
 from ..evaluation.ensemble import read_trial
+from .noisy_steps import losses_and_correct, make_model, run_steps
 from .settings import Condition, Settings
-from .training import losses_and_correct, make_model, run_steps
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,11 +7,7 @@ then, whether caps survive it, and the words that reach the user. Knows no torch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-from ..accounting.guarantee import weakest
-from ..capture.recorder import Fact
 
 # The label that a policy can have at best, and why not a stronger one.
 BEST: dict[str, tuple[str, str]] = {
@@ -83,9 +79,33 @@ _TABLE = (
     ),
     Finding(
         "draw_skipped", "estimate",
-        "a drawn batch was skipped while others made steps: how many steps there are then tells "
-        "who was drawn",
-            ),
+        "a drawn batch made no private step (it was skipped, or another optimizer used it): how "
+        "many steps there are then tells who was drawn",
+    ),
+    Finding(
+        "coins_repeated", "estimate",
+        "batches were drawn by random numbers that had drawn others before (a generator was seeded "
+        "again), so that who is in both was decided by the same coins; seed once",
+        unamplified=True, breaks_caps=True,
+    ),
+    Finding(
+        "forgotten_rows_drawn", "estimate",
+        "rows that were forgotten could be drawn again, which they are charged nothing for; train "
+        "on the others (make_private_on)",
+        policies=("worst_case", "full", "participation", "refresh", "last_seen"),
+    ),
+    Finding(
+        "coins_tell_noise", "estimate",
+        "batches and noise were drawn by two generators with the same seed, so that the coins and "
+        "the noise are made of the same random numbers; give them different seeds",
+        unamplified=True, breaks_caps=True,
+    ),
+    Finding(
+        "rows_exchanged", "estimate",
+        "a row of the data set is not always the same instance ({detail}); use one engine per data "
+        "set, and leave its order as it is",
+        policies=_ATTRIBUTED, breaks_caps=True,
+    ),
     Finding(
         "rows_not_once", "estimate",
         "a batch had another number of gradients than rows were drawn (several views of a row, "
@@ -109,6 +129,12 @@ _TABLE = (
         "the sum of a step's clipped gradients was larger than its rows allow: clipping did not "
         "hold",
         unbounded=True, breaks_caps=True,
+    ),
+    Finding(
+        "clip_changed_midway", "estimate",
+        "parts of one draw were clipped to different bounds: a row that leaves moves others to "
+        "another part; change the clip bound between steps",
+        breaks_caps=True,
     ),
     Finding(
         "loss_not_per_row", "estimate",
@@ -140,6 +166,12 @@ _TABLE = (
         "in the same position without being drawn",
         policies=("worst_case", "capped", "refresh", "last_seen"), breaks_caps=True,
     ),
+    Finding(
+        "coarse_rounding", "estimate",
+        "gradients were kept in a precision ({detail}) whose rounding moves their sum by more than "
+        "the clip allows; leave autocast out of the forward pass, or train in float32",
+        breaks_caps=True,
+    ),
     # --- what was noised ------------------------------------------------------------------------
     Finding(
         "not_noised", "estimate",
@@ -152,8 +184,33 @@ _TABLE = (
         unbounded=True, breaks_caps=True,
     ),
     Finding(
+        "noise_repeated", "estimate",
+        "two steps got the same noise (a generator was seeded again), and their difference has "
+        "none; seed once",
+        unbounded=True, breaks_caps=True,
+    ),
+    Finding(
+        "noised_gradient_changed", "estimate",
+        "a gradient was changed after its noise was added and before the model moved by it (by a "
+        "step hook, or between pre_step and the plain optimizer's step)",
+        breaks_caps=True,
+    ),
+    Finding(
         "buffer_changed", "estimate",
-        "a buffer of the model changed during training, which adds no noise to it ({detail})",
+        "a buffer of the model, or a parameter that the private optimizer does not hold, changed "
+        "during training, which adds no noise to it ({detail})",
+    ),
+    Finding(
+        "weights_renormed", "estimate",
+        "an embedding with max_norm rescales the weights of whatever a batch looks up, by no noise "
+        "({detail}); leave max_norm out",
+        unbounded=True, breaks_caps=True,
+    ),
+    Finding(
+        "divisor_changed", "estimate",
+        "the noisy sum was divided by another number than make_private had set ({detail}): one "
+        "that follows the batch tells how many were drawn; leave expected_batch_size alone",
+        breaks_caps=True,
     ),
     # --- what a row's gradient is ---------------------------------------------------------------
     Finding(
@@ -197,9 +254,22 @@ _TABLE = (
     Finding(
         "not_compared",
         "bound",
-        "assumed, not compared: rows are trained on as described (the forward pass is random)",
-        policies=("worst_case", "capped"),
+        "assumed, not compared: rows are trained on as described (their order is not known, or "
+        "data set or loss are random)",
+        policies=("worst_case",),
         certifiable=True,
+    ),
+    Finding(
+        "not_compared",
+        "estimate",
+        "it was not compared whether rows are trained on as described, each under its own cap "
+        "(data set or loss are random)",
+        policies=("capped",),
+    ),
+    Finding(
+        "not_measured", "estimate",
+        "a full pass failed, and everyone was charged the clip bound: {detail}",
+        policies=("full", "refresh"),
     ),
     Finding(
         "random_gradient", "estimate",
@@ -252,81 +322,13 @@ _TABLE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What may be claimed for one step.
-
-    Attributes:
-        label: The strongest that the evidence carries.
-        reasons: Why not a stronger one, a sentence each; of "bound" what it takes for granted.
-        codes: Of the facts behind it.
-        unamplified: Charge the step as if everybody had been in it.
-        unbounded: Charge everybody infinitely.
-        broken: Why caps and budgets would not hold; "": they do.
-        chosen: Whether nothing takes the label away but what the caller chose.
-    """
-
-    label: str
-    reasons: tuple[str, ...]
-    codes: tuple[str, ...]
-    unamplified: bool
-    unbounded: bool
-    broken: str
-    chosen: bool
-
-
-def judged(policy: str, facts: Iterable[Fact]) -> Verdict:
-    """Return what may be claimed for a step under a policy, given what was seen of it.
-
-    Guarantee: the label is the weakest of the policy's best and of what each fact leaves.
+def rows_of(code: str) -> tuple[Finding, ...]:
+    """Return the rows of a fact, the one that counts first.
 
     Raises:
         KeyError: A fact that the table does not know: ours to mend.
     """
-    label, own = BEST[policy]
-    reasons, codes, broken = ([own] if own else []), [], ""
-    unamplified, unbounded, chosen = False, False, True
-    for fact in facts:
-        rows = _ROWS[fact.code]
-        found = next((row for row in rows if row.concerns(policy)), None)
-        codes.append(fact.code)
-        if found is None:
-            continue
-        words = found.words.format(detail=fact.detail)
-        label = weakest([label, found.leaves])
-        reasons.append(words)
-        unamplified |= found.unamplified
-        unbounded |= found.unbounded
-        chosen &= found.chosen or found.leaves == "bound"
-        if found.breaks_caps and not broken:
-            broken = words
-    return Verdict(
-        label, tuple(dict.fromkeys(reasons)), tuple(dict.fromkeys(codes)), unamplified, unbounded,
-        broken, chosen,
-    )  # fmt: skip
-
-
-def joined(policy: str, verdict: Verdict, facts: Iterable[Fact]) -> Verdict:
-    """Return a verdict with some more facts, which were found later."""
-    more = judged(policy, facts)
-    return Verdict(
-        weakest([verdict.label, more.label]),
-        tuple(dict.fromkeys([*verdict.reasons, *more.reasons])),
-        tuple(dict.fromkeys([*verdict.codes, *more.codes])),
-        verdict.unamplified or more.unamplified,
-        verdict.unbounded or more.unbounded,
-        verdict.broken or more.broken,
-        verdict.chosen and more.chosen,
-    )
-
-
-def uncertifiable(codes: Iterable[str], *, policy: str) -> str | None:
-    """Return why no certificate can rest on a ledger with these facts; None: nothing speaks so."""
-    for code in codes:
-        for row in _ROWS[code]:
-            if row.concerns(policy) and not row.certifiable:
-                return row.words.replace("{detail}", "see the ledger's reasons")
-    return None
+    return _ROWS[code]
 
 
 def table() -> tuple[Finding, ...]:

@@ -1,60 +1,97 @@
 """Probe: are the rows that trained those of the data set, each with a loss of its own?
 
-A few rows are asked alone what their gradient is, at the very parameters of a step, and held
-against what they contributed in it, and in a batch of the described loss. Works on the live module
-with Opacus's hooks off, and leaves gradients, modes, buffers and generators as they were.
+Some rows are asked alone what their gradient is, at the very parameters of a step, and held against
+what they contributed in it, and in a batch of the described loss. What it does not see: steps
+between two looks, and what changes neither the looked-at norms nor the sum.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from .._validate import FloatArray, IntArray
 from ..capture.collate import order_of_rows
-from ..capture.randomness import untouched_generators
+from ..capture.randomness import ForwardStates, set_generator_states, untouched_generators
 from ..capture.recorder import Fact, StepRecord
-from ..capture.sweep import batch_dependent
+from ..capture.unhooked import batch_dependent
+from .row_gradients import RowGradients, active_dropout, norm, undisturbed, without_dropout
 from .task import Task
 
 _EVERY = 64  # steps between two looks, after the first powers of two
-_IN_STEP = 3  # rows compared with what they did in a step
+_AT_RANDOM = 2  # rows compared with what they did in a step, beside the outer and the largest one
 _TOGETHER = 8  # rows of the batch that the described loss is asked about
 _SCANNED = 1 << 20  # labels looked through for rare classes
-_SAME = 1e-3  # relative: float32 norms by two exact methods agree far better
-_SAME_TF32 = 1e-2  # ten bits of mantissa in CUDA's products
+_SUMMED = 256  # rows of a step whose sum is formed again
+_SUMMED_ONCE = 1024  # the first time
+_LAYERS = 8  # whose sums are formed again where each is clipped by itself: a backward pass each
+# Relative, of sums of clipped gradients in float32: each row's own rounding is below 1e-5.
+_SAME_SUM = 2e-4
 
 ClippedNorm = Callable[[Sequence[torch.Tensor]], float]
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum of clipped gradients that a step formed.
+
+    Attributes:
+        factors: Shape (rows,), or (rows, layers) where each layer is clipped by itself.
+        layers: Positions of the parameters that are asked about; None: all, clipped together.
+        values: What was summed up, one per parameter asked about; None: not held by the optimizer.
+        size: Sum of the rows' clipped norms.
+    """
+
+    factors: FloatArray
+    layers: list[int] | None
+    values: Sequence[torch.Tensor | None]
+    size: float
 
 
 class Probe:
     """Looks at some rows of some steps; what it finds is kept for all later ones.
 
+    At the first steps, at every power of two and at every 64th: whether rows of the described loss
+    are the same alone and together; whether the largest, the first, the last and two other rows of
+    the step had the norms that they have alone; and, of up to 256 rows (once: 1024), whether the
+    sum that was noised is the sum of the rows' own clipped gradients (of eight layers chosen at
+    random, where layers are clipped one by one). With dropout the last is
+    asked with the masks of the training, and the one before not at all.
+
     Args:
         task: What the training was said to minimise.
         dataset: Its rows.
+        module: Whose forward passes train, to see where they begin; None: not seen.
         random_rows: Whether it matters that an item is the same when it is asked for again.
         dimension: Of the rows in a batch's tensors that have so many.
     """
 
     def __init__(
-        self, task: Task, dataset: Any, *, random_rows: bool = False, dimension: int = 0
+        self,
+        task: Task,
+        dataset: Any,
+        *,
+        module: Any = None,
+        random_rows: bool = False,
+        dimension: int = 0,
     ) -> None:
         self.task = task
         self._dimension = dimension
         self._dataset = dataset
-        self._random_rows = random_rows and not _in_memory(dataset)
+        self._random_rows = random_rows
         self._found: dict[str, Fact] = {}
         self._steps = 0
-        self._described = False
+        self._random_items: bool | None = False if _in_memory(dataset) else None  # None: not asked
+        self._summed = False
+        self._states = _watched(module)
+        self._states.wanted = True
         coupling = task.coupling()
         if coupling:
             self._keep("loss_couples_rows", coupling)
@@ -66,9 +103,14 @@ class Probe:
         """What was found so far."""
         return tuple(self._found.values())
 
+    @property
+    def model_trains(self) -> bool:
+        """Whether the model was trained on something since the last step."""
+        return self._states.passes > 0
+
     def look(
         self, record: StepRecord, *, module: Any, parameters: Sequence[nn.Parameter],
-        clipped_norm: ClippedNorm,
+        clipped_norm: ClippedNorm, sums: Sequence[torch.Tensor | None],
     ) -> None:  # fmt: skip
         """Look at a step that has clipped and not moved yet, if it is its turn.
 
@@ -77,15 +119,15 @@ class Probe:
             module: What Opacus made of the module.
             parameters: Those that are clipped.
             clipped_norm: From one row's gradients, one per parameter, to what `record.norms` holds.
+            sums: Of the clipped gradients, one per parameter; None: not held by the optimizer.
         """
         self._steps += 1
-        due = self._steps % _EVERY == 0 or self._steps & (self._steps - 1) == 0
-        if not due or not self.task.named or not parameters:
-            return
+        states, self._states.wanted = self._states.take(), False
         try:
-            with warnings.catch_warnings():  # torch's notices were given in the training itself
-                warnings.simplefilter("ignore")
-                self._look(record, module, parameters, clipped_norm)
+            if due(self._steps) and self.task.named and parameters:
+                with warnings.catch_warnings():  # torch's were given in the training itself
+                    warnings.simplefilter("ignore")
+                    self._look(record, module, parameters, clipped_norm, sums, states)
         except Exception as error:  # a foreign model, loss or data set may fail in any way
             words = str(error).splitlines()[0] if str(error) else "no message"
             self._keep(
@@ -93,31 +135,41 @@ class Probe:
                 f"the named loss could not be asked about single rows: {type(error).__name__}: "
                 f"{words[:200]}",
             )
+        finally:
+            self._states.wanted = due(self._steps + 1)
 
     # --- inside -------------------------------------------------------------------------------
 
     def _look(
         self, record: StepRecord, module: Any, parameters: Sequence[nn.Parameter],
-        clipped_norm: ClippedNorm,
+        clipped_norm: ClippedNorm, sums: Sequence[torch.Tensor | None], states: list[Any],
     ) -> None:  # fmt: skip
         inner = getattr(module, "_module", module)
         mixing = batch_dependent(inner)
         if mixing:
             self._keep("loss_couples_rows", mixing)
-        asked = _Asked(self.task, self._dataset, inner, parameters, dimension=self._dimension)
-        with _quiet(module), untouched_generators(asked.device) as moved:
-            random = _active_dropout(inner)
-            with _without_dropout(inner):
-                if not self._described:
-                    self._together(asked, inner, record)
-                if record.indices is not None and not random:
-                    self._compare(asked, record, clipped_norm, moved)
-            if random:
+        asked = RowGradients(self.task, self._dataset, inner, parameters, dimension=self._dimension)
+        with undisturbed(module), untouched_generators(asked.device) as moved:
+            random = active_dropout(inner)
+            with without_dropout(inner):
+                self._together(asked, inner, record)
+            if record.indices is None or self._items_are_random(record, moved):
                 self._keep("not_compared", "")
-            if self._random_rows and record.drawn is not None and len(record.drawn):
-                self._ask_twice(int(record.drawn[0]), moved)
+                return
+            if not len(record.indices):
+                return
+            before = len(self._found)
+            if not random:
+                random = not self._compare(asked, record, clipped_norm, moved)
+            if len(self._found) > before:
+                return
+            formed = self._sum_of(record, sums)
+            if random:
+                self._replay(asked, record, formed, states)
+            elif formed is not None:
+                self._compare_sums(asked, record, formed)
 
-    def _together(self, asked: _Asked, inner: nn.Module, record: StepRecord) -> None:
+    def _together(self, asked: RowGradients, inner: nn.Module, record: StepRecord) -> None:
         """Hold the described loss of rows alone against that of the same rows in one batch."""
         rows = chosen_rows(self._dataset, record.drawn)
         if len(rows) < 2:
@@ -129,136 +181,144 @@ class Probe:
             modes = {part: part.training for part in inner.modules()}
             inner.eval()
             try:
-                differs = asked.coupling(rows, bound=record.max_grad_norm)
+                with untouched_generators(asked.device) as moved:
+                    differs = asked.coupling(rows, bound=record.max_grad_norm)
+                    if moved():  # masks that evaluation has too say nothing about other rows
+                        self._keep("not_compared", "")
+                        return
             finally:
                 for part, mode in modes.items():
                     part.training = mode
-        self._described = True
         if differs is not None:
             self._keep(*differs)
 
     def _compare(
         self,
-        asked: _Asked,
+        asked: RowGradients,
         record: StepRecord,
         clipped_norm: ClippedNorm,
         moved: Callable[[], bool],
-    ) -> None:
-        """Hold the norms of a step against those of the same rows alone."""
+    ) -> bool:
+        """Hold the norms of a step against those of the same rows alone; False: these are random.
+
+        Of rows with norm 0 nothing is asked, a cap may have left them out; what is not finite is a
+        fact of its own.
+        """
         assert record.indices is not None
         norms = record.norms
-        positions = np.unique([int(np.argmax(norms)), 0, len(norms) - 1] if len(norms) else [])
-        positions = positions.astype(np.int64)[:_IN_STEP]
-        # 0 may be a row that a cap left out; what is not finite is a fact of its own.
+        some = np.random.default_rng(self._steps).integers(0, len(norms), size=_AT_RANDOM)
+        positions = np.unique([int(np.argmax(norms)), 0, len(norms) - 1, *some])
         positions = positions[np.isfinite(norms[positions]) & (norms[positions] > 0.0)]
         if not len(positions):
-            return
+            return True
         alone = np.array([clipped_norm(asked.alone(int(record.indices[k]))) for k in positions])
         if moved():  # dropout without a module of its own
-            self._keep("not_compared", "")
-            return
+            return False
         tolerance = asked.tolerance(record.rounding)
         if (np.abs(norms[positions] - alone) > tolerance * (alone + record.max_grad_norm)).any():
             self._keep(*explained(norms[positions], alone, tolerance=tolerance))
+        return True
 
-    def _ask_twice(self, row: int, moved: Callable[[], bool]) -> None:
-        first, second = self._dataset[row], self._dataset[row]
-        order, _ = order_of_rows([first], [[second]])
-        if order is None or moved():
+    def _compare_sums(self, asked: RowGradients, record: StepRecord, formed: _Sum) -> None:
+        """Hold the sum that is noised against that of the rows' own clipped gradients."""
+        assert record.indices is not None
+        found = asked.weighted(record.indices, formed.factors, layers=formed.layers)
+        self._summed = True
+        apart = _apart(asked, record, formed, found)
+        if apart:
+            self._keep("loss_differs", apart)
+
+    def _replay(
+        self, asked: RowGradients, record: StepRecord, formed: _Sum | None, states: list[Any]
+    ) -> None:
+        """The same with the random numbers that the training's forward passes had."""
+        devices = {p.device for p in asked.parameters}
+        if len(states) != len(record.parts) or len(devices) > 1 or formed is None:
+            if not self._summed:
+                self._keep("not_compared", "")
+            return
+        first = self._replayed(asked, record, formed, states)
+        self._summed = True
+        apart = _apart(asked, record, formed, first)
+        if not apart:
+            return
+        again = replace(formed, values=first)
+        if _apart(asked, record, again, self._replayed(asked, record, formed, states)):
+            self._keep("not_compared", "")  # there is more chance in it than its masks
+        else:
+            self._keep("loss_differs", apart)
+
+    def _replayed(
+        self, asked: RowGradients, record: StepRecord, formed: _Sum, states: list[Any]
+    ) -> list[torch.Tensor]:
+        assert record.indices is not None
+        total: list[torch.Tensor] = []
+        ends = np.cumsum(record.parts)
+        for state, start, end in zip(states, [0, *ends[:-1]], ends, strict=True):
+            set_generator_states(state, asked.device)
+            rows, factors = record.indices[start:end], formed.factors[start:end]
+            if len(rows):
+                found = asked.weighted(rows, factors, parts=1, layers=formed.layers)
+                total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return total
+
+    def _sum_of(self, record: StepRecord, sums: Sequence[torch.Tensor | None]) -> _Sum | None:
+        """Return the step's sum if it can be asked for, and is not too much to ask."""
+        most = _SUMMED if self._summed else _SUMMED_ONCE
+        if len(record.norms) > most or not bool(np.isfinite(record.norms).all()):
+            return None
+        if record.factors is not None:
+            return _Sum(record.factors, None, sums, float(record.factors @ record.norms))
+        own = record.layer_factors
+        if own is None or own.shape[1] != len(sums):
+            return None
+        some = np.random.default_rng(self._steps).permutation(len(sums))[:_LAYERS].tolist()
+        factors = own[:, some].to("cpu", torch.float64).numpy()
+        return _Sum(factors, some, [sums[k] for k in some], float(record.norms.sum()))
+
+    def _items_are_random(self, record: StepRecord, moved: Callable[[], bool]) -> bool:
+        """Whether the data set gives other items when it is asked again."""
+        if self._random_items is None and record.drawn is not None and len(record.drawn):
+            row = int(record.drawn[0])
+            first, second = self._dataset[row], self._dataset[row]
+            order, _ = order_of_rows([first], [[second]])
+            self._random_items = order is None or moved()
+        if self._random_items and self._random_rows:
             self._keep("random_rows", "")
+        return bool(self._random_items)
 
     def _keep(self, code: str, detail: str) -> None:
         self._found.setdefault(code, Fact(code, detail))
 
 
-class _Asked:
-    """A model's gradients for rows of a data set, alone or together, by the described loss."""
+def _watched(module: Any) -> ForwardStates:
+    """Watch what Opacus made of a module; its hooks object has the user's module called instead."""
+    if module is None:
+        return ForwardStates()
+    inner = getattr(module, "_module", module)
+    device = next(inner.parameters()).device
+    return ForwardStates(module if isinstance(module, nn.Module) else inner, device=device)
 
-    def __init__(
-        self,
-        task: Task,
-        dataset: Any,
-        inner: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        *,
-        dimension: int,
-    ) -> None:
-        self._dimension = dimension
-        self._task, self._dataset, self._inner = task, dataset, inner
-        self._parameters = list(parameters)
-        self.device = self._parameters[0].device
 
-    def tolerance(self, rounding: float = 0.0) -> float:
-        """Return how far two exact computations of one gradient may be apart, relatively."""
-        eps = max(float(torch.finfo(p.dtype).eps) for p in self._parameters)
-        tf32 = self.device.type == "cuda" and (
-            torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-        )
-        return max(_SAME_TF32 if tf32 else _SAME, 16.0 * eps, 16.0 * rounding)
+def due(step: int) -> bool:
+    """Whether a step (from 1) is looked at: powers of two, and every 64th."""
+    return step % _EVERY == 0 or step & (step - 1) == 0
 
-    def alone(self, row: int) -> list[torch.Tensor]:
-        """Return the gradients of one row's own loss."""
-        batch = self._task.collate([self._dataset[row]], device=self.device)
-        with torch.enable_grad():
-            return self._gradients(self._task.loss_of(self._inner, batch).sum(), keep=False)
 
-    def coupling(self, rows: IntArray, *, bound: float) -> tuple[str, str] | None:
-        """Return the fact that rows in one batch are not what they are alone; None: they are."""
-        items = [self._dataset[int(row)] for row in rows]
-        batch = self._task.collate(items)
-        single = [self._task.collate([item]) for item in items]
-        order, why = order_of_rows(batch, single, dimension=self._dimension)
-        if order is None:
-            return "loss_not_checked", f"rows are not found in a batch of them: {why}"
-        batch = self._task.collate(items, device=self.device)
-        with torch.enable_grad():
-            losses = self._task.loss_of(self._inner, batch)
-            if losses.shape != (len(rows),):
-                return "loss_couples_rows", (
-                    f"{len(rows)} rows have {tuple(losses.shape)} losses in one batch"
-                )
-            joint = self._joint_difference(batch, losses.detach())
-            together = [self._gradients(loss, keep=True) for loss in losses]
-        if joint:
-            return "loss_couples_rows", joint
-        for position, k in enumerate(order):
-            alone = self.alone(int(rows[k]))
-            size = max(_norm(alone), _norm(together[position]))
-            apart = _norm([a - b for a, b in zip(alone, together[position], strict=True)])
-            if not apart <= self.tolerance() * (size + bound):
-                return "loss_couples_rows", (
-                    f"a row's gradient in a batch is {apart / max(size, 1e-30):.0%} away from its "
-                    "gradient alone; the loss, the model or the padding mixes rows"
-                )
-        return None
-
-    def _joint_difference(self, batch: Any, losses: torch.Tensor) -> str:
-        """Return how a criterion's joint value is not that of its rows; "": it is."""
-        task = self._task
-        if task.own_loss is not None or task.per_row:
-            return ""
-        ignored = task.ignores(batch)
-        if ignored:
-            return ignored
-        with torch.no_grad():
-            joint = float(task.batch_loss(self._inner, batch).detach())
-        rows = losses.double()
-        summed = getattr(task.criterion, "reduction", task.reduction) == "sum"
-        own = float(rows.sum() if summed else rows.mean())
-        scale = float(rows.abs().sum() if summed else rows.abs().mean())
-        if abs(joint - own) <= _SAME * scale + 1e-6:
-            return ""
-        return (
-            f"the criterion's value for a batch ({joint:.4g}) is not the "
-            f"{'sum' if summed else 'mean'} of its rows' own ({own:.4g})"
-        )
-
-    def _gradients(self, loss: torch.Tensor, *, keep: bool) -> list[torch.Tensor]:
-        found = torch.autograd.grad(loss, self._parameters, retain_graph=keep, allow_unused=True)
-        return [
-            torch.zeros_like(p) if g is None else g.detach()
-            for p, g in zip(self._parameters, found, strict=True)
-        ]
+def _apart(
+    asked: RowGradients, record: StepRecord, formed: _Sum, found: Sequence[torch.Tensor]
+) -> str:
+    """Return how far a sum of clipped gradients is from what was found; "": only by rounding."""
+    pairs = [(a, b) for a, b in zip(formed.values, found, strict=True) if a is not None]
+    far = norm([a.to(b) - b for a, b in pairs]) if pairs else 0.0
+    rounding = max(record.rounding, 0.0)
+    limit = asked.tolerance(rounding, same=_SAME_SUM) * (formed.size + record.max_grad_norm)
+    if far <= limit:
+        return ""
+    return (
+        f"their clipped sum is {far / record.max_grad_norm:.3g} clip bounds away from that of the "
+        f"same rows by the named loss"
+    )
 
 
 def explained(ran: FloatArray, alone: FloatArray, *, tolerance: float) -> tuple[str, str]:
@@ -312,37 +372,3 @@ def _in_memory(dataset: Any) -> bool:
     if isinstance(dataset, ConcatDataset):
         return all(map(_in_memory, dataset.datasets))
     return type(dataset) is TensorDataset
-
-
-def _norm(gradients: Sequence[torch.Tensor]) -> float:
-    return float(torch.stack([g.double().norm() for g in gradients]).norm())
-
-
-def _active_dropout(inner: nn.Module) -> bool:
-    return any(isinstance(p, _DropoutNd) and p.training and p.p > 0 for p in inner.modules())
-
-
-@contextmanager
-def _without_dropout(inner: nn.Module) -> Iterator[None]:
-    off = [part for part in inner.modules() if isinstance(part, _DropoutNd) and part.training]
-    for part in off:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in off:
-            part.training = True
-
-
-@contextmanager
-def _quiet(module: Any) -> Iterator[None]:
-    """Switch Opacus's hooks off, as it does itself between its two backward passes."""
-    before = getattr(module, "hooks_enabled", None)
-    if before is None:
-        yield
-        return
-    module.hooks_enabled = False
-    try:
-        yield
-    finally:
-        module.hooks_enabled = before

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from ..capture.row_losses import LossOf, as_pair, moved_to, pair_loss
+from ..capture.row_losses import LossOf, moved_to, pair_loss, typed_pair
 from ..errors import UnsupportedError
 
 Collate = Callable[[list[Any]], Any]
@@ -72,11 +72,15 @@ class Task:
         return losses
 
     def batch_loss(self, module: Any, batch: Any) -> torch.Tensor:
-        """Return the scalar that a plain training step would call backward() on."""
+        """Return the scalar that a plain training step would call backward() on.
+
+        Floating inputs and targets are given the module's dtype, as in `loss_of`.
+        """
         if self.own_loss is None and self.criterion is not None:
-            inputs, targets = as_pair(batch)
+            inputs, targets = typed_pair(module, batch)
             found: torch.Tensor = self.criterion(module(inputs), targets)
-            return found
+            if found.ndim == 0:
+                return found
         losses = self.loss_of(module, batch)
         return losses.mean() if self.reduction == "mean" else losses.sum()
 

@@ -1,39 +1,43 @@
 """UnlearningEngine: from a deletion request to a plan, and from a plan to an unlearned model.
 
-Works on copies: the caller's module, optimizer and ledgers change only when a run has ended well.
+A façade: what is known of the model is `state.py`, plans are made by `planning.py`, carried out by
+`run.py`, and requests served by `requests/`. The caller's module, optimizer and ledgers change only
+when a run has ended well.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn as nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from .. import _validate as check
-from ..certificates import Certificate, DataProcessingCertificate, NoisyFineTuningCertificate
-from ..errors import CertificateError
+from .._validate import IntArray
+from ..accounting.instance_ids import InstanceIds
+from ..capture.row_losses import LossOf
+from ..certificates import Certificate, NoisyFineTuningCertificate
 from ..privacy_engine import PerInstancePrivacyEngine
-from .applicable import certificates_for
-from .calibration import Calibration
-from .methods import optimizer_like, plain_copy
-from .phase import Phase
-from .plan import METHODS, NOISE_FREE_METHODS, CertifiedPlan, RetrainPlan, UnlearningPlan
-from .planning import Facts, make_plan, predicted_plan
-from .queued_model import QueuedModel
-from .result import CertifiedResult, RetrainedResult, UncertifiedResult, UnlearningResult
-from .running import run_plan
-from .saved_run import SavedRun, seeds
-from .trained_model import MakeModel
+from ..training.task import Collate, Task
+from .described import described_state
+from .goal import checked_goal, plain_wish
+from .pilots import Calibration
+from .plan import UnlearningPlan
+from .planning import Planning, mean_log_loss_of
+from .requests.queue import Request, RequestQueue
+from .requests.serving import Serving
+from .result import UnlearningResult
+from .run import Run, Watch, require_runnable
+from .saved_state import load, saved
+from .state import MakeModel
 
 
-class UnlearningEngine(QueuedModel):
+class UnlearningEngine:
     """Forget instances of a trained model by fine-tuning on the others, or by training again.
 
     Guarantee: none by itself. A `CertifiedPlan` names the certificate and the assumptions its ε
@@ -47,8 +51,15 @@ class UnlearningEngine(QueuedModel):
         optimizer: The optimizer it was trained with, plain or private. Its settings are kept, its
             state (momentum) is not: that was computed with the forget set.
         dataset: The training set, in the row order of training.
-        criterion: The plain loss.
+        criterion: Plain loss of (outputs, targets). Default: what `privacy_engine` trained with,
+            its loss_of and collate_fn included (`privacy_engine.task`); another loss than that
+            takes its place.
         privacy_engine: The engine that trained it. None: only plain fine-tuning is possible.
+        loss_of: In place of criterion, where batches are no pairs (inputs, targets) or the loop
+            does more: loss_of(module, batch) -> one loss per row, shape (rows,), unreduced.
+        collate_fn: Joins items to a batch. Default: the training's; without one torch's.
+        instance_ids: Without `privacy_engine`: your own ids of the rows, as it takes them. With
+            ids every call that names instances takes ids, and rows by `rows=`.
         training_steps: Without `privacy_engine`: steps of training. Else those in the ledger.
         feature_norm: For method "langevin": public bound on the norm of every feature vector.
         batch_size: Without `privacy_engine`: batch size of fine-tuning.
@@ -60,57 +71,109 @@ class UnlearningEngine(QueuedModel):
         progress: Show a progress bar when the output is a terminal.
 
     Raises:
-        UnsupportedError: The model has BatchNorm, whose buffers keep traces of forgotten instances.
+        UnsupportedError: The model has BatchNorm that trains or updates: its buffers keep traces of
+            forgotten instances.
+        TypeError: An opacus.PrivacyEngine, which keeps no account of instances.
+        LedgerError: A model was served from `requests` before, on other data or in another order.
 
     Source: Sepahvand et al. (2025), arXiv:2505.18786, fine-tuning budgets from per-instance losses;
         certificates as each of them cites.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer,
-        dataset: Dataset,
-        criterion: nn.Module,
-        privacy_engine: PerInstancePrivacyEngine | None = None,
-        training_steps: int | None = None,
-        feature_norm: float | None = None,
-        batch_size: int | None = None,
-        make_model: MakeModel | None = None,
-        requests: str | os.PathLike[str] | None = None,
+        self, module: nn.Module, *, optimizer: torch.optim.Optimizer, dataset: Dataset,
+        criterion: Any = None, privacy_engine: PerInstancePrivacyEngine | None = None,
+        loss_of: LossOf | None = None, collate_fn: Collate | None = None,
+        instance_ids: npt.ArrayLike | None = None, training_steps: int | None = None,
+        feature_norm: float | None = None, batch_size: int | None = None,
+        make_model: MakeModel | None = None, requests: str | os.PathLike[str] | None = None,
         progress: bool = True,
-    ) -> None:
-        super().__init__(
-            module,
-            optimizer=optimizer,
-            dataset=dataset,
-            criterion=criterion,
-            privacy_engine=privacy_engine,
-            training_steps=training_steps,
-            feature_norm=feature_norm,
-            batch_size=batch_size,
+    ) -> None:  # fmt: skip
+        self._state = described_state(
+            module, optimizer=optimizer, dataset=dataset, privacy_engine=privacy_engine,
+            criterion=criterion, loss_of=loss_of, collate_fn=collate_fn, instance_ids=instance_ids,
+            training_steps=training_steps, feature_norm=feature_norm, batch_size=batch_size,
             make_model=make_model,
-            requests=requests,
-            progress=progress,
-        )
+        )  # fmt: skip
+        self._progress = progress
+        self._serving: Serving | None = None
+        if requests is not None:
+            self._serving = Serving(RequestQueue(requests), self._state, progress=progress)
+
+    @property
+    def module(self) -> nn.Module:
+        """The plain model as it is now: trained, or unlearned by the last run."""
+        return self._state.module
+
+    @property
+    def forgotten(self) -> frozenset[int]:
+        """Rows forgotten so far."""
+        return self._state.forgotten
+
+    @property
+    def retain_set(self) -> IntArray:
+        """Rows that are still in the training set, ascending."""
+        return self._state.retain_set
+
+    @property
+    def dataset(self) -> Dataset:
+        """The training set, forgotten rows included."""
+        dataset: Dataset = self._state.data.dataset
+        return dataset
+
+    @property
+    def task(self) -> Task:
+        """What training minimised, and how its batches are joined: unlearning does the same."""
+        return self._state.task
+
+    @property
+    def instance_ids(self) -> InstanceIds:
+        """The ids of the data set's rows."""
+        return self._state.data.ids
+
+    @property
+    def requests(self) -> RequestQueue:
+        """The queue, to be read.
+
+        Raises:
+            ValueError: The engine was built without requests.
+        """
+        return self._served().queue
+
+    def branch(self) -> Self:
+        """Return an engine in the same state, whose runs leave this one and its ledgers alone.
+
+        It has no queue of requests. For trying out plans, as `evaluation.calibrate` does.
+        """
+        branch = copy.copy(self)
+        branch._state, branch._serving = self._state.branch(), None
+        return branch
+
+    def mean_log_loss(
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        order: float = 2.0,
+    ) -> float:  # fmt: skip
+        """Return the mean over a set of the log of its privacy losses (RDP at `order`, in nats).
+
+        What `calibrate` fits times to unlearn against. The labels of the losses are the ledger's.
+
+        Args:
+            forget: Instances, by their ids if there are ids, else by row.
+            rows: Rows in their place.
+            order: Rényi order, one of the ledger's.
+
+        Raises:
+            ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
+        """
+        return mean_log_loss_of(self._state, self._state.named(forget, rows), order=order)
 
     def plan(
-        self,
-        forget: npt.ArrayLike,
-        *,
-        epsilon: float | None = None,
-        delta: float | None = None,
-        method: str = "dp_sgd",
-        certificate: Certificate | None = None,
-        steps: int | None = None,
-        max_steps: int | None = None,
-        step_grid: int = 10,
-        strength: float | None = None,
-        predict: bool = False,
-        calibration: Calibration | None = None,
-        adaptive: bool = False,
-    ) -> UnlearningPlan:
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        epsilon: float | None = None, delta: float | None = None, method: str = "dp_sgd",
+        certificate: Certificate | None = None, steps: int | None = None,
+        max_steps: int | None = None, step_grid: int = 10, strength: float | None = None,
+        predict: bool = False, calibration: Calibration | None = None, adaptive: bool = False,
+    ) -> UnlearningPlan:  # fmt: skip
         """Say what forgetting these instances takes, before anything runs.
 
         With epsilon and delta: as few steps as reach the target. With steps and delta: the ε after
@@ -129,7 +192,9 @@ class UnlearningEngine(QueuedModel):
             retraining          from the start, without the forget set
 
         Args:
-            forget: Rows of the data set, each once, not all of them.
+            forget: Instances, each once, not all of them: by their ids if there are instance_ids,
+                else by row; or a boolean mask over all rows.
+            rows: Rows of the data set, in its place.
             epsilon: Target of a certified plan.
             delta: Its δ.
             method: One of the above.
@@ -153,84 +218,32 @@ class UnlearningEngine(QueuedModel):
             CertifiedPlan, PredictedPlan or RetrainPlan.
 
         Raises:
-            ValueError: Rows out of range, repeated, empty, forgotten before, or the whole set;
-                arguments that contradict each other.
-            CertificateError: No certificate applies; the message names the broken assumption.
+            ValueError: Rows out of range, repeated, empty, forgotten before, or the whole set; ids
+                that nobody has; arguments that contradict each other.
+            CertificateError: No certificate applies; the message names the broken assumption. Or
+                steps that would not move the model.
+            UnsupportedError: The training cannot be run again as it is described.
+            LedgerError: The data set, the weights or the ledger are not what they were.
         """
-        self._require_own_ledger()
-        rows = self._checked_forget(forget)
-        check.choice("method", method, METHODS)
-        self._require_chargeable(method)
-        if certificate is not None:
-            _require_plain_descent(certificate, self._optimizer)
-        facts = Facts(
-            forget_set=rows,
-            method=method,
-            steps_retrain=self._training_steps,
-            batch_size=self._batch_size,
-            requests_served=self._requests_served,
-            module=self._module,
-            noisy=self._engine is not None and self._engine.kernel.noise_multiplier > 0.0,
-        )
-        if calibration is not None:
-            if any(value is not None for value in (epsilon, delta, certificate, steps, strength)):
-                raise ValueError(
-                    "Expected calibration alone, got a target, a certificate, steps or strength "
-                    "beside it. A calibrated plan makes no claim and takes its steps from pilots."
-                )
-            return self._bound(
-                predicted_plan(
-                    facts,
-                    calibration,
-                    log_loss=self.mean_log_loss(rows, order=calibration.order),
-                    max_steps=max_steps,
-                    step_grid=step_grid,
-                )
-            )
-
-        def applicable() -> tuple[Certificate, Certificate | None]:
-            return certificates_for(
-                rows,
-                method=method,
-                measured=predict,
-                adaptive=adaptive,
-                module=self._module,
-                optimizer=self._optimizer,
-                criterion=self._criterion,
-                dataset=self._dataset,
-                privacy_engine=self._engine,
-                feature_norm=self._feature_norm,
-                phases=self._phases,
-                forgotten=self._forgotten,
-            )
-
-        return self._bound(
-            make_plan(
-                facts,
-                epsilon=epsilon,
-                delta=delta,
-                certificate=certificate,
-                applicable=applicable,
-                steps=steps,
-                max_steps=max_steps,
-                step_grid=step_grid,
-                strength=strength,
-                predict=predict,
-                adaptive=adaptive,
-            )
-        )
+        state = self._state
+        named = state.named(forget, rows)
+        state.require_untouched()
+        gone = state.forgettable(named)
+        goal = checked_goal(
+            epsilon=epsilon, delta=delta, method=method, certificate=certificate, steps=steps,
+            max_steps=max_steps, step_grid=step_grid, strength=strength, predict=predict,
+            calibration=calibration, adaptive=adaptive,
+        )  # fmt: skip
+        plan = Planning(state, gone, goal, progress=self._progress).plan()
+        state.data.require_same()
+        return plan
 
     def unlearn(
-        self,
-        plan: UnlearningPlan,
-        *,
-        checkpoint_dir: str | os.PathLike[str] | None = None,
-        checkpoint_every: int = 50,
-        seed: int | None = None,
-        on_step: Callable[[int, nn.Module], Any] | None = None,
-        record_every: int = 1,
+        self, plan: UnlearningPlan, *, checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 50, seed: int | None = None,
+        on_step: Callable[[int, nn.Module], Any] | None = None, record_every: int = 1,
         until: Callable[[int, nn.Module], bool] | None = None,
-    ) -> UnlearningResult:
+    ) -> UnlearningResult:  # fmt: skip
         """Run a plan and return the unlearned model.
 
         Args:
@@ -239,9 +252,9 @@ class UnlearningEngine(QueuedModel):
             checkpoint_every: Steps between two writes of that file.
             seed: Seed of batches and noise. Default: drawn from torch's global generator. Whoever
                 knows it can remove the noise: fix it in experiments only.
-            on_step: Called as on_step(step, module) before the first step and after every
-                `record_every`-th one; what it returns (numbers in dictionaries or lists) becomes
-                `history`.
+            on_step: Called as on_step(step, copy of the model) before the first step and after
+                every `record_every`-th one; what it returns (numbers in dictionaries or lists)
+                becomes `history`. The copy is one object, refreshed before each call.
             record_every: See `on_step`.
             until: Stop an uncertified run early: called like `on_step`, after it, and the run ends
                 where it returns True. A certified run goes to its last step, since stopping on a
@@ -253,138 +266,131 @@ class UnlearningEngine(QueuedModel):
             ValueError: The plan is not this engine's latest state.
             LedgerError: A checkpoint of another run lies in `checkpoint_dir`.
         """
-        if isinstance(plan, RetrainPlan) and self._make_model is None:
-            raise CertificateError(
-                f"Expected a plan that unlearns, got 'retrain instead': {plan.reason} To retrain "
-                "here, build the engine with make_model."
-            )
-        if until is not None and isinstance(plan, CertifiedPlan):
-            raise CertificateError(
-                "Expected a certified plan to run to its last step, got until=. Stopping on what "
-                "the model shows voids the certificate; plan with steps alone."
-            )
-        if self._queue is not None and not self._serving:
-            raise ValueError(
-                "Expected submit and serve on an engine with requests, got unlearn: the next "
-                "server would not know of this run. Build another engine without requests."
-            )
-        self._check_current(plan)
-        every = check.integer("record_every", record_every, low=1)
-        private_length = until is not None or not plan.fixed_length
-        before = self._model_hash  # it was just compared with the weights
-        number = int(torch.randint(2**62, ()).item())
-        number = number if seed is None else check.integer("seed", seed, low=0)
-        twin, optimizer = self._start(plan, seed=number)
-        ledger = None if self._engine is None else self._engine.fork()
-        reads_forget_set = plan.method == "gradient_difference"
-        if ledger is not None and not reads_forget_set:
-            ledger.forget(plan.forget_set)
-        if ledger is not None and plan.method == "retraining":
-            ledger.note_new_model()
-        run = SavedRun(
-            plan=plan,
-            module=twin,
-            optimizer=optimizer,
-            privacy_engine=ledger,
-            seed=number,
+        require_runnable(
+            self._state, plan, stops=until is not None, queued=self._serving is not None
         )
-        path = run.resume(checkpoint_dir)
-        start = run.done
-
-        def observed(step: int) -> bool:
-            if step % every and step != plan.steps:
-                return False
-            if on_step is not None:
-                run.history.append(_observed(on_step, step, twin))
-            return until is not None and bool(_observed(until, step, twin))
-
-        def after_step(taken: int) -> bool:
-            run.done = start + taken
-            stop = observed(run.done)
-            due = run.done % checkpoint_every == 0 or run.done == plan.steps
-            if path is not None and due and not stop:
-                run.save(path)
-            return stop
-
-        stopped = start == 0 and observed(0)
-        with tqdm(
-            total=plan.steps,
-            initial=start,
-            desc="unlearning",
-            disable=None if self._progress else True,
-        ) as bar:
-            if not stopped:
-                stopped = run_plan(
-                    plan,
-                    run,
-                    dataset=self._dataset,
-                    criterion=self._criterion,
-                    retain_set=np.setdiff1d(self.retain_set, plan.forget_set),
-                    batch_size=self._batch_size,
-                    after_step=after_step,
-                    progress=bar,
-                )
-        if run.done != plan.steps and not stopped:
-            raise RuntimeError(f"Expected {plan.steps} steps, got {run.done}. Nothing was changed.")
-        if ledger is not None and self._engine is not None:
-            if plan.method in NOISE_FREE_METHODS:
-                ledger.charge_without_noise(run.done)
-            if reads_forget_set:  # its members paid for these steps too
-                ledger.forget(plan.forget_set)
-            if private_length and ledger.per_instance.steps > self._ledger_steps:
-                ledger.per_instance.weaken("estimate")
-            self._engine.adopt(ledger)
-        self._module, self._optimizer = twin, optimizer_like(optimizer, twin, twin)
-        self._forgotten |= frozenset(plan.forget_set.tolist())
-        phase = Phase(run.done, self._forgotten, plan.method, private_length)
-        # What was there before a retraining left nothing in the model.
-        self._phases = [phase] if plan.method == "retraining" else [*self._phases, phase]
-        self._requests_served += 1
-        self._note_ledger()
-        if not self._serving:  # a server deletes it when the new state is safe on disk
-            run.remove(path)
-        kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
-        kind: Any = kinds.get(type(plan), UncertifiedResult)
-        hashes: dict[str, str] = {}
-        if isinstance(plan, CertifiedPlan):
-            hashes = {"model_before": before, "model_after": self._model_hash}
-        result: UnlearningResult = kind(
-            module=plain_copy(twin), plan=plan, steps=run.done, history=tuple(run.history), **hashes
-        )
+        run = Run(
+            self._state, plan, seed=seed, checkpoint_every=checkpoint_every,
+            watch=Watch(on_step=on_step, record_every=record_every, until=until),
+            progress=self._progress,
+        )  # fmt: skip
+        run.resume(checkpoint_dir)
+        run.take_steps()
+        result = run.settle()
+        run.remove()
         return result
 
-    # --- inside -------------------------------------------------------------------------------
+    def submit(
+        self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
+        request_id: str,
+    ) -> Request:  # fmt: skip
+        """Put a deletion request into the queue; nothing runs before `serve`, in any process.
 
-    def _start(self, plan: UnlearningPlan, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return the model that the run starts from, the caller's own left alone."""
-        if isinstance(plan, RetrainPlan):
-            assert self._make_model is not None
-            with torch.random.fork_rng():
-                torch.manual_seed(seeds(seed)[0])
-                return self._make_model()
-        twin = plain_copy(self._module)
-        return twin, optimizer_like(self._optimizer, self._module, twin)
+        Args:
+            forget: Instances, each once, not all of them: by their ids if there are instance_ids,
+                else by row; or a boolean mask over all rows. Who is forgotten already, or named by
+                another request as well, is fine.
+            rows: Rows of the data set, in its place.
+            request_id: The requester's name for it. Submitting the same again changes nothing.
 
+        Returns:
+            The request as it stands.
 
-def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a caller's certificate cannot describe steps of this optimizer."""
-    if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
-        return  # of any optimizer; and of one of its own
-    moving = any(group.get("momentum") for group in optimizer.param_groups)
-    if moving or type(optimizer) is not torch.optim.SGD:
-        raise CertificateError(
-            f"Expected torch.optim.SGD without momentum for a {type(certificate).__name__}, got "
-            f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
-            "couples steps; train and unlearn with plain SGD."
+        Raises:
+            ValueError: Rows that are not in the data set, ids that nobody has, repeated, none or
+                all; or a known request_id for other rows. The queue is left as it was.
+            LedgerError: The database is locked, read-only or no queue, or its rows are those of
+                other data. Likewise.
+        """
+        serving = self._served()
+        return serving.submit(self._state.named(forget, rows), request_id=request_id)
+
+    def serve(
+        self, *, epsilon: float | None = None, delta: float | None = None, method: str = "dp_sgd",
+        steps: int | None = None, max_steps: int | None = None, step_grid: int = 10,
+        strength: float | None = None, predict: bool = False, adaptive: bool = False,
+        certificate: NoisyFineTuningCertificate | None = None, max_batch: int | None = None,
+        checkpoint_every: int = 50, seed: int | None = None, wait: bool = True,
+    ) -> list[Request]:  # fmt: skip
+        """Serve the queue until it is empty, and become the engine of the model served last.
+
+        Requests that have a plan together are served by one run; an instance that several name is
+        forgotten once. A run that another process left behind is finished first, as that planned
+        it. A request that no plan exists for fails, with the reason; the others go on.
+
+        Guarantee: killed at any moment and served again, by this or another process that built the
+            same engine, no request is lost, none is run again once done, and the last model and
+            ledgers equal bit for bit those of a serving that was not killed (on one machine with
+            the same number of threads, if items and forward pass draw from torch's generator; not
+            in secure mode). What is claimed about a request is what its plan claims. Everything
+            forgotten so far is counted together, and requests are taken as chosen without a look
+            at a model released in between unless `adaptive`; the result says which.
+        Nothing computed with a forgotten instance is used again: optimizer state is dropped, its
+        ledger row is marked and not charged any more, and the states and checkpoints of before are
+        deleted once the new state is on disk. Checkpoints and copies elsewhere are the caller's.
+
+        Args:
+            epsilon, delta, method, steps, max_steps, step_grid, strength, predict, adaptive: As in
+                `plan`.
+            certificate: For method "noisy_finetuning", as in `plan`: of all certificates of a
+                caller's only this one is about any forget set.
+            max_batch: Most requests in one run; 1: one after the other. Default: all that wait.
+            checkpoint_every: As in `unlearn`.
+            seed: The seeds of all runs are drawn from this. Default: from the system; a run's seed
+                is kept, privately, until the run is done. Fix it in experiments only.
+            wait: Wait while another process serves; else raise.
+
+        Returns:
+            The requests that were done or failed, in that order.
+
+        Raises:
+            ValueError: Arguments that make no plan, or an engine without requests.
+            TypeError: Another kind of certificate.
+            LedgerError: The database is locked, read-only or no queue; another process serves and
+                `wait` is False; the folder belongs to another engine, or its rows are those of
+                other data. The model is the one that was served last.
+            UnsupportedError: The training cannot be run again as it is described.
+        """
+        if certificate is not None and type(certificate) is not NoisyFineTuningCertificate:
+            raise TypeError(
+                f"Expected a NoisyFineTuningCertificate to serve by, got "
+                f"{type(certificate).__name__}: it speaks of one forget set. Leave it out."
+            )
+        wish = plain_wish(
+            epsilon=epsilon, delta=delta, method=method, steps=steps, max_steps=max_steps,
+            step_grid=step_grid, strength=strength, predict=predict, adaptive=adaptive,
+            certificate=certificate,
+        )  # fmt: skip
+        return self._served().serve(
+            wish,
+            max_batch=None if max_batch is None else check.integer("max_batch", max_batch, low=1),
+            seed=None if seed is None else check.integer("seed", seed, low=0),
+            checkpoint_every=check.integer("checkpoint_every", checkpoint_every, low=1),
+            wait=wait,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, phases, optimizer settings and both ledgers, to be saved.
 
-def _observed(on_step: Callable[[int, nn.Module], Any], step: int, module: nn.Module) -> Any:
-    """Let the caller look at the model without disturbing its mode or the random numbers."""
-    mode, state = module.training, torch.random.get_rng_state()
-    module.eval()
-    try:
-        return on_step(step, module)
-    finally:
-        module.train(mode)
-        torch.random.set_rng_state(state)
+        Tensors, arrays and plain values only; no optimizer state, which was computed with instances
+        that are forgotten since.
+
+        Privacy: the ledgers are not private to release.
+        """
+        return saved(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, in an engine that was built like the one that saved it.
+
+        Raises:
+            LedgerError: Another data set size, kernel, model, optimizer, training or ledger.
+                Nothing is changed.
+        """
+        load(self._state, state)
+
+    def _served(self) -> Serving:
+        if self._serving is None:
+            raise ValueError(
+                "Expected an engine with requests, got one without. Build it with requests=folder."
+            )
+        return self._serving

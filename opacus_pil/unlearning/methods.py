@@ -1,152 +1,118 @@
-"""The runs themselves: so many noisy steps of Opacus's optimizer, or so many plain ones.
+"""METHOD: what each method of unlearning is. Everything that depends on one is read off this table.
 
-Each function takes a plain module and changes it in place; it plans and certifies nothing. Noise,
-clipping and sampling are Opacus's own: there is no second implementation here.
+Knows what kind of steps a method takes and what they may touch; how steps are taken is `steps/`.
+Which methods can be certified, and by which certificates, is `certificates/methods.py`'s to say:
+whoever verifies a file has no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
 
-import torch
-import torch.nn as nn
-from opacus.grad_sample import AbstractGradSampleModule
-from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
-from torch.utils.data import Dataset, default_collate
-from tqdm import tqdm
+from ..certificates import Certificate
+from ..certificates.methods import CERTIFIED_METHODS, SPEAKS_OF, members_of
 
-from .._validate import IntArray
-from ..capture import sweep
-from ..privacy_engine import PerInstancePrivacyEngine
-from .optimizer_copy import fresh_optimizer
-
-AfterStep = Callable[[int], bool]  # told how many steps were taken; True: stop here
-ExtraTerm = Callable[[nn.Module], torch.Tensor]
+RETRAINING = "retraining"
+TRAINING = "training"  # the first phase of a model's life; no method
 
 
-def plain_module(module: nn.Module) -> nn.Module:
-    """Return the user's own module from inside Opacus's wrapper."""
-    if isinstance(module, AbstractGradSampleModule | AbstractGradSampleHooks):
-        inner: nn.Module = module._module
-        return inner
-    return module
+class Steps(Enum):
+    """Kinds of steps."""
+
+    KERNEL = "noisy steps of the training's own kernel, which charge the rows that are in them"
+    AVERAGED = "clipped averaged gradients with the certificate's noise, which charge everyone"
+    PLAIN = "steps without noise, which charge everyone infinitely"
 
 
-def plain_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of the user's module that shares nothing with Opacus, in the same modes.
+class Term(Enum):
+    """What a method adds to the loss of a retained batch."""
 
-    Opacus hangs per-sample and summed gradients on the original; a copy must not carry them over,
-    because they were computed with the instances that are to be forgotten.
+    PENALTY = "an L1 penalty that decays"
+    ASCENT = "minus the loss of a batch of the forget set"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method.
+
+    Attributes:
+        name: What a caller writes.
+        steps: Which kind of steps it takes.
+        contracts: Steps are also counted by certificates of contraction.
+        retrains: A new model is trained from its start.
+        term: What it adds to the loss; None: nothing.
+        strength: Default weight of the term.
     """
-    twin = sweep.plain_copy(module)
-    for mine, theirs in zip(plain_module(module).modules(), twin.modules(), strict=True):
-        theirs.training = mine.training
-    return twin
 
+    name: str
+    steps: Steps
+    contracts: bool = False
+    retrains: bool = False
+    term: Term | None = None
+    strength: float | None = None
 
-def optimizer_like(
-    optimizer: torch.optim.Optimizer, module: nn.Module, twin: nn.Module
-) -> torch.optim.Optimizer:
-    """Return an optimizer of the same kind and settings for `twin`, without what it computed."""
-    return fresh_optimizer(optimizer, module=plain_module(module), twin=twin)
+    @cached_property
+    def noisy(self) -> bool:
+        """Whether its steps add noise."""
+        return self.steps is not Steps.PLAIN
 
+    @cached_property
+    def certifiable(self) -> bool:
+        """Whether there are certificates of it."""
+        return self.name in CERTIFIED_METHODS
 
-def noisy_steps(
-    module: nn.Module,
-    *,
-    optimizer: torch.optim.Optimizer,
-    dataset: Dataset,
-    criterion: nn.Module,
-    privacy_engine: PerInstancePrivacyEngine,
-    retain_set: IntArray,
-    steps: int,
-    noise_generator: torch.Generator | None = None,
-    sampler_generator: torch.Generator | None = None,
-    sampler_state: torch.Tensor | None = None,
-    after_step: AfterStep | None = None,
-    progress: tqdm | None = None,
-) -> None:
-    """Run `steps` steps of the training's own DP-SGD kernel on the retain set, in place.
+    @cached_property
+    def own_constants(self) -> bool:
+        """Whether it moves by the constants of its certificate, from a model clipped by them."""
+        return self.steps is Steps.AVERAGED
 
-    Every step charges the ledgers of `privacy_engine`. Full-batch training (sample_rate 1) makes
-    these the steps of noisy gradient descent (Langevin). A resumed run passes `sampler_state`, the
-    state of `sampler_generator` after the last batch that was used.
-    """
-    made = privacy_engine.make_private_on(
-        retain_set,
-        module=module,
-        optimizer=optimizer,
-        dataset=dataset,
-        criterion=criterion,
-        steps=steps,
-        noise_generator=noise_generator,
-        sampler_generator=sampler_generator,
-    )
-    wrapped, private_optimizer, loader = made[0], made[1], made[-1]
-    loss_function = made[2] if len(made) == 4 else criterion
-    device = next(module.parameters()).device
-    wrapped.train()
-    batches = iter(loader)  # draws a base seed that the batches do not depend on
-    if sampler_state is not None and sampler_generator is not None:
-        sampler_generator.set_state(sampler_state)
-    for number, (x, y) in enumerate(batches, start=1):
-        private_optimizer.zero_grad()
-        loss_function(wrapped(x.to(device)), y.to(device)).backward()
-        private_optimizer.step()
-        if reported(number, after_step, progress):
-            break
-    if hasattr(wrapped, "to_standard_module"):
-        wrapped.to_standard_module()
+    @cached_property
+    def charges_rows(self) -> bool:
+        """Whether a ledger is charged for who is in a step; else everyone is."""
+        return self.steps is Steps.KERNEL
 
+    @cached_property
+    def reads_forget_set(self) -> bool:
+        """Whether its steps look at what is to be forgotten."""
+        return self.term is Term.ASCENT
 
-def plain_steps(
-    module: nn.Module,
-    *,
-    optimizer: torch.optim.Optimizer,
-    dataset: Dataset,
-    criterion: nn.Module,
-    retain_set: IntArray,
-    batch_size: int,
-    steps: int,
-    sampler_generator: torch.Generator,
-    sampler_state: torch.Tensor | None = None,
-    extra: ExtraTerm | None = None,
-    after_step: AfterStep | None = None,
-    progress: tqdm | None = None,
-) -> None:
-    """Run `steps` steps of ordinary fine-tuning on random batches of the retain set, in place.
-
-    There is no noise, hence no certificate, and every retained instance's loss becomes infinite.
-    `extra(module)` is added to the loss of each batch.
-    """
-    if sampler_state is not None:
-        sampler_generator.set_state(sampler_state)
-    module.train()
-    for number in range(1, steps + 1):
-        x, y = random_batch(
-            dataset, retain_set, size=batch_size, generator=sampler_generator, module=module
+    def described_by(self, certificate: Certificate) -> bool:
+        """Whether a certificate may speak of its runs; classes of the caller's own may."""
+        return all(
+            self.name in methods
+            for member in members_of(certificate)
+            for kind, methods in SPEAKS_OF.items()
+            if isinstance(member, kind)
         )
-        optimizer.zero_grad()
-        loss = criterion(module(x), y)
-        (loss if extra is None else loss + extra(module)).backward()
-        optimizer.step()
-        if reported(number, after_step, progress):
-            break
 
 
-def random_batch(
-    dataset: Dataset, rows: IntArray, *, size: int, generator: torch.Generator, module: nn.Module
-) -> tuple[Any, Any]:
-    """Return `size` of the rows without repetition (all if there are fewer), on the device."""
-    device = next(module.parameters()).device
-    drawn = torch.randperm(len(rows), generator=generator)[:size]
-    x, y = default_collate([dataset[int(row)] for row in rows[drawn.numpy()]])
-    return x.to(device), y.to(device)
+class _Table(dict[str, Method]):
+    """Methods by name; one that nobody knows takes noisy steps, and is not certified.
+
+    For plans, which are plain records: whether a method exists is checked where a goal is.
+    """
+
+    def __missing__(self, name: str) -> Method:
+        return Method(name=name, steps=Steps.KERNEL)
 
 
-def reported(number: int, after_step: AfterStep | None, progress: tqdm | None) -> bool:
-    """Tell the observers about a step; whether one of them wants to stop."""
-    if progress is not None:
-        progress.update()
-    return after_step is not None and after_step(number)
+_ALL = (
+    Method(name="dp_sgd", steps=Steps.KERNEL),
+    Method(name="langevin", steps=Steps.KERNEL, contracts=True),
+    Method(name="noisy_finetuning", steps=Steps.AVERAGED),
+    Method(name="finetuning", steps=Steps.PLAIN),
+    Method(name="l1_sparse", steps=Steps.PLAIN, term=Term.PENALTY, strength=1e-4),
+    Method(name="gradient_difference", steps=Steps.PLAIN, term=Term.ASCENT, strength=1.0),
+    Method(name=RETRAINING, steps=Steps.KERNEL, retrains=True),
+)
+METHOD = _Table({method.name: method for method in _ALL})
+METHODS = tuple(METHOD)
+NOISE_FREE_METHODS = tuple(name for name, method in METHOD.items() if not method.noisy)
+WEIGHTED_METHODS = tuple(name for name, method in METHOD.items() if method.term is not None)
+
+
+def of_the_kernel(phase: str) -> bool:
+    """Whether a phase of a model's life, training or a method, took steps of training's kernel."""
+    return phase == TRAINING or METHOD[phase].charges_rows

@@ -192,25 +192,33 @@ def _reachable(
             continue
         seen[id(thing)] = thing
         yield thing
-        if isinstance(thing, dict):
-            todo += [*thing.keys(), *thing.values()]
-        elif isinstance(thing, list | tuple | set | frozenset):
-            todo += thing
-        elif isinstance(thing, types.MethodType):
-            todo += [thing.__self__, thing.__func__]
-        elif isinstance(thing, functools.partial):
-            todo += [thing.func, thing.args, thing.keywords]
-        elif isinstance(thing, types.FunctionType):
-            if shared:
-                todo += [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-                todo += [thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
-        elif isinstance(thing, weakref.ref):
-            if shared:
-                todo.append(thing())
-        elif isinstance(thing, type | types.ModuleType | torch.Tensor):
-            pass
-        elif shared or not hasattr(thing, "__deepcopy__"):
-            todo.append(getattr(thing, "__dict__", None))
+        todo += _held(thing, shared=shared)
+
+
+def _held(thing: Any, *, shared: bool) -> list[Any]:
+    """Return what a thing holds itself; see `_reachable`."""
+    if isinstance(thing, dict):
+        return [*thing.keys(), *thing.values()]
+    if isinstance(thing, list | tuple | set | frozenset):
+        return list(thing)
+    if isinstance(thing, types.MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, functools.partial):
+        return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, types.FunctionType | weakref.ref):
+        return _shared_by(thing) if shared else []
+    if isinstance(thing, type | types.ModuleType | torch.Tensor):
+        return []
+    own = shared or not hasattr(thing, "__deepcopy__")
+    return [getattr(thing, "__dict__", None)] if own else []
+
+
+def _shared_by(thing: Any) -> list[Any]:
+    """Return the variables of a function, or what a weak reference stands for."""
+    if isinstance(thing, weakref.ref):
+        return [thing()]
+    variables = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+    return [*variables, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -8,15 +8,15 @@ two are out of reach. Knows numbers only, no model.
 from __future__ import annotations
 
 import abc
+import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 from .. import _validate as check
 from .._validate import IntArray
 from ..certificates import Certificate
 from ..errors import CertificateError
-
-NOISE_FREE_METHODS = ("finetuning", "l1_sparse", "gradient_difference")
-METHODS = ("dp_sgd", "langevin", "noisy_finetuning", *NOISE_FREE_METHODS, "retraining")
+from .methods import METHOD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,15 @@ class UnlearningPlan(abc.ABC):
 
     Attributes:
         forget_set: Rows of the data set that leave, ascending, shape (members,).
-        method: One of METHODS.
+        method: One of `methods.METHODS`.
         steps: Steps that will be run; of an adaptive run the most.
         steps_retrain: Steps that retraining from scratch takes.
         batch_size: Expected number of per-instance gradients in a step, for both.
         reason: Why these steps.
+        ids: What the rows of the forget set are called, in their order: the caller's instance ids,
+            or the rows themselves.
+        reasons: What the claim takes for granted, or why there is none: a sentence each, among
+            them those of the label of the ledger that the plan rests on.
         strength: Weight of what the method adds to the loss, where it adds something.
         requests_served: Requests the engine had served when it made the plan.
         basis: Digest of the model, ledger and settings that the plan was made for.
@@ -41,6 +45,8 @@ class UnlearningPlan(abc.ABC):
     steps_retrain: int
     batch_size: float
     reason: str
+    ids: tuple[Any, ...] = ()
+    reasons: tuple[str, ...] = ()
     strength: float | None = None
     requests_served: int = 0
     basis: str = field(default="", repr=False)
@@ -71,12 +77,16 @@ class UnlearningPlan(abc.ABC):
             f"  why               {self.reason}",
             *self._details(),
         ]
-        if self.method in NOISE_FREE_METHODS and self.steps:
+        if self.reasons:
+            lines += [f"  {self._because}", *[f"    - {reason}" for reason in self.reasons]]
+        if not METHOD[self.method].noisy and self.steps:
             lines.append(
                 "  afterwards        every retained instance's privacy loss is infinite: these "
                 "steps add no noise"
             )
         return "\n".join(lines)
+
+    _because = "label of the ledger"
 
     def _details(self) -> list[str]:
         return []
@@ -103,7 +113,7 @@ class CertifiedPlan(UnlearningPlan):
 
     def __post_init__(self) -> None:
         """Refuse what no certificate speaks of."""
-        if self.method in (*NOISE_FREE_METHODS, "retraining"):
+        if not METHOD[self.method].certifiable:
             raise CertificateError(
                 f"Expected a method with noise for a certified plan, got {self.method!r}. Nothing "
                 "is proved about its steps."
@@ -144,6 +154,8 @@ class PredictedPlan(UnlearningPlan):
 
     interval: tuple[float, float] | None = None
     measured: bool = False
+
+    _because = "not certified because"
 
     @property
     def fixed_length(self) -> bool:
@@ -198,3 +210,24 @@ def certified_steps(
         return certificate.steps_for(epsilon=epsilon, delta=delta, max_steps=max_steps)
     except CertificateError:
         return None
+
+
+def bound_to(plan: UnlearningPlan, state: str) -> str:
+    """Return a digest of what a plan says and of the state it was made for.
+
+    Args:
+        plan: Its own `basis` is left out.
+        state: Digest of the state.
+    """
+    claim = ""
+    if isinstance(plan, CertifiedPlan):
+        claim = f"{plan.epsilon!r} {plan.delta!r} {type(plan.certificate).__name__}"
+        if METHOD[plan.method].own_constants:
+            claim += repr(plan.certificate)  # the run follows its constants
+    text = (
+        f"{state} {type(plan).__name__} {plan.method} {plan.steps} {plan.strength} "
+        f"{plan.fixed_length} {plan.forget_set.tolist()} {claim}"
+    )
+    if list(plan.ids) not in ([], plan.forget_set.tolist()):  # what the certificate will name
+        text += f" {list(plan.ids)!r}"
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,15 +1,18 @@
-"""From a target, or a number of steps, to one of the three kinds of plan; knows no training."""
+"""Planning: from rows and a goal to one of the three kinds of plan.
+
+Looks at the state of a model and moves nothing; what a goal may ask for is `goal.py`, which
+certificates there are `applicable.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-import torch.nn as nn
+import torch
 
-from .. import _validate as check
 from .._validate import IntArray
 from ..certificates import (
     BestCertificate,
@@ -19,280 +22,349 @@ from ..certificates import (
     PoissonContractionCertificate,
 )
 from ..errors import CertificateError
-from .averaged import require_all_trainable
-from .calibration import Calibration
+from .applicable import AndWorst, Question, certificates_for
+from .goal import FixedSteps, Goal, Pilots, Retraining, StepsAtDelta, Target
+from .grounds import require_still_weights, training_codes, with_codes
+from .methods import METHOD, RETRAINING
+from .pilots import mean_log_loss
 from .plan import (
-    NOISE_FREE_METHODS,
     CertifiedPlan,
     PredictedPlan,
     RetrainPlan,
     UnlearningPlan,
+    bound_to,
     certified_steps,
     on_grid,
 )
+from .rehearsal import Rehearsal, Rehearsals
+from .search import searching
+from .state import TrainedState
+from .step_size import require_moving_steps
+from .steps.averaged import require_all_trainable
 
-_STRENGTH = {"l1_sparse": 1e-4, "gradient_difference": 1.0}
 _WORST_CASE_SEARCH = 1_000_000
+_MEASURED = "the norms are those that the deployed run itself measured"
 _SUPPLIED = "; the certificate is the caller's, and that it describes this run was not checked"
 
-Applicable = Callable[[], tuple[Certificate, Certificate | None]]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What every plan of one request has in common; attributes as in UnlearningPlan.
-
-    Also `module`, and `noisy`: whether steps of the training's kernel add noise.
-    """
-
-    forget_set: IntArray
-    method: str
-    steps_retrain: int
-    batch_size: float
-    requests_served: int
-    module: nn.Module
-    noisy: bool
-
-    def common(self, **changes: Any) -> dict[str, Any]:
-        """Return the fields of a plan."""
-        fields = {
-            name: value for name, value in vars(self).items() if name not in ("module", "noisy")
-        }
-        return {**fields, **changes}
-
-
-def make_plan(
-    facts: Facts,
-    *,
-    epsilon: float | None,
-    delta: float | None,
-    certificate: Certificate | None,
-    applicable: Applicable,
-    steps: int | None,
-    max_steps: int | None,
-    step_grid: int,
-    strength: float | None,
-    predict: bool,
-    adaptive: bool,
-) -> UnlearningPlan:
-    """Return the plan; arguments, errors and result as in `UnlearningEngine.plan`.
+class Planning:
+    """What forgetting some rows takes, for one goal.
 
     Args:
-        facts: Of the request.
-        applicable: Gives the certificate and its worst case, or refuses; called where needed only.
+        state: Of the model; looked at only.
+        rows: To be forgotten, ascending.
+        goal: What the caller asks for.
+        rehearsals: Of this state, where some were seen before.
+        progress: Show how long a search takes, when the output is a terminal.
     """
-    grid = check.integer("step_grid", step_grid, low=1)
-    weight = _checked_strength(strength, facts.method)
-    target = None if epsilon is None else check.epsilon(epsilon)
-    probability = None if delta is None else check.delta(delta)
-    budget = None if steps is None else check.integer("steps", steps, low=0)
-    if facts.method == "retraining":
-        if not (target is None and budget is None and certificate is None):
-            raise ValueError(
-                "Expected method='retraining' alone, got a target, steps or a certificate. "
-                "Retraining takes the steps of training and forgets by construction."
-            )
-        return RetrainPlan(
-            steps=facts.steps_retrain, reason="retraining was asked for", **facts.common()
-        )
-    if target is not None and budget is not None:
-        raise ValueError(
-            "Expected either steps or a target epsilon, got both. Pass steps and delta for the "
-            "epsilon after so many steps, or epsilon and delta for the steps."
-        )
-    if facts.method in NOISE_FREE_METHODS and (
-        budget is None or probability is not None or certificate is not None or predict
-    ):
-        raise CertificateError(
-            f"Expected steps alone with method={facts.method!r}, got a target or a certificate. "
-            "Fine-tuning without noise has no certificate: pass steps, or choose a noisy method."
-        )
-    if facts.method == "noisy_finetuning":
-        _check_noisy_finetuning(certificate, probability, facts.module)
-    elif _speaks_of_noisy_finetuning(certificate):
-        raise CertificateError(
-            f"Expected method='noisy_finetuning' with a NoisyFineTuningCertificate, got method="
-            f"{facts.method!r}, whose steps are other ones. Change the method."
-        )
-    if budget is not None and probability is None:
-        if certificate is not None or predict:
-            raise ValueError(
-                "Expected delta beside steps for a claim, got steps and a certificate or predict. "
-                "Pass delta as well, or steps alone."
+
+    def __init__(
+        self,
+        state: TrainedState,
+        rows: IntArray,
+        goal: Goal,
+        *,
+        rehearsals: Rehearsals | None = None,
+        progress: bool,
+    ) -> None:
+        self._state, self._rows, self._goal = state, rows, goal
+        self._rehearsals = Rehearsals(state) if rehearsals is None else rehearsals
+        self._progress = progress
+
+    def plan(self) -> UnlearningPlan:
+        """Return the plan; whether the data are the training's is not asked.
+
+        Raises:
+            CertificateError, UnsupportedError, ValueError, LedgerError: As `UnlearningEngine.plan`.
+        """
+        self._require_fitting_model()
+        plan = self._unbound()
+        self._require_rehearsed()
+        self._require_moving(plan)
+        return replace(plan, basis=bound_to(plan, self._state.basis()))
+
+    def _unbound(self) -> UnlearningPlan:
+        match self._goal:
+            case Pilots():
+                return self._of_pilots(self._goal)
+            case Retraining():
+                return self._retraining("retraining was asked for", method=self._goal.method)
+            case FixedSteps():
+                return self._of_fixed_steps(self._goal)
+            case StepsAtDelta():
+                return self._at_delta(self._goal)
+            case Target():
+                return self._for_target(self._goal)
+
+    # --- without a claim ----------------------------------------------------------------------
+
+    def _of_pilots(self, goal: Pilots) -> UnlearningPlan:
+        """Return the steps that the pilots predict, or "retrain instead" beyond their reach."""
+        calibration = goal.calibration
+        limit = calibration.max_steps if goal.max_steps is None else goal.max_steps
+        log_loss = mean_log_loss_of(self._state, self._rows, order=calibration.order)
+        found = calibration.predict(log_loss)
+        pilots = f"{len(calibration.times)} pilot sets at mean log privacy loss {log_loss:.3g}"
+        if found.extrapolated:
+            pilots += " (outside the pilots' range)"
+        if found.high > limit:
+            return self._retraining(
+                f"{pilots} put up to {found.high:.0f} steps in the interval, above {limit}."
             )
         return PredictedPlan(
-            steps=budget,
+            steps=on_grid(math.ceil(found.high), step_grid=goal.step_grid),
+            reason=f"upper end of the {found.level:.0%} prediction interval from {pilots}; "
+            f"estimate {found.estimate:.0f}",
+            interval=(found.low, found.high),
+            measured=True,
+            **self._common(
+                method=calibration.method,
+                reasons=self._unproved("the steps are those that pilot sets took to be forgotten"),
+            ),
+        )
+
+    def _of_fixed_steps(self, goal: FixedSteps) -> UnlearningPlan:
+        why = "steps without noise have no certificate"
+        if goal.rules.noisy:
+            why = (
+                "steps alone were asked for: with delta= the plan says which ε is certified, or "
+                "why none"
+            )
+        return PredictedPlan(
+            steps=goal.steps,
             reason="a fixed budget chosen by the caller",
-            strength=weight,
-            **facts.common(),
+            strength=goal.strength,
+            **self._common(reasons=self._unproved(why)),
         )
-    if probability is None or (target is None and budget is None):
-        raise ValueError("Expected epsilon and delta, or steps, got neither. Pass a target.")
-    if adaptive and not (certificate is None or isinstance(certificate, DataProcessingCertificate)):
-        raise CertificateError(
-            f"Expected no certificate but data processing for a request chosen after a look at a "
-            f"released model, got {type(certificate).__name__}. It speaks of the last model only."
+
+    def _retraining(self, reason: str, **other: Any) -> RetrainPlan:
+        return RetrainPlan(
+            steps=self._state.training_steps,
+            reason=reason,
+            **self._common(**{"method": RETRAINING, **other}),
         )
-    supplied = certificate is not None and facts.method != "noisy_finetuning"
-    if supplied and not facts.noisy:
-        raise CertificateError(
-            "Expected a privacy_engine with noise for a certified plan, got a certificate and "
-            "none: the steps add no noise. Train with PerInstancePrivacyEngine."
-        )
-    worst: Certificate | None = None
-    if certificate is None:
-        certificate, worst = applicable()
-    elif predict:
-        raise ValueError("Expected a certificate or predict=True, got both. Leave one out.")
-    if budget is not None:
-        if predict:
-            raise ValueError("Expected epsilon with predict=True, got steps. Pass steps alone.")
-        reached = certificate.epsilon(delta=probability, steps=budget)
+
+    # --- with a claim -------------------------------------------------------------------------
+
+    def _at_delta(self, goal: StepsAtDelta) -> UnlearningPlan:
+        certificate, _ = self._grounded(goal)
+        reached = certificate.epsilon(delta=goal.delta, steps=goal.steps)
         return CertifiedPlan(
-            steps=budget,
-            reason="as many steps as the caller asked for" + (_SUPPLIED if supplied else ""),
+            steps=goal.steps,
+            reason="as many steps as the caller asked for" + (_SUPPLIED if goal.supplied else ""),
             epsilon=reached,
             target_epsilon=reached,
-            delta=probability,
+            delta=goal.delta,
             certificate=certificate,
             steps_worst_case=None,
-            **facts.common(),
+            **self._common(),
         )
-    assert target is not None
-    return _for_target(
-        facts,
-        certificate,
-        worst,
-        epsilon=target,
-        delta=probability,
-        limit=max(facts.steps_retrain - 1, 0) if max_steps is None else max_steps,
-        grid=grid,
-        predict=predict,
-        supplied=supplied,
-    )
 
-
-def predicted_plan(
-    facts: Facts,
-    calibration: Calibration,
-    *,
-    log_loss: float,
-    max_steps: int | None,
-    step_grid: int,
-) -> UnlearningPlan:
-    """Return the plan that the pilot sets predict, or "retrain instead" beyond their reach."""
-    grid = check.integer("step_grid", step_grid, low=1)
-    limit = calibration.max_steps if max_steps is None else max_steps
-    found = calibration.predict(log_loss)
-    pilots = f"{len(calibration.times)} pilot sets at mean log privacy loss {log_loss:.3g}"
-    if found.extrapolated:
-        pilots += " (outside the pilots' range)"
-    if found.high > limit:
-        return RetrainPlan(
-            steps=facts.steps_retrain,
-            reason=f"{pilots} put up to {found.high:.0f} steps in the interval, above {limit}.",
-            **facts.common(method="retraining"),
+    def _for_target(self, goal: Target) -> UnlearningPlan:
+        if goal.predict:
+            certificate, worst = self._applicable(goal)
+        else:
+            certificate, worst = self._grounded(goal)
+        limit = max(self._state.training_steps - 1, 0) if goal.max_steps is None else goal.max_steps
+        try:
+            needed = self._needed(certificate, goal, limit=limit)
+        except CertificateError as error:
+            return self._retraining(str(error), target_epsilon=goal.epsilon, delta=goal.delta)
+        if goal.predict:
+            return self._predicted(certificate, goal, steps=needed)
+        name = type(certificate).__name__
+        if isinstance(certificate, BestCertificate):
+            name = certificate.winner(delta=goal.delta, steps=needed).name
+        return CertifiedPlan(
+            steps=needed,
+            reason=f"fewest steps at which {name} reaches the target, rounded up to a multiple of "
+            f"{goal.step_grid}" + (_SUPPLIED if goal.supplied else ""),
+            epsilon=certificate.epsilon(delta=goal.delta, steps=needed),
+            target_epsilon=goal.epsilon,
+            delta=goal.delta,
+            certificate=certificate,
+            steps_worst_case=self._needed_at_worst(worst, goal, limit=limit),
+            **self._common(),
         )
-    return PredictedPlan(
-        steps=on_grid(math.ceil(found.high), step_grid=grid),
-        reason=f"upper end of the {found.level:.0%} prediction interval from {pilots}; estimate "
-        f"{found.estimate:.0f}",
-        interval=(found.low, found.high),
-        measured=True,
-        **facts.common(method=calibration.method),
-    )
 
+    def _predicted(self, certificate: Certificate, goal: Target, *, steps: int) -> PredictedPlan:
+        return PredictedPlan(
+            steps=steps,
+            reason=f"the formula of {type(certificate).__name__} with what the deployed run itself "
+            f"measured, for epsilon={goal.epsilon:g} at delta={goal.delta:g}; a prediction, no "
+            "claim",
+            measured=True,
+            **self._common(reasons=self._unproved(_MEASURED)),
+        )
 
-def _for_target(
-    facts: Facts,
-    certificate: Certificate,
-    worst: Certificate | None,
-    *,
-    epsilon: float,
-    delta: float,
-    limit: int,
-    grid: int,
-    predict: bool,
-    supplied: bool,
-) -> UnlearningPlan:
-    goal = {"epsilon": epsilon, "delta": delta}
-    try:
-        exact = certificate.steps_for(**goal, max_steps=limit)
-        needed = on_grid(exact, step_grid=grid)
+    def _needed(self, certificate: Certificate, goal: Target, *, limit: int) -> int:
+        """Return the fewest steps, on the public grid.
+
+        Raises:
+            CertificateError: More than the limit.
+        """
+        with searching(certificate, progress=self._progress) as watched:
+            exact = watched.steps_for(epsilon=goal.epsilon, delta=goal.delta, max_steps=limit)
+        needed = on_grid(exact, step_grid=goal.step_grid)
         if needed > limit:
             raise CertificateError(
                 f"Expected a target within max_steps={limit}, got one that takes {needed} steps, "
-                f"rounded up to a multiple of step_grid={grid}."
+                f"rounded up to a multiple of step_grid={goal.step_grid}."
             )
-    except CertificateError as error:
-        return RetrainPlan(
-            steps=facts.steps_retrain,
-            reason=str(error),
-            target_epsilon=epsilon,
-            delta=delta,
-            **facts.common(method="retraining"),
+        return needed
+
+    def _needed_at_worst(
+        self, worst: Certificate | None, goal: Target, *, limit: int
+    ) -> int | None:
+        """Return the same with every member at the clip bound, which is there to compare with."""
+        if worst is None:
+            return None
+        slow = isinstance(worst, PoissonContractionCertificate)  # seconds per ε
+        with searching(worst, progress=self._progress) as watched:
+            found = certified_steps(
+                watched,
+                epsilon=goal.epsilon,
+                delta=goal.delta,
+                max_steps=max(limit, 0 if slow else _WORST_CASE_SEARCH),
+            )
+        return None if found is None else on_grid(found, step_grid=goal.step_grid)
+
+    # --- what a claim stands on ---------------------------------------------------------------
+
+    def _grounded(self, goal: Target | StepsAtDelta) -> AndWorst:
+        """Return the certificate, which names what it takes for granted, and its worst case."""
+        if goal.supplied and not self._noisy:
+            raise CertificateError(
+                "Expected a privacy_engine with noise for a certified plan, got a certificate and "
+                "none: the steps add no noise. Train with PerInstancePrivacyEngine."
+            )
+        worst: Certificate | None = None
+        certificate = goal.certificate
+        if certificate is None:
+            certificate, worst = self._applicable(goal)
+        codes = self._run_codes()
+        if not goal.rules.own_constants:
+            codes += training_codes(
+                None if goal.supplied else self._state.account,
+                module=self._state.module,
+                weights=self._state.weights,
+            )
+        if goal.supplied:
+            codes += ("supplied_by_caller",)
+        return with_codes(certificate, *codes), worst
+
+    def _applicable(self, goal: Target | StepsAtDelta) -> AndWorst:
+        asked = Question(
+            rows=self._rows,
+            method=goal.rules,
+            measured=isinstance(goal, Target) and goal.predict,
+            adaptive=goal.adaptive,
+            evidence=self._require_evidence,
+            random_rows=lambda: self._rehearsal.random_rows,
         )
-    name = type(certificate).__name__
-    if predict:
-        return PredictedPlan(
-            steps=needed,
-            reason=f"the formula of {name} with what the deployed run itself measured, for "
-            f"epsilon={epsilon:g} at delta={delta:g}; a prediction, no claim",
-            measured=True,
-            **facts.common(),
-        )
-    if isinstance(certificate, BestCertificate):
-        name = certificate.winner(delta=delta, steps=needed).name
-    worst_steps = None
-    if worst is not None:
-        worst_steps = certified_steps(worst, **goal, max_steps=max(limit, _searched(worst)))
-    return CertifiedPlan(
-        steps=needed,
-        reason=f"fewest steps at which {name} reaches the target, rounded up to a multiple of "
-        f"{grid}" + (_SUPPLIED if supplied else ""),
-        epsilon=certificate.epsilon(delta=delta, steps=needed),
-        target_epsilon=epsilon,
-        delta=delta,
-        certificate=certificate,
-        steps_worst_case=None if worst_steps is None else on_grid(worst_steps, step_grid=grid),
-        **facts.common(),
-    )
+        return certificates_for(self._state, asked)
+
+    def _require_evidence(self) -> None:
+        self._require_rehearsed()  # what cannot be run at all is said first
+        assert self._state.account is not None
+        self._state.account.require_evidence()
+
+    def _run_codes(self) -> tuple[str, ...]:
+        """Return what a certified run takes for granted: codes of a context."""
+        self._rehearsal.require_independent_rows()
+        require_still_weights(self._state.module)
+        return (*self._state.data.codes(), *self._rehearsal.codes)
+
+    def _require_rehearsed(self) -> None:
+        """Raise where the training cannot be run as it is described."""
+        _ = self._rehearsal
+
+    @cached_property
+    def _rehearsal(self) -> Rehearsal:
+        """What two rows show that stay."""
+        return self._rehearsals.without(self._rows)
+
+    # --- what all plans share -----------------------------------------------------------------
+
+    @property
+    def _noisy(self) -> bool:
+        """Whether steps of the training's kernel add noise."""
+        kernel = self._state.kernel
+        return kernel is not None and kernel.noise_multiplier > 0.0
+
+    def _common(self, **changes: Any) -> dict[str, Any]:
+        """Return the fields that every plan has."""
+        state = self._state
+        return {
+            "forget_set": self._rows,
+            "ids": tuple(state.data.ids.of(self._rows)),
+            "method": self._goal.method,
+            "steps_retrain": state.training_steps,
+            "batch_size": state.batch_size,
+            "requests_served": state.requests_served,
+            "reasons": self._label(),
+            **changes,
+        }
+
+    def _label(self) -> tuple[str, ...]:
+        """Return why the label that a plan rests on is not a stronger one."""
+        goal, ledger = self._goal, self._state.ledger
+        claim = isinstance(goal, Target | StepsAtDelta)
+        if ledger is None or (claim and goal.rules.own_constants):
+            return ()  # of any training: no ledger stands behind it
+        return tuple(ledger.reasons)
+
+    def _unproved(self, why: str) -> tuple[str, ...]:
+        """Return the reasons of a plan without a claim."""
+        ledger = self._state.ledger
+        if ledger is None:
+            return (why, "there is no privacy_engine: nothing bounds what training gave away")
+        return (why, *ledger.reasons)
+
+    # --- what is required of the model --------------------------------------------------------
+
+    def _require_fitting_model(self) -> None:
+        """Raise where the model or its ledger cannot take steps of this method."""
+        self._state.require_chargeable(self._goal.rules)
+        if not isinstance(self._goal, Target | StepsAtDelta):
+            return
+        if self._goal.certificate is not None:
+            _require_plain_descent(self._goal.certificate, self._state.optimizer)
+        if self._goal.rules.own_constants:
+            require_all_trainable(self._state.module)
+
+    def _require_moving(self, plan: UnlearningPlan) -> None:
+        """Raise where the plan's steps would leave the model where it is."""
+        method, kernel = METHOD[plan.method], self._state.kernel
+        if plan.steps == 0 or method.retrains or method.own_constants:
+            return
+        noise = None
+        if kernel is not None and method.noisy:
+            share = kernel.expected_batch_size if kernel.loss_reduction == "mean" else 1
+            noise = kernel.noise_multiplier * kernel.max_grad_norm / share or None
+        require_moving_steps(self._state.optimizer, noise_std=noise)
 
 
-def _searched(certificate: Certificate) -> int:
-    """Return how far to look for the worst case, which is only there to be compared with."""
-    slow = PoissonContractionCertificate  # seconds per ε
-    return 0 if isinstance(certificate, slow) else _WORST_CASE_SEARCH
+def mean_log_loss_of(state: TrainedState, rows: IntArray, *, order: float) -> float:
+    """Return the mean over some rows of the log of their privacy losses.
+
+    Raises:
+        ValueError: No privacy_engine, an order the ledger does not have, losses of 0 or inf.
+    """
+    ledger = state.ledger
+    if ledger is None:
+        raise ValueError("Expected privacy_engine for privacy losses, got None. Pass it.")
+    return mean_log_loss(ledger.rdp(rows), orders=ledger.orders, order=order)
 
 
-def _speaks_of_noisy_finetuning(certificate: Certificate | None) -> bool:
-    members = certificate.members if isinstance(certificate, BestCertificate) else (certificate,)
-    return any(isinstance(member, NoisyFineTuningCertificate) for member in members)
-
-
-def _checked_strength(strength: float | None, method: str) -> float | None:
-    if method in _STRENGTH:
-        value = _STRENGTH[method] if strength is None else strength
-        return check.real("strength", value, low=0.0)
-    if strength is not None:
-        raise ValueError(
-            f"Expected strength with {' or '.join(_STRENGTH)} only, got it with {method!r}. "
-            "Leave it out."
-        )
-    return None
-
-
-def _check_noisy_finetuning(
-    certificate: Certificate | None, delta: float | None, module: nn.Module
-) -> None:
-    if certificate is None or delta is None:
+def _require_plain_descent(certificate: Certificate, optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a caller's certificate cannot describe steps of this optimizer."""
+    if isinstance(certificate, DataProcessingCertificate | NoisyFineTuningCertificate):
+        return  # of any optimizer; and of one of its own
+    moving = any(group.get("momentum") for group in optimizer.param_groups)
+    if moving or type(optimizer) is not torch.optim.SGD:
         raise CertificateError(
-            "Expected certificate and delta with method='noisy_finetuning', got none. Pass a "
-            "NoisyFineTuningCertificate: the run follows its clips, step size, decay and noise."
+            f"Expected torch.optim.SGD without momentum for a {type(certificate).__name__}, got "
+            f"{type(optimizer).__name__}{' with momentum' if moving else ''}. What it remembers "
+            "couples steps; train and unlearn with plain SGD."
         )
-    if not isinstance(certificate, NoisyFineTuningCertificate):
-        raise CertificateError(
-            f"Expected a NoisyFineTuningCertificate for method 'noisy_finetuning', got "
-            f"{type(certificate).__name__}. Its run would be another one."
-        )
-    require_all_trainable(module)

@@ -1,4 +1,8 @@
-"""What an unlearning run left behind. A result with an ε is another type than one without."""
+"""What an unlearning run left behind, and the page that says so.
+
+A result with an ε is another type than one without, and there is a page of certified plans only:
+about other runs nothing is proved, so nothing can be written.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch.nn as nn
 
-from ..certificates import Certificate, CertificateRecord
-from .certified_record import certified_record, uncertified_message
+from .. import _validate
+from ..certificates import Certificate, CertificateRecord, certificate_record
+from ..errors import CertificateError
 from .plan import CertifiedPlan, UnlearningPlan
 
 
@@ -53,6 +60,18 @@ class CertifiedResult(UnlearningResult):
     plan: CertifiedPlan
     model_before: str
     model_after: str
+
+    def __post_init__(self) -> None:
+        """Refuse a run that left the model as it was: nothing was forgotten by it.
+
+        Raises:
+            CertificateError: Steps, and the same model before and after.
+        """
+        if self.steps and self.model_before == self.model_after:
+            raise CertificateError(
+                f"Expected {self.steps} steps to move the model, got the model that was there "
+                "before. Nothing was forgotten."
+            )
 
     @property
     def certificate(self) -> Certificate:
@@ -103,3 +122,73 @@ class RetrainedResult(UncertifiedResult):
     It forgets by construction: no forgotten instance was read. It needs no certificate, and has
     none; what was chosen with the forget set at hand (architecture, step size) is not covered.
     """
+
+
+def certified_record(
+    plan: CertifiedPlan,
+    *,
+    before: str,
+    after: str,
+    instance_ids: Sequence[str | int] | npt.NDArray[np.generic] | None = None,
+    plain_ids: bool = False,
+    earlier_steps: int | None = None,
+    earlier_forgotten: int | None = None,
+) -> CertificateRecord:
+    """Return the certificate record of a plan whose steps were all run.
+
+    Args:
+        plan: The plan.
+        before: `model_hash` of the model that the run started from.
+        after: `model_hash` of the unlearned model.
+        instance_ids: Id of every row of the data set. Default: the ids that the plan names, which
+            are the row numbers where there are no others.
+        plain_ids: Write ids as they are instead of hashing them.
+        earlier_steps: Steps of earlier requests that the certificate counts, as whoever ran them
+            knows; held against its constants. Default: what they count beyond training.
+        earlier_forgotten: The same for the instances of earlier requests.
+
+    Raises:
+        TypeError: A plan or result without a certificate.
+        CertificateError: The plan's certificate cannot be written, does not give its ε, or counts
+            another run; or ε is infinite.
+    """
+    if not isinstance(plan, CertifiedPlan):
+        raise TypeError(uncertified_message(plan))
+    rows = plan.forget_set.tolist()
+    if instance_ids is None:
+        ids: list[str | int] = list(plan.ids) or rows
+    else:
+        known = np.asarray(instance_ids)
+        if known.ndim != 1 or len(known) <= max(rows):
+            raise ValueError(
+                _validate.expected(
+                    "instance_ids",
+                    f"to be one id per row, at least {max(rows) + 1},",
+                    known.shape,
+                )
+            )
+        ids = known[rows].tolist()  # Python's own strings and integers, also out of objects
+    return certificate_record(
+        plan.certificate,
+        forgotten=ids,
+        method=plan.method,
+        steps=plan.steps,
+        training_steps=plan.steps_retrain,
+        epsilon=plan.epsilon,
+        delta=plan.delta,
+        target_epsilon=plan.target_epsilon,
+        model_before=before,
+        model_after=after,
+        earlier_requests=plan.requests_served,
+        earlier_steps=earlier_steps,
+        earlier_forgotten=earlier_forgotten,
+        plain_ids=plain_ids,
+    )
+
+
+def uncertified_message(plan: object) -> str:
+    """Word why a run without a certified plan has no certificate."""
+    return (
+        f"Expected a CertifiedPlan, got {type(plan).__name__}. Nothing is proved about such a run: "
+        "it has no ε, and there is no certificate to write."
+    )

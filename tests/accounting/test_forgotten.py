@@ -32,7 +32,7 @@ def test_a_tombstone_keeps_what_was_lost_and_is_charged_no_more(accountant):
 
 def test_every_reading_marks_a_tombstone_and_none_says_no_risk(accountant, tmp_path):
     pytest.importorskip("pyarrow")
-    from opacus_pil.ledger_table import LedgerTable
+    from opacus_pil.files.ledger_table import LedgerTable
 
     before = accountant.get_epsilon(1e-3).epsilon
     accountant.forget([1, 3])

@@ -15,7 +15,7 @@ import pytest
 from opacus_pil.accounting import COMPACT_ORDERS, DEFAULT_ORDERS, PerInstanceAccountant
 from opacus_pil.accounting.ledger_rows import ledger_chunks, write_ledger
 from opacus_pil.errors import LedgerError
-from opacus_pil.ledger_table import LedgerTable
+from opacus_pil.files.ledger_table import LedgerTable
 
 SIZE = 101  # odd, so that no share of it below is a whole number of instances
 LABELS = np.arange(SIZE) % 3

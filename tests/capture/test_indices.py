@@ -11,7 +11,8 @@ from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import wrap_data_loader
 from torch.utils.data import Dataset, TensorDataset
 
-from opacus_pil.capture.indices import BatchTracker, record_indices
+from opacus_pil.capture.indices import record_indices
+from opacus_pil.capture.tracker import BatchTracker
 from opacus_pil.errors import UnsupportedError
 
 SIZE = 40

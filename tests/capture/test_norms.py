@@ -16,9 +16,9 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from opacus_pil.capture.clipping import checked_caps, clip_factors
-from opacus_pil.capture.indices import BatchTracker
 from opacus_pil.capture.norms import record_norms
 from opacus_pil.capture.recorder import Recorder
+from opacus_pil.capture.tracker import BatchTracker
 from opacus_pil.errors import UnsupportedError
 from tests.capture.models import Words, convolutional, images, one_by_one_norms, sentences
 

@@ -25,7 +25,7 @@ from opacus_pil.certificates.derivation import derivation_mismatch
 from opacus_pil.certificates.fields import CLASSES, constants_of, rebuilt
 from opacus_pil.certificates.methods import CERTIFIED_METHODS, SPEAKS_OF, method_mismatch
 from opacus_pil.certificates.sentences import CONTEXT, OWN, SENTENCES
-from opacus_pil.unlearning.plan import METHODS, NOISE_FREE_METHODS
+from opacus_pil.unlearning.methods import METHODS, NOISE_FREE_METHODS
 from tests.certificates.records import MAKERS, fixed_batches, one_output_glm, requests, stationary
 
 PLAIN = [code for code in CONTEXT if not number_kinds(code)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from opacus_pil import CertificateError
 from opacus_pil.certificates import ContractionCertificate, sequential_requests
-from opacus_pil.certificates.record import Certificate
+from opacus_pil.certificates.certificate import Certificate
 from tests.certificates import oracles
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "cases.json").read_text())

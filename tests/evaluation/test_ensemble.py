@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from opacus_pil.checkpoint import save_state
 from opacus_pil.evaluation.ensemble import retrained_ensemble, run_trials, trial_key
+from opacus_pil.files.container import save_state
 from tests.evaluation.sweeps import configs, sweep_in_own_group, tiny_trial
 
 
@@ -240,6 +240,7 @@ def killed_sweep(context, folder, *, n_jobs, wait):
     return process.exitcode
 
 
+@pytest.mark.slow  # fifty processes
 def test_fifty_kills_lose_nothing_and_repeat_nothing(tmp_path):
     straight = sweep(tmp_path / "straight", TRIALS)
     context = multiprocessing.get_context("forkserver")

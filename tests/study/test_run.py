@@ -12,6 +12,8 @@ from opacus_pil.study import run, run_study
 from opacus_pil.study.settings import study_settings
 from opacus_pil.study.words import CLAIMS
 
+pytestmark = pytest.mark.slow  # a study on a small scale: it trains dozens of models
+
 ARGUMENTS = ["study", "--dataset", "digits", "--model", "mlp", "--quick", "--seed", "1"]
 
 

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
-from opacus_pil.unlearning import request_database
+from opacus_pil.unlearning.requests import database as request_database
 
 STEPS, EVERY, SEED, SIZE = 12, 4, 11, 48
 

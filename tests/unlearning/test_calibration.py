@@ -10,7 +10,7 @@ from scipy import stats
 
 from opacus_pil.evaluation import calibrate
 from opacus_pil.unlearning import PredictedPlan, RetrainPlan
-from opacus_pil.unlearning.calibration import fit_calibration, mean_log_loss
+from opacus_pil.unlearning.pilots import fit_calibration, mean_log_loss
 
 from .runs import network_run
 

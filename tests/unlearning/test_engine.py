@@ -8,7 +8,8 @@ from opacus.grad_sample import AbstractGradSampleModule
 
 from opacus_pil.errors import LedgerError
 from opacus_pil.unlearning import CertifiedResult, UncertifiedResult
-from opacus_pil.unlearning.methods import noisy_steps, plain_copy
+from opacus_pil.unlearning.steps.noisy import noisy_steps
+from opacus_pil.unlearning.twin import twin_of
 
 from .runs import DELTA, SIZE, logistic_run, network_run
 
@@ -314,8 +315,9 @@ def test_coupled_runs_never_part_by_more_than_the_certificate_assumes():
             module,
             optimizer=torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3),
             dataset=run.dataset,
-            criterion=run.criterion,
-            privacy_engine=run.engine.fork(),
+            task=run.engine.task,
+            privacy_engine=run.engine,
+            account=run.engine.account.fork(),
             retain_set=rows,
             steps=60,
             noise_generator=torch.Generator().manual_seed(4),
@@ -334,7 +336,7 @@ def test_coupled_runs_never_part_by_more_than_the_certificate_assumes():
 
 def test_a_copy_shares_nothing_with_the_wrapped_module():
     run = network_run()
-    twin = plain_copy(run.module)
+    twin = twin_of(run.module)
     assert_same(weights(twin), weights(run.module._module))
     with torch.no_grad():
         for parameter in twin.parameters():

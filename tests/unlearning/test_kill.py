@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from opacus_pil.checkpoint import load_state
+from opacus_pil.files.container import load_state
 from opacus_pil.unlearning.requests import RequestQueue
 
 from . import kill_target
 from .kill_target import SIZE, trained_engine
 from .processes import CONTEXT
+
+pytestmark = pytest.mark.slow  # kills and restarts servers, many times
 
 REQUESTS = {"ada": [3, 7], "bob": [7, 9], "cyd": [1], "dan": [20, 21, 22], "eve": [3, 20]}
 

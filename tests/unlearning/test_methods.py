@@ -25,8 +25,8 @@ from opacus_pil.unlearning import (
     RetrainPlan,
     UncertifiedResult,
 )
-from opacus_pil.unlearning.averaged import noisy_finetuning_steps
-from opacus_pil.unlearning.methods import plain_copy
+from opacus_pil.unlearning.steps.averaged import noisy_finetuning_steps
+from opacus_pil.unlearning.twin import twin_of
 
 from .runs import DELTA, SIZE, _train, logistic_run, network_run
 from .test_engine import Killed, Watched, assert_same, weights
@@ -99,7 +99,7 @@ class TestNoisyFineTuning:
             module,
             certificate=certificate,
             dataset=run.dataset,
-            criterion=run.criterion,
+            task=run.engine.task,
             retain_set=np.arange(5, SIZE),
             batch_size=12.0,
             steps=steps,
@@ -253,9 +253,9 @@ class TestUncertifiedMethods:
     def test_one_step_of_gradient_difference_is_descent_minus_ascent(self):
         run = network_run()
         unlearning = run.unlearning(batch_size=None)
-        unlearning._batch_size = SIZE  # whole sets: the step is deterministic
+        unlearning._state.batch_size = SIZE  # whole sets: the step is deterministic
         forget = np.array([3, 7, 20])
-        twin = plain_copy(unlearning.module)
+        twin = twin_of(unlearning.module)
         plan = unlearning.plan(forget, steps=1, method="gradient_difference", strength=0.5)
         result = unlearning.unlearn(plan, seed=1).module
         x, y = run.dataset.tensors

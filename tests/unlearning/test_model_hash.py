@@ -11,7 +11,7 @@ import torch.nn as nn
 from opacus import GradSampleModule
 
 from opacus_pil import LedgerError
-from opacus_pil.unlearning.model_hash import model_file_hash, model_hash
+from opacus_pil.files.model_hash import model_file_hash, model_hash
 
 
 def network():

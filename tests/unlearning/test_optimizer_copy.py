@@ -14,8 +14,9 @@ from opacus import GradSampleModule
 from torch import nn
 
 from opacus_pil.errors import UnsupportedError
-from opacus_pil.unlearning.methods import optimizer_like, plain_copy
 from opacus_pil.unlearning.optimizer_copy import fresh_optimizer
+from opacus_pil.unlearning.twin import plain_module
+from opacus_pil.unlearning.twin import twin_of as out_of_the_wrapper
 
 from .runs import network_run
 
@@ -507,6 +508,6 @@ def test_the_engines_copy_works_through_opacus_wrapper():
     module = net()
     wrapped = GradSampleModule(module)
     old = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
-    twin = plain_copy(wrapped)
-    new = optimizer_like(old, wrapped, twin)
+    twin = out_of_the_wrapper(wrapped)
+    new = fresh_optimizer(old, module=plain_module(wrapped), twin=twin)
     assert [id(p) for p in new.param_groups[0]["params"]] == [id(p) for p in twin.parameters()]

@@ -127,7 +127,7 @@ def test_a_certificate_of_the_caller_is_used_as_given():
         [4, 5], epsilon=0.1, delta=DELTA, certificate=certificate, max_steps=100,
         step_grid=1,
     )  # fmt: skip
-    assert plan.certificate is certificate
+    assert plan.certificate == certificate.with_context("supplied_by_caller")
     assert plan.steps == certificate.steps_for(epsilon=0.1, delta=DELTA)
     assert plan.steps_worst_case is None
 

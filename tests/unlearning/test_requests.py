@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from opacus_pil.errors import LedgerError
-from opacus_pil.unlearning.request_database import APPLICATION_ID, VERSION
-from opacus_pil.unlearning.request_server import Batch
 from opacus_pil.unlearning.requests import RequestQueue
+from opacus_pil.unlearning.requests.database import APPLICATION_ID, VERSION
+from opacus_pil.unlearning.requests.server import Batch
 
 from .processes import CONTEXT
 
@@ -159,7 +159,7 @@ def test_a_server_whose_lock_file_was_deleted_cannot_write_any_more(queue):
             for write in (
                 lambda: robbed.run(batch_of("ada")),
                 lambda: robbed.finish(batch_of("ada"), state_file="x", result={}),
-                lambda: robbed.begin("x"),
+                lambda: robbed.begin("x", data={}),
             ):
                 with pytest.raises(LedgerError, match="took over"):
                     write()

@@ -4,6 +4,7 @@ import contextlib
 import math
 import sqlite3
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ from opacus_pil.certificates import (
     read_certificate,
     verify_certificate,
 )
-from opacus_pil.checkpoint import load_state
 from opacus_pil.errors import LedgerError
-from opacus_pil.unlearning import serving
-from opacus_pil.unlearning.model_hash import model_hash
-from opacus_pil.unlearning.requests import RequestQueue
+from opacus_pil.files.container import load_state
+from opacus_pil.files.model_hash import model_hash
+from opacus_pil.unlearning import run, saved_state, state
+from opacus_pil.unlearning.planning import Planning
+from opacus_pil.unlearning.requests import RequestQueue, serving
 
 from . import kill_target
 from .kill_target import SIZE, blank_engine, trained_engine
@@ -76,11 +78,11 @@ def assert_same_state(first, second):
 def test_requests_are_batched_and_an_instance_is_forgotten_once(engine):
     engine.submit([3, 7], request_id="ada")
     engine.submit([7, 9], request_id="bob")
-    charged = engine._engine.per_instance.steps
+    charged = engine._state.ledger.steps
     done = engine.serve(steps=6)
     assert [request.request_id for request in done] == ["ada", "bob"]
     assert engine.forgotten == {3, 7, 9}
-    assert engine._engine.per_instance.steps == charged + 6  # one run for both
+    assert engine._state.ledger.steps == charged + 6  # one run for both
     for request in done:
         assert request.state == "done"
         assert request.result["steps"] == 6
@@ -95,9 +97,9 @@ def test_one_after_the_other_and_rows_that_were_forgotten_before(engine):
     engine.submit([3, 7], request_id="ada")
     engine.submit([7], request_id="bob")
     engine.submit([7, 9], request_id="cyd")
-    charged = engine._engine.per_instance.steps
+    charged = engine._state.ledger.steps
     ada, bob, cyd = engine.serve(steps=4, max_batch=1)
-    assert engine._engine.per_instance.steps == charged + 8  # nothing is run for bob
+    assert engine._state.ledger.steps == charged + 8  # nothing is run for bob
     assert [r.result["rows_in_batch"] for r in (ada, bob, cyd)] == [2, 0, 1]
     assert bob.result["status"] == "forgotten before"
     assert bob.result["steps"] == 0
@@ -119,7 +121,39 @@ def test_the_same_seed_gives_the_same_model_and_another_another(dataset, tmp_pat
     assert served("c", 2) != first
 
 
+def test_a_batch_is_planned_once_and_its_model_read_twice(engine, monkeypatch):
+    """Before it is planned and after it has run; every other check compares what was read then."""
+    called = Counter()
+
+    def counted(name, function):
+        def call(*arguments, **options):
+            called[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(Planning, "plan", counted("plan", Planning.plan))
+    for module in (state, run, saved_state):
+        monkeypatch.setattr(module, "model_hash", counted("hash", model_hash))
+    for number in range(3):
+        engine.submit([number, number + 10], request_id=str(number))
+    before = model_hash(engine.module)
+    assert len(engine.serve(steps=2, max_batch=1)) == 3
+    assert called == {"plan": 3, "hash": 6}
+    assert engine._state.model_hash == model_hash(engine.module) != before
+
+
 # --- what cannot be served ------------------------------------------------------------------------
+
+
+def test_weights_that_somebody_moved_are_not_served(engine):
+    engine.submit([3], request_id="ada")
+    with torch.no_grad():
+        next(engine.module.parameters()).add_(1.0)
+    with pytest.raises(LedgerError, match="got other weights"):
+        engine.serve(steps=2)
+    assert engine.requests.get("ada").state == "queued"
+    assert engine.forgotten == frozenset()
 
 
 def test_who_has_no_plan_fails_with_the_reason_and_the_others_go_on(tmp_path):
@@ -299,7 +333,7 @@ def test_certified_requests_carry_a_certificate_that_counts_all_before_them(tmp_
     alone = logistic_run(steps=60).unlearning()
     for request, rows in ((ada, [0]), (bob, [5])):
         plan = alone.plan(rows, **goal)
-        alone.unlearn(plan, seed=1)
+        alone.unlearn(plan, seed=1 + rows[0])  # the noise of a seed hides once
         assert request.result["status"] == "certified"
         assert request.result["steps"] == plan.steps
         assert request.result["epsilon"] == plan.epsilon <= 2.0
@@ -345,7 +379,7 @@ def test_a_state_is_safe_to_load_and_fits_its_own_engine_only(engine, dataset, t
 
     before = other.state_dict()
     trained = trained_engine(dataset)
-    trained._training_steps += 1
+    trained._state.training_steps += 1
     damaged = dict(state["module"])
     del damaged["0.bias"]
     groups = [{**state["param_groups"][0], "params": [0]}]
@@ -415,17 +449,17 @@ def test_nothing_that_was_computed_with_a_forgotten_instance_is_left(dataset, tm
     engine = run.unlearning(requests=tmp_path / "requests")
     engine.serve(steps=1)
     (trained,) = engine.requests.folder.glob("state-*")
-    charges = run.engine._charges()
-    assert np.isfinite(charges._norms[3])
+    charges = run.engine.account.charger
+    assert np.isfinite(charges.norms.seen[3])
     engine.submit([3], request_id="ada")
     engine.serve(steps=4, checkpoint_every=2)
     left = {path.name for path in engine.requests.folder.iterdir()}
     assert left == {"requests.db", "serving.lock", engine.requests.state_file.name}
     assert not trained.exists()
-    assert not engine._optimizer.state  # no momentum
+    assert not engine._state.optimizer.state  # no momentum
     state = load_state(engine.requests.state_file, kind="served model")
     assert "state" not in state
-    assert np.isinf(run.engine._charges()._norms[3])  # what was measured of it is gone
+    assert np.isinf(run.engine.account.charger.norms.seen[3])  # what was measured of it is gone
     ledger = run.engine.per_instance
     assert ledger.forgotten[3]
     assert not ledger.active[3]

@@ -1,0 +1,395 @@
+"""watch: every private optimizer that Opacus makes in this process is audited while it trains.
+
+For scripts that know nothing of it: Opacus's constructor, its `make_private` and its Poisson
+sampler are listened to until the context ends. Computes no statistics itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from opacus import PrivacyEngine
+from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+from .. import _validate as check
+from ..errors import UnsupportedError
+from .checked import RED, ScriptCheck, TrainingCheck, judge
+from .claim import Claim
+from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
+from .ledger import accountant_of, runs_since
+from .measurements import Measurements
+from .seams import Listener, Seams, is_ghost
+from .shadow_step import nominal_divisor
+from .step_meter import StepMeter
+
+
+class WatchedTraining(Listener):
+    """One optimizer, from its construction on.
+
+    Args:
+        optimizer: Opacus's.
+        watching: What it is watched with.
+    """
+
+    def __init__(self, optimizer: DPOptimizer, watching: Watching) -> None:
+        self.optimizer: Any = optimizer
+        self._watching = watching
+        self._seams = Seams(optimizer)
+        self.meter = StepMeter(names=self._name, multiplier=self._multiplier)
+        self.canaries: GradientCanaries | None = None
+        self.why_no_canaries = ""
+        self.accountant: Any = None
+        self.history: list[Any] = []  # of the accountant when this training began
+        self.loader: Any = None
+        self.module: Any = None
+        self._begun = False
+        self._seams.listeners += [self, self.meter]
+
+    def made(self, engine: Any, module: Any, loader: Any) -> None:
+        """Learn what belongs to the optimizer from the call that made it private."""
+        self.accountant, self.module, self.loader = engine.accountant, module, loader
+        self.history = list(engine.accountant.history)
+        measured = self.meter.measured
+        self.meter.module = module
+        measured.divisor = nominal_divisor(self.optimizer)
+        measured.instances = len(loader.dataset)
+        measured.phantom = bool(
+            getattr(getattr(loader, "collate_fn", None), "rand_on_empty", False)
+        )
+
+    def take_place_of(self, other: WatchedTraining) -> None:
+        """Take over what belongs to an optimizer around the same plain one."""
+        self.accountant, self.history = other.accountant, other.history
+        self.module, self.loader = other.module, other.loader
+        self.meter.module = other.module
+        mine, its = self.meter.measured, other.meter.measured
+        mine.divisor, mine.instances, mine.phantom = its.divisor, its.instances, its.phantom
+
+    @property
+    def plain(self) -> Any:
+        """The optimizer of torch inside."""
+        return self.optimizer.original_optimizer
+
+    def before(self, stage: str, optimizer: Any) -> None:
+        """Throw the canaries' coins before the first step."""
+        if not self._begun:
+            self._begun = True
+            self._begin(optimizer)
+
+    def _begin(self, optimizer: Any) -> None:
+        hook = accountant_of(optimizer)
+        self._watching.introduce(self)
+        if self.accountant is None and hook.accountant is not None:
+            self.accountant, self.history = hook.accountant, list(hook.accountant.history)
+        if self._watching.canaries == 0:
+            self.why_no_canaries = "none were asked for"
+            return
+        try:
+            self.canaries = GradientCanaries(
+                optimizer,
+                sample_rate=hook.sample_rate or getattr(self.loader, "sample_rate", None),
+                count=self._watching.canaries,
+                controls=self._watching.controls,
+                seed=self._watching.next_seed(),
+                shared_generator=self._watching.shared_generator,
+                resumed=True,
+                seams=self._seams,
+            )
+        except (UnsupportedError, ValueError) as error:
+            self.why_no_canaries = str(error)
+
+    def end(self) -> None:
+        """Stop listening."""
+        self._seams.remove()
+
+    @property
+    def runs(self) -> tuple[tuple[float, float, int], ...] | None:
+        """What the ledger has counted since this training began; None: nobody counts."""
+        if self.accountant is None:
+            return None
+        return runs_since(self.history, self.accountant.history)
+
+    def result(
+        self, *, seen_steps: int, delta: float, level: float, confidence: float, trainings: int
+    ) -> TrainingCheck:
+        """Judge the training."""
+        measured, canaries = self.meter.measured, self.canaries
+        if self.meter.failure:
+            measured = Measurements(moves=measured.moves, notes={"all": self.meter.failure})
+        measured.drawn, measured.draws = self._watching.drawn_of(self.loader, measured.instances)
+        why = self.why_no_canaries
+        if canaries is not None and canaries.why_not:
+            why, canaries = canaries.why_not, None
+        kind = next(k for k in type(self.optimizer).__mro__ if k.__module__.startswith("opacus."))
+        mode = "ghost" if is_ghost(self.optimizer) else type(self.module).__name__
+        return judge(
+            measured,
+            runs=self.runs,
+            seen_steps=seen_steps,
+            record=None if canaries is None else canaries.record,
+            why_no_canaries=why,
+            delta=delta,
+            level=level,
+            confidence=confidence,
+            trainings=trainings,
+            names=(kind.__name__, mode),
+            bits="shared" if self._watching.shared_generator else "own",
+            seconds={"watching": self._seams.seconds},
+        )
+
+    def _multiplier(self) -> float | None:
+        history = [] if self.accountant is None else self.accountant.history
+        return float(history[-1][0]) if history else None
+
+    def _name(self, tensor: torch.Tensor) -> str | None:
+        named = getattr(self.module, "named_parameters", None)
+        for name, parameter in named() if named is not None else ():
+            if parameter is tensor:
+                return str(name).removeprefix("_module.")
+        return None
+
+
+class Watching:
+    """What `watch` yields: the trainings seen so far, and after the context the result.
+
+    Args:
+        delta: δ of the claims.
+        canaries: For each training; 0: none.
+        controls: Entries on which the canaries' noise is measured.
+        confidence: Of each lower bound.
+        level: Probability that a correct script is a red flag, over everything.
+        seed: Of coins and canary noise; None: from the system's randomness.
+        shared_generator: As in `GradientCanaries`.
+
+    Attributes:
+        trainings: One for each optimizer, also for those without a step.
+        result: ScriptCheck; None until the context has ended.
+        printed: Lines of output that speak of ε, put there by whoever captured it.
+    """
+
+    def __init__(
+        self,
+        *,
+        delta: float,
+        canaries: int,
+        controls: int,
+        confidence: float,
+        level: float,
+        seed: int | None,
+        shared_generator: bool,
+    ) -> None:
+        self.delta = check.delta(delta)
+        self.canaries = check.integer("canaries", canaries, low=0)
+        self.controls = check.integer("controls", controls, low=16)
+        self.confidence = check.real(
+            "confidence", confidence, low=0.0, high=1.0, open_low=True, open_high=True
+        )
+        self.level = check.real("level", level, low=0.0, high=1.0, open_low=True, open_high=True)
+        self._seed = None if seed is None else check.integer("seed", seed, low=0)
+        self.shared_generator = bool(shared_generator)
+        self.trainings: list[WatchedTraining] = []
+        self.result: ScriptCheck | None = None
+        self.printed: tuple[str, ...] = ()
+        self._drawn: dict[Any, tuple[np.ndarray, list[int]]] = {}
+        _ = Claim((), delta=delta).epsilon  # fails now, not at the end, without dp-accounting
+        self._start = time.perf_counter()
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, once the context has ended."""
+        return self._done().verdict
+
+    def __str__(self) -> str:
+        """Say the result."""
+        return str(self._done())
+
+    def _done(self) -> ScriptCheck:
+        if self.result is None:
+            raise RuntimeError(
+                "Expected the watch to have ended, got one under way. Ask after the with block."
+            )
+        return self.result
+
+    def introduce(self, own: WatchedTraining) -> None:
+        """Tell an optimizer that was built by hand what belongs to it, as far as it can be known.
+
+        One around the same plain optimizer as another that `make_private` built has taken its
+        place: model and loader are the same.
+        """
+        if own.loader is not None:
+            return
+        for other in reversed(self.trainings):
+            if other.loader is not None and other.plain is own.plain:
+                own.take_place_of(other)
+                return
+
+    def next_seed(self) -> int | None:
+        """Return another seed for each training."""
+        return None if self._seed is None else self._seed + 7919 * len(self.trainings)
+
+    def drew(self, sampler: Any, indices: list[int]) -> None:
+        """Count one draw of a Poisson sampler."""
+        if sampler not in self._drawn:
+            self._drawn[sampler] = np.zeros(int(sampler.num_samples), dtype=np.int64), [0]
+        counts, draws = self._drawn[sampler]
+        counts[indices] += 1
+        draws[0] += 1
+
+    def drawn_of(self, loader: Any, instances: int | None) -> tuple[Any, int]:
+        """Return how often each row was drawn for a training, and in how many draws."""
+        own = getattr(loader, "batch_sampler", None)
+        if own in self._drawn:
+            counts, draws = self._drawn[own]
+            return counts, draws[0]
+        alike = [d for s, d in self._drawn.items() if len(d[0]) == instances]
+        if not alike:
+            return None, 0
+        return sum(c for c, _ in alike), sum(d[0] for _, d in alike)
+
+    def finish(self) -> None:
+        """Judge all trainings that made a step."""
+        ran = time.perf_counter() - self._start
+        begun = [t for t in self.trainings if t.meter.measured.moves or t.meter.failure]
+        results = []
+        for training in begun:
+            same = [t for t in begun if t.accountant is training.accountant]
+            results.append(
+                training.result(
+                    seen_steps=sum(t.meter.measured.moves for t in same),
+                    delta=self.delta, level=self.level, confidence=self.confidence,
+                    trainings=len(begun),
+                )
+            )  # fmt: skip
+        notes = []
+        if not self.trainings:
+            notes.append("Opacus made no private optimizer in this process")
+        elif not begun:
+            notes.append("no private optimizer made a step")
+        self.result = ScriptCheck(
+            trainings=tuple(results),
+            level=self.level,
+            printed=self.printed,
+            notes=tuple(notes),
+            seconds={"script": ran, "analysis": time.perf_counter() - self._start - ran},
+        )
+
+
+@contextmanager
+def watch(
+    *,
+    delta: float = 1e-5,
+    canaries: int = CANARIES,
+    controls: int = CONTROLS,
+    confidence: float = 0.95,
+    level: float = 1e-3,
+    seed: int | None = None,
+    shared_generator: bool = False,
+) -> Iterator[Watching]:
+    """Watch every DPOptimizer that Opacus makes inside the context, and judge it at the end.
+
+    Guarantee: a correct training is a red flag with probability at most `level`, over all trainings
+        and tests; every number of it is what it would have been unwatched (not so with
+        `shared_generator`, which keeps its law only).
+
+    Args:
+        delta: δ of the claims.
+        canaries: For each training; 0: none.
+        controls: Entries on which the canaries' noise is measured.
+        confidence: Of each lower bound.
+        level: Of the verdict, family-wise.
+        seed: Of coins and canary noise; None: from the system's randomness, as an audit should.
+        shared_generator: Canary noise from the training's own stream.
+
+    Yields:
+        Watching; its `result` is there when the context has ended without an error.
+    """
+    watching = Watching(
+        delta=delta, canaries=canaries, controls=controls, confidence=confidence, level=level,
+        seed=seed, shared_generator=shared_generator,
+    )  # fmt: skip
+    with _listening(watching):
+        try:
+            yield watching
+        finally:
+            for training in watching.trainings:
+                training.end()
+    watching.finish()
+
+
+def assert_private(
+    train: Callable[[], Any],
+    *,
+    delta: float = 1e-5,
+    canaries: int = CANARIES,
+    level: float = 1e-3,
+    seed: int | None = None,
+) -> ScriptCheck:
+    """Run a training and fail unless it is what its ledger says, as far as one run can tell.
+
+    For a test suite: `def test_training_is_private(): assert_private(train)`.
+
+    Args:
+        train: Builds a model and trains it with Opacus. A short training will do.
+        delta: δ of the claims.
+        canaries: For each training.
+        level: Probability that a correct training fails the test.
+        seed: As in `watch`.
+
+    Returns:
+        ScriptCheck: verdict "consistent", or "no power" where the training was too short to tell.
+
+    Raises:
+        AssertionError: A red flag; or no private training ran at all. The message says which.
+    """
+    with watch(delta=delta, canaries=canaries, level=level, seed=seed) as watching:
+        train()
+    result = watching.result
+    assert result is not None
+    if result.verdict == RED or not result.trainings:
+        raise AssertionError(f"Expected a private training.\n{result}")
+    return result
+
+
+@contextmanager
+def _listening(watching: Watching) -> Iterator[None]:
+    """Listen to Opacus's constructor, make_private and sampler while the context lasts."""
+    construct, make, draw = (
+        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__
+    )  # fmt: skip
+
+    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        watching.trainings.append(WatchedTraining(self, watching))
+
+    def making(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = make(self, *args, **kwargs)
+        for training in watching.trainings:
+            if training.optimizer is made[1]:
+                training.made(self, made[0], made[-1])
+        return made
+
+    def drawing(self: Any) -> Iterator[list[int]]:
+        for indices in draw(self):
+            watching.drew(self, indices)
+            yield indices
+
+    patched: list[tuple[Any, str, Any, Any]] = [
+        (DPOptimizer, "__init__", construct, functools.wraps(construct)(constructing)),
+        (PrivacyEngine, "make_private", make, functools.wraps(make)(making)),
+        (UniformWithReplacementSampler, "__iter__", draw, functools.wraps(draw)(drawing)),
+    ]
+    for owner, name, _, ours in patched:
+        setattr(owner, name, ours)
+    try:
+        yield
+    finally:
+        for owner, name, theirs, ours in patched:
+            if getattr(owner, name) is ours:  # a script that patched it again keeps its own
+                setattr(owner, name, theirs)

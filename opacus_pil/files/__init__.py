@@ -1,0 +1,1 @@
+"""Files and what identifies their contents: containers, fingerprints, hashes, Parquet ledgers."""

@@ -1,0 +1,1 @@
+"""The steps themselves, by their kind: of the training's kernel, averaged, plain."""

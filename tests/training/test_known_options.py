@@ -1,0 +1,56 @@
+"""Keywords of make_private: what Opacus takes is known, everything else is a mistake."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from opacus import PrivacyEngine
+from opacus.optimizers import AdaClipDPOptimizer
+
+from opacus_pil.training.support import known_options, require_known_options
+
+
+def test_what_opacus_takes_is_known():
+    required = {
+        "poisson_sampling", "clipping", "noise_generator", "grad_sample_mode", "loss_reduction",
+        "batch_first", "wrap_model", "rand_on_empty", "target_unclipped_quantile", "alphas",
+        "eps_error", "target_epsilon", "target_delta", "epochs",
+    }  # fmt: skip
+    assert required <= known_options()
+    for function in (PrivacyEngine.make_private, PrivacyEngine.make_private_with_epsilon):
+        names = set(inspect.signature(function).parameters) - {"self", "kwargs"}
+        assert names <= known_options()
+    adaptive = set(inspect.signature(AdaClipDPOptimizer.__init__).parameters)
+    assert {"clipbound_learning_rate", "unclipped_num_std"} <= adaptive & known_options()
+    require_known_options(dict.fromkeys(known_options()))
+
+
+def test_a_catch_all_is_no_keyword():
+    assert "kwargs" not in known_options()
+    with pytest.raises(TypeError, match="unknown one: 'kwargs'"):
+        require_known_options({"kwargs": 1})
+
+
+@pytest.mark.parametrize(
+    "name", ["instance_ids", "norm_policy", "caps", "budget", "history", "orders"]
+)
+def test_keywords_of_the_engine_are_sent_there(name):
+    with pytest.raises(TypeError, match=rf"PerInstancePrivacyEngine\({name}="):
+        require_known_options({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("poison_sampling", "poisson_sampling"), ("noise_genarator", "noise_generator"),
+     ("grad_sampling_mode", "grad_sample_mode"), ("clippin", "clipping"),
+     ("lossreduction", "loss_reduction")],
+)  # fmt: skip
+def test_typos_are_named_with_what_was_meant(typo, meant):
+    with pytest.raises(TypeError, match=rf"'{typo}'. Did you mean '{meant}'"):
+        require_known_options({"clipping": "flat", typo: True})
+
+
+def test_nonsense_has_no_nearest():
+    with pytest.raises(TypeError, match="Leave it out"):
+        require_known_options({"zzz_qqq": 1})

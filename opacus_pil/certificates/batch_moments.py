@@ -6,7 +6,6 @@ Knows the laws of a step's factor and shift, and the numbers of steps; no data a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -21,10 +20,8 @@ FINE, COARSE = Resolution(32, 40, 160, 32), Resolution(8, 20, 64, 16)
 _ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 93)
 CURVE_ORDERS = _ORDERS[::4]  # for curves that are interpolated; within 2 %
 _STRIDE = 8  # of the first look for the best order
-_RECENT = 128  # steps that a first look considers where each is taken by itself
+_RECENT = 256  # steps that a first look considers where each is taken by itself
 _COUNTED = 2_000  # unlearning steps with random factors; the rest is data processing
-
-OnBlock = Callable[[], None]
 
 
 class BatchMoments:
@@ -48,14 +45,7 @@ class BatchMoments:
         self._hidden = HiddenDistance(factors) if len(factors.values) > 1 else None
         self._plans: dict[Resolution, BlockPlan] = {}
 
-    def rdp(
-        self,
-        orders: FloatArray,
-        *,
-        steps: int,
-        resolution: Resolution = FINE,
-        on_block: OnBlock | None = None,
-    ) -> FloatArray:
+    def rdp(self, orders: FloatArray, *, steps: int, resolution: Resolution = FINE) -> FloatArray:
         """Bound on the Rényi divergence in nats after `steps` unlearning steps, shape (orders,)."""
         if resolution not in self._plans:
             self._plans[resolution] = BlockPlan(self._laws[resolution], resolution)
@@ -70,28 +60,27 @@ class BatchMoments:
             kappa,
             left=self._left(squares, steps) if steps else None,
             chord=self._worst(steps),
-            on_block=on_block,
         )
         return moment / (orders - 1.0)
 
-    def epsilon(self, *, delta: float, steps: int, on_block: OnBlock | None = None) -> float:
-        """Least ε at `delta` of the orders that a search looks at, the same ones for all callers."""
+    def epsilon(self, *, delta: float, steps: int) -> float:
+        """Least ε at `delta` of the orders that a search looks at, the same for all callers."""
         found: dict[int, float] = {}
 
         def look(places: list[int], resolution: Resolution) -> int:
             asked = [p for p in places if 0 <= p < len(_ORDERS) and p not in found]
             if asked:
                 orders = _ORDERS[asked]
-                curve = self.rdp(orders, steps=steps, resolution=resolution, on_block=on_block)
+                curve = self.rdp(orders, steps=steps, resolution=resolution)
                 for place, order, rdp in zip(asked, orders, curve, strict=True):
                     found[place] = float(rdp_to_epsilon([rdp], orders=[order], delta=delta)[0])
             return min(found, key=found.__getitem__)
 
         best = look(list(range(0, len(_ORDERS), _STRIDE)), COARSE)
-        best = look([best + 2 * k for k in range(-3, 4)], COARSE)
-        found.clear()
-        while (better := look([best - 2, best - 1, best, best + 1, best + 2], FINE)) != best:
-            best = better
+        found.clear()  # only values of the fine plan are compared, and the least of them is told
+        for around in ((-6, -3, 0, 3, 6), (-1, 0, 1)):
+            while (better := look([best + k for k in around], FINE)) != best:
+                best = better
         return found[best]
 
     def _left(self, squares: FloatArray, steps: int) -> FloatArray:
@@ -109,18 +98,17 @@ class BatchMoments:
     def _worst(self, steps: int) -> Chord | None:
         """Return the chord of the chain whose every step has the largest factor and shift."""
         c = self._largest
-        if c > 1.0 + 1e-9:
+        if c == 0.0 or c > 1.0 + 1e-9:
             return None
-        rate = math.log(c) if 0.0 < c < 1.0 else 0.0
+        rate = min(math.log(c), 0.0)
 
         def chord(training: int) -> tuple[float, float, float]:
             total = training + steps
-            if rate == 0.0:
-                # A factor a little above 1 hides (c − 1)·z more at each step.
-                more = 1.0 + (c - 1.0) * total if c > 0.0 else 1.0
+            if rate == 0.0:  # a factor a little above 1 has to hide (c − 1)·z more at each step
+                more = 1.0 + (c - 1.0) * total
                 return 1.0, training * self._shift, total / (more * more)
             gathered = -math.expm1(training * rate) / (1.0 - c) * self._shift
             variance = -math.expm1(2.0 * total * rate) / ((1.0 - c) * (1.0 + c))
             return math.exp(total * rate), math.exp(steps * rate) * gathered, variance
 
-        return None if c == 0.0 else chord
+        return chord

@@ -139,7 +139,7 @@ class BestCertificate(Certificate):
         return Winner(name, epsilons.pop(name), dict(self._named())[name], epsilons)
 
     def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
-        """Least of the members' own; see `Certificate.epsilon_of_earlier_releases`."""
+        """Least of the members'. Args: as `Certificate.epsilon`."""
         return min(
             member.epsilon_of_earlier_releases(delta=delta, steps=steps) for member in self.members
         )

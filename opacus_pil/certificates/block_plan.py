@@ -1,9 +1,9 @@
 """Moments of a chain whose batches are random, over blocks of steps instead of single ones.
 
 Two runs are z apart, in units of the noise. A step multiplies z by a factor c, adds a random shift
-s, and its noise hides a part a of the result at the price κa², κ = α(α−1)/2; at the end z must be 0.
-L(z) is log E exp of the least Σ κa² with the steps that remain; whatever plan hides less cheaply,
-with whatever knowledge of the coins, bounds it. `BlockPlan` goes from the last step to the first:
+s, and its noise hides a part a of the result at the price κa², κ = α(α−1)/2; in the end z must be
+0. L(z) is log E exp Σ κa² of the best plan for the steps that remain which knows past coins only;
+any other such plan bounds it. `BlockPlan` goes from the last step to the first:
 
 A single step knows its own coins: L(z) <= log E exp W(cz + s), W(z') = min_a κa² + L'(z' − a). The
 last steps of training are taken one by one, and all of them where the factor is random.
@@ -34,9 +34,12 @@ from .._validate import FloatArray
 from .batch_laws import Law
 from .log_laws import LogLaw, in_logs, mean_and_deviation, narrowed, summed
 
-_ROUNDING = 1e-11  # relative and, above 1, absolute: probabilities, a dozen roundings a block
+# Relative and, above 1, absolute: a dozen roundings a block; those of a step's probabilities, which
+# a sum of steps adds up.
+_ROUNDING, _OF_A_STEP = 1e-11, 1e-12
 _KEPT = 300  # values of a block's shift
 _SMALLEST = 1e-200  # smaller prices are taken as this, so that no quotient is 0/0
+_LEAST = 1e-280  # smaller moments are taken as this: what underflows is not nothing
 
 # From the steps of training that remain: factor, shift and variance of a chain with one chord.
 Chord = Callable[[int], tuple[float, float, float]]
@@ -96,7 +99,6 @@ class BlockPlan:
         *,
         left: FloatArray | None,
         chord: Chord | None,
-        on_block: Callable[[], None] | None = None,
     ) -> FloatArray:
         """Upper bound on log E exp(Σ κa²) from distance 0, shape (orders,).
 
@@ -105,7 +107,6 @@ class BlockPlan:
             left: (orders, points) value where training ends; None: z must be 0 there.
             chord: Of the chain whose every step has the largest factor and shift; None: it is not
                 known to have one.
-            on_block: Called after each block.
         """
         if not float(kappa.max()) * self._top * self._top < 1e290:
             return np.full_like(kappa, math.inf)
@@ -122,10 +123,8 @@ class BlockPlan:
                     factor, shift, variance = chord(done)
                     worst = (factor * self.points + shift) ** 2 / variance * (1.0 + 1e-12)
                     value = np.minimum(value, kappa[:, None] * worst)
-                if on_block is not None:
-                    on_block()
         assert value is not None
-        return value[:, 0]  # nodes[0] = 0
+        return np.maximum(value[:, 0], _LEAST)  # nodes[0] = 0
 
     def _placed(self) -> FloatArray:
         """Nodes in z: dense where it usually is without hiding, sparse up to where it can get."""
@@ -160,6 +159,7 @@ class BlockPlan:
             _Place(self.points, self._nodes + shift.values[:, None]),
             laws.powers[exponent] * self.points,
             max((1.0 + 1e-13) / laws.noises[exponent], _SMALLEST),
+            _ROUNDING + _OF_A_STEP * 2.0**exponent,
         )
 
     def _shifts(self, exponent: int) -> LogLaw:
@@ -173,20 +173,20 @@ class BlockPlan:
             hidden = kappa[:, None] * single.ends**2
         else:
             hidden = self._hidden(value[:, : len(self._nodes)], kappa, single.ends)
-        drawn = _log_mean_exp(single.after_shift.at(hidden), single.shift)
+        drawn = _log_mean_exp(single.after_shift.at(hidden), single.shift, rounding=_ROUNDING)
         if single.after_factor is None:
             return drawn
-        return _log_mean_exp(single.after_factor.at(drawn), single.factor)
+        return _log_mean_exp(single.after_factor.at(drawn), single.factor, rounding=_ROUNDING)
 
     def _before_block(self, value: FloatArray, kappa: FloatArray, block: _Block) -> FloatArray:
         """Value (orders, points) before a block from the value after it."""
-        later = _log_mean_exp(block.place.at(value), block.shift)
+        later = _log_mean_exp(block.place.at(value), block.shift, rounding=block.rounding)
         return self._hidden(later, kappa * block.price, block.starts)
 
     def _hidden(self, value: FloatArray, price: FloatArray, distances: FloatArray) -> FloatArray:
-        """W (orders, distances): the least of price·a² and what remains of value (orders, nodes)."""
+        """W (orders, distances): least sum of price·a² and what value (orders, nodes) keeps."""
         # W's best rest y = z' − a has 2·price·a equal to a slope of the value there: y stays on a
-        # node while z' crosses a jump of the slope, and moves along between nodes. Numbers of nodes:
+        # node while z' crosses a jump of the slope, and moves along between nodes. In nodes:
         nodes, orders = self._nodes, len(value)
         slopes = np.diff(value) / self._widths / (2.0 * price[:, None])
         knots = np.zeros((orders, 2 * len(nodes)))
@@ -247,6 +247,7 @@ class _Block(NamedTuple):
     place: _Place
     starts: FloatArray  # (points,) where z would be without hiding and shifts
     price: float
+    rounding: float
 
 
 class _Place:
@@ -279,7 +280,7 @@ def _powers(factor: float, steps: int) -> float:
     return -math.expm1(steps * math.log(factor)) / (1.0 - factor) if factor > 0.0 else 1.0
 
 
-def _log_mean_exp(cost: FloatArray, coins: LogLaw) -> FloatArray:
+def _log_mean_exp(cost: FloatArray, coins: LogLaw, *, rounding: float) -> FloatArray:
     """Log Σ_k p_k·e^cost[:, k], rounded up; cost (orders, coins, places)."""
     if len(coins.logs) == 1:
         return cost[:, 0]
@@ -291,12 +292,12 @@ def _log_mean_exp(cost: FloatArray, coins: LogLaw) -> FloatArray:
     every = int(places[~small.all(axis=0)].min(initial=len(places)))
     if some:
         near = np.expm1(np.minimum(cost[:, :, :some], 1.0))
-        result[:, :some] = np.log1p(coins.weights @ near) * (1.0 + _ROUNDING)
+        result[:, :some] = np.log1p(coins.weights @ near) * (1.0 + rounding)
     if every < len(places):
         weighted = cost[:, :, every:] + coins.logs[:, None]
         shift = weighted.max(axis=1)
         weighted -= shift[:, None]
         far = shift + np.log(np.exp(weighted, out=weighted).sum(axis=1))
-        far = far * (1.0 + _ROUNDING) + largest[:, every:] * _ROUNDING
+        far = far * (1.0 + rounding) + largest[:, every:] * rounding
         result[:, every:] = np.where(small[:, every:], result[:, every:], far)
     return result

@@ -18,8 +18,7 @@ from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, as_assumption
 
-# Told of each evaluation in a search: steps, and ε; None for ε while an evaluation takes its time.
-OnProbe = Callable[[int, float | None], None]
+OnProbe = Callable[[int, float], None]  # told of each look of a search: steps, and ε there
 
 
 class Certificate(abc.ABC):
@@ -82,7 +81,7 @@ class Certificate(abc.ABC):
     def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
         """ε as releases before this one computed it, which their files rest on; as true, if more.
 
-        Where the formula was the same it is `epsilon`.
+        Where the formula was the same it is `epsilon`. Args: as `epsilon`.
         """
         return self.epsilon(delta=delta, steps=steps)
 
@@ -103,8 +102,7 @@ class Certificate(abc.ABC):
             epsilon: Target in nats, finite, >= 0.
             delta: In (0, 1).
             max_steps: The most steps worth considering, an integer >= 0.
-            on_probe: Called with (steps, ε) after each evaluation, and with (steps, None) now and
-                then during a long one.
+            on_probe: Called with (steps, ε) after each evaluation.
 
         Returns:
             K in [0, max_steps].

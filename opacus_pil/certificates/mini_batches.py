@@ -7,7 +7,6 @@ and the settings of the run. For batches that are known before the run see `know
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +31,6 @@ from .step_search import smallest_steps
 _SIZE_SHARE = 0.01  # of δ, spent on batches so large that they are not followed
 _COUNTED = 1_000_000  # unlearning steps that are counted; the rest is data processing
 _LEVELS = 4096  # different shifts of a batch that are told apart
-_SILENCE = 0.5  # seconds of a long evaluation without a sign of life
 
 
 @dataclass(frozen=True)
@@ -215,13 +213,14 @@ class PoissonContractionCertificate(Certificate):
         """Rényi divergence bound in nats after `steps` steps, shape (orders,)."""
         asked = _validate.orders(orders)
         steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
-        moments = self._moments(self.num_retained)
-        curve = np.full_like(CURVE_ORDERS, 0.0 if self._present == 0.0 else math.inf)
-        if moments is not None:
-            curve = moments.rdp(CURVE_ORDERS, steps=steps)
+        everyone, moments = self._followed(self.num_retained)
+        mu = everyone.mu(steps)
+        always = asked * (mu * mu / 2.0)
+        if moments is None:
+            return always
+        curve = moments.rdp(CURVE_ORDERS, steps=steps)
         at_orders = DataProcessingCertificate(curve.tolist(), CURVE_ORDERS.tolist())
-        mu = self._everyone(self.num_retained).mu(steps)
-        return np.minimum(asked * (mu * mu / 2.0), at_orders.rdp(asked, steps=steps))
+        return np.minimum(always, at_orders.rdp(asked, steps=steps))
 
     def epsilon(self, *, delta: float, steps: int) -> float:
         """ε of the (ε, δ) statement after `steps` unlearning steps; see `Certificate.epsilon`.
@@ -229,31 +228,37 @@ class PoissonContractionCertificate(Certificate):
         The least of the conversion at orders of its own and the exact Gaussian curve with every
         forgotten instance in every batch, each at δ less the probability of too large a batch.
         """
-        return self._searched(delta, steps, None)
+        delta = _validate.delta(delta)
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
+        if (delta, steps) not in self._found:
+            largest, rest = self._largest_batch(delta)
+            everyone, moments = self._followed(largest)
+            found = gaussian_epsilon(everyone.mu(steps), delta=rest)
+            if moments is not None:
+                found = min(found, moments.epsilon(delta=rest, steps=steps))
+            self._found[delta, steps] = found
+        return self._found[delta, steps]
 
     def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
-        """ε by a plan that took every step of training by itself; seconds, sometimes less."""
+        """ε by a plan that takes every step of training by itself: slower, and mostly more.
+
+        Args: as `Certificate.epsilon`.
+        """
         delta = _validate.delta(delta)
         steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
         largest, rest = self._largest_batch(delta)
-        curve = np.full(len(DEFAULT_ORDERS), math.inf)
-        if self._moments(largest) is not None:
-            curve = step_by_step_curve(
-                DEFAULT_ORDERS,
-                factors=self._factors(largest),
-                shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
-                training_steps=self.training_steps,
-                unlearning_steps=steps,
-            )
-        converted = float(rdp_to_epsilon(curve, orders=DEFAULT_ORDERS, delta=rest)[0])
-        return min(converted, gaussian_epsilon(self._everyone(largest).mu(steps), delta=rest))
-
-    def _probed(self, delta: float, steps: int, on_probe: OnProbe | None) -> float:
-        """ε, and whoever waits for the search is told, also while it takes its time."""
-        found = self._searched(delta, steps, on_probe)
-        if on_probe is not None:
-            on_probe(steps, found)
-        return found
+        everyone, moments = self._followed(largest)
+        found = gaussian_epsilon(everyone.mu(steps), delta=rest)
+        if moments is None:
+            return found
+        curve = step_by_step_curve(
+            DEFAULT_ORDERS,
+            factors=self._factors(largest),
+            shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
+            training_steps=self.training_steps,
+            unlearning_steps=steps,
+        )
+        return min(found, float(rdp_to_epsilon(curve, orders=DEFAULT_ORDERS, delta=rest)[0]))
 
     def _first(self, target: float, delta: float, high: int, on_probe: OnProbe | None) -> int:
         """Smallest K <= high with ε(K) <= target, given that `high` reaches it."""
@@ -267,53 +272,33 @@ class PoissonContractionCertificate(Certificate):
             high=high,
         )
 
-    def _searched(self, delta: float, steps: int, on_probe: OnProbe | None) -> float:
-        delta = _validate.delta(delta)
-        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
-        if (delta, steps) not in self._found:
-            largest, rest = self._largest_batch(delta)
-            found = gaussian_epsilon(self._everyone(largest).mu(steps), delta=rest)
-            moments = self._moments(largest)
-            if moments is not None:
-                alive = None if on_probe is None else _Alive(on_probe, steps)
-                found = min(found, moments.epsilon(delta=rest, steps=steps, on_block=alive))
-            self._found[delta, steps] = found
-        return self._found[delta, steps]
-
     @cached_property
     def _found(self) -> dict[tuple[float, int], float]:
         """What was computed: the search for K and the report ask for the same K twice."""
         return {}
 
-    def _moments(self, largest: int) -> BatchMoments | None:
-        """What batches of at most `largest` retained instances give away; None: all or nothing."""
+    def _followed(self, largest: int) -> tuple[ContractionCertificate, BatchMoments | None]:
+        """The run with everyone forgotten in every batch, and the moments over batches.
+
+        No batch retains more than `largest`. None: the first says all, that nothing is given away
+        or that next to no noise hides it.
+        """
         if largest not in self._by_size:
-            found = None
-            if self._present > 0.0 and self.training_steps > 0:
-                # Nothing is hidden where the noise is next to none.
-                if self.noise_std > 1e-100 * self._present:
-                    found = BatchMoments(
-                        self._factors(largest),
-                        sum_law(self._shifts / self.noise_std, self.sample_rate, levels=_LEVELS),
-                        training_steps=self.training_steps,
-                    )
-            self._by_size[largest] = found
+            shifts = (self._present,) * self.training_steps
+            factor = float(self._factor(largest))
+            everyone = ContractionCertificate(factor, self.noise_std, shifts)
+            moments = None
+            if shifts and self.noise_std > 1e-100 * self._present > 0.0:
+                moments = BatchMoments(
+                    self._factors(largest),
+                    sum_law(self._shifts / self.noise_std, self.sample_rate, levels=_LEVELS),
+                    training_steps=self.training_steps,
+                )
+            self._by_size[largest] = everyone, moments
         return self._by_size[largest]
 
     @cached_property
-    def _by_size(self) -> dict[int, BatchMoments | None]:
-        return {}
-
-    def _everyone(self, largest: int) -> ContractionCertificate:
-        """The run with every forgotten instance in every batch, none larger than `largest`."""
-        if largest not in self._with_everyone:
-            shifts = (self._present,) * self.training_steps
-            factor = float(self._factor(largest))
-            self._with_everyone[largest] = ContractionCertificate(factor, self.noise_std, shifts)
-        return self._with_everyone[largest]
-
-    @cached_property
-    def _with_everyone(self) -> dict[int, ContractionCertificate]:
+    def _by_size(self) -> dict[int, tuple[ContractionCertificate, BatchMoments | None]]:
         return {}
 
     def _largest_batch(self, delta: float) -> tuple[int, float]:
@@ -350,18 +335,6 @@ class PoissonContractionCertificate(Certificate):
         """Law of the factor over batches of at most `largest` retained instances."""
         values = self._factor(np.arange(largest + 1))
         return factor_law(values, trials=self.num_retained, rate=self.sample_rate)
-
-
-class _Alive:
-    """Tells of an evaluation that takes long."""
-
-    def __init__(self, on_probe: OnProbe, steps: int) -> None:
-        self._tell, self._steps, self._last = on_probe, steps, time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._last >= _SILENCE:
-            self._last = time.monotonic()
-            self._tell(self._steps, None)
 
 
 def _require(name: str, value: object, needed: object, cure: str) -> None:

@@ -21,7 +21,7 @@ def smallest_steps(
 
     Args:
         epsilon_at: ε of a number of steps.
-        target: Above 0.
+        target: >= 0.
         at_once: ε(0), above the target.
         high: ε there is at most the target.
 
@@ -55,7 +55,9 @@ def smallest_steps(
 
 def _excess(epsilon: float, target: float) -> float:
     """Log of ε over the target; above 0 if and only if ε is above it."""
-    if epsilon in (0.0, math.inf):
-        return -math.inf if epsilon == 0.0 else math.inf
+    if epsilon == 0.0:
+        return -math.inf
+    if target == 0.0 or epsilon == math.inf:
+        return math.inf
     size = abs(math.log(epsilon) - math.log(target)) + 1e-300
     return size if epsilon > target else -size

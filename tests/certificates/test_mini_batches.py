@@ -14,6 +14,7 @@ from opacus_pil.accounting.rdp import DEFAULT_ORDERS
 from opacus_pil.certificates import (
     ContractionCertificate,
     PoissonContractionCertificate,
+    batch_moments,
     best_of,
     known_batches,
     mini_batches,
@@ -277,15 +278,18 @@ def test_more_sampling_more_gradient_or_fewer_steps_give_away_more(ours):
 
 
 def test_steps_that_are_not_counted_change_nothing(monkeypatch):
-    monkeypatch.setattr(mini_batches, "_COUNTED", (3, 5))
-    small, calm = dataclasses.replace(SMALL), dataclasses.replace(CALM)  # nothing cached
-    at = [small._curve(k, 4) for k in (2, 3, 4, 10**9)]
+    # sizes that are followed
+    monkeypatch.setattr(batch_moments, "_COUNTED", 3)
+    _, moments = dataclasses.replace(SMALL)._followed(4)  # nothing cached
+    at = [moments.rdp(ORDERS, steps=k) for k in (2, 3, 4, 10**9)]
     assert (at[0] > at[1]).all()
     assert (at[1] == at[2]).all()
     assert (at[1] == at[3]).all()
     # the union bound over batch sizes covers as many steps, so no more may be counted
-    for part in (0, 1):
-        at = [np.max(calm._bounds(ORDERS, k, 4)[part]) for k in (4, 5, 6, 10**9)]
+    monkeypatch.setattr(mini_batches, "_COUNTED", 5)
+    calm = dataclasses.replace(CALM)
+    for of in (lambda k: calm.rdp([2.0], steps=k)[0], lambda k: calm.epsilon(delta=0.1, steps=k)):
+        at = [of(k) for k in (4, 5, 6, 10**9)]
         assert at[0] > at[1] == at[2] == at[3]
 
 

@@ -37,9 +37,9 @@ class BatchMoments:
         laws = BlockLaws(factors, shifts, training_steps=training_steps)
         # Which order is best is asked of a coarse plan; where all steps are single, of the last.
         recent = training_steps if len(factors.values) == 1 else min(training_steps, _RECENT)
-        self._laws = {FINE: laws, COARSE: laws}
+        self._laws = self._recent = laws
         if recent < training_steps:
-            self._laws[COARSE] = BlockLaws(factors, shifts, training_steps=recent)
+            self._recent = BlockLaws(factors, shifts, training_steps=recent)
         self._largest = float(factors.values[-1])
         self._shift = float(shifts.values[-1])
         self._hidden = HiddenDistance(factors) if len(factors.values) > 1 else None
@@ -48,7 +48,8 @@ class BatchMoments:
     def rdp(self, orders: FloatArray, *, steps: int, resolution: Resolution = FINE) -> FloatArray:
         """Bound on the Rényi divergence in nats after `steps` unlearning steps, shape (orders,)."""
         if resolution not in self._plans:
-            self._plans[resolution] = BlockPlan(self._laws[resolution], resolution)
+            laws = self._recent if resolution is COARSE else self._laws
+            self._plans[resolution] = BlockPlan(laws, resolution)
         plan = self._plans[resolution]
         if self._hidden is not None:
             steps = min(steps, _COUNTED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class LogLaw:
     values: FloatArray
     logs: FloatArray
 
-    @property
+    @cached_property
     def weights(self) -> FloatArray:
         """Probabilities, none 0."""
         return np.maximum(np.exp(self.logs), RAREST)

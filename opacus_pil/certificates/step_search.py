@@ -32,8 +32,9 @@ def smallest_steps(
     22
     """
     # log ε falls almost linearly in the end: a secant beyond the root, then regula falsi in the
-    # bracket (Illinois: an end that stays counts half).
+    # bracket (Illinois: an end that stays twice counts half).
     low, below, above, beyond = 0, _excess(at_once, target), -math.inf, _FIRST
+    moved_low = False
     for tried in itertools.count():
         if high - low <= 1:
             break
@@ -47,9 +48,11 @@ def smallest_steps(
         if excess > 0.0:
             slope = (excess - below) / (steps - low)
             beyond = math.ceil(steps - 1.05 * excess / slope) if slope < 0.0 else 4 * steps
-            low, below, above = steps, excess, above / 2.0
+            above *= 0.5 if moved_low else 1.0
+            low, below, moved_low = steps, excess, True
         else:
-            high, above, below = steps, excess, below / 2.0
+            below *= 1.0 if moved_low else 0.5
+            high, above, moved_low = steps, excess, False
     return high
 
 

@@ -1,6 +1,7 @@
 import itertools
 import math
 
+import mpmath as mp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,10 +9,15 @@ from hypothesis import strategies as st
 from scipy.special import logsumexp
 
 from opacus_pil.accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
-from opacus_pil.certificates import ContractionCertificate, batch_moments
+from opacus_pil.certificates import ContractionCertificate, batch_moments, block_plan
 from opacus_pil.certificates.batch_laws import Law, sum_law
 from opacus_pil.certificates.batch_moments import FINE, BatchMoments
-from opacus_pil.certificates.block_plan import BlockLaws, Resolution, block_lengths
+from opacus_pil.certificates.block_plan import (
+    BlockLaws,
+    Resolution,
+    _log_mean_exp,
+    block_lengths,
+)
 from opacus_pil.certificates.causal_plan import step_by_step_curve
 from opacus_pil.certificates.log_laws import LogLaw, in_logs, narrowed, summed
 
@@ -192,16 +198,30 @@ def test_more_training_more_often_or_more_gradient_gives_away_more(factors):
         assert (curve(**less) < curve(**more))[:4].all()  # at order 200 everyone is always present
 
 
-def test_order_of_the_search_is_the_best():
-    ours = BatchMoments(one(0.98), sum_law(np.array([0.2]), 0.1), training_steps=100)
-    every = batch_moments._ORDERS
+@pytest.mark.parametrize(
+    ("factors", "training"),
+    [(one(0.98), 100), (Law(np.array([0.999, 1.02]), np.array([0.98, 0.02])), 400)],
+    ids=["one", "random"],  # 400 steps by themselves: the first look at orders sees a part of them
+)
+def test_search_for_the_order_finds_the_best_of_the_fine_plan(factors, training):
+    ours = BatchMoments(factors, sum_law(np.array([0.2]), 0.1), training_steps=training)
+    every = batch_moments._ORDERS[::4]
     curve = ours.rdp(every, steps=10)
-    for delta in (0.1, 1e-3, 1e-9):
-        converted = [
-            rdp_to_epsilon([d], orders=[a], delta=delta)[0]
-            for a, d in zip(every, curve, strict=True)
-        ]
-        assert ours.epsilon(delta=delta, steps=10) == pytest.approx(min(converted), rel=1e-9)
+    for delta in (0.1, 1e-9):
+        best, order = rdp_to_epsilon(curve, orders=every, delta=delta)
+        near = every[max(0, np.searchsorted(every, order) - 1)], order * 1.5
+        between = [a for a in batch_moments._ORDERS if near[0] <= a <= near[1]]
+        best, _ = rdp_to_epsilon(ours.rdp(np.array(between), steps=10), orders=between, delta=delta)
+        assert ours.epsilon(delta=delta, steps=10) == pytest.approx(float(best), rel=1e-9)
+
+
+@pytest.mark.parametrize("c", [0.9, 1.0, 1.0 + 1e-12])
+@pytest.mark.parametrize("rate", [0.01, 0.9])
+def test_no_order_tells_more_than_everyone_in_every_batch(c, rate):
+    ours = BatchMoments(one(c), sum_law(np.array([0.5, 0.3]), rate), training_steps=50)
+    for steps in (0, 3, 100):
+        always = ContractionCertificate(c, 1.0, (0.8,) * 50).rdp(ORDERS, steps=steps)
+        assert (ours.rdp(ORDERS, steps=steps) <= always * (1.0 + 1e-9)).all()  # 150·(c − 1)
 
 
 def test_what_a_double_cannot_hold_is_rounded_up():
@@ -224,6 +244,29 @@ def test_rounding_covers_what_many_steps_add_up():
         assert logsumexp(law.logs) == pytest.approx(0.0, abs=1e-12 * 2**exponent)
         mean = float(np.exp(law.logs) @ law.values)
         assert mean == pytest.approx(q * s * 2**exponent, rel=1e-12 * 2**exponent)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-800.0, 0.0), st.floats(0.0, 1e4)), min_size=1, max_size=6),
+    st.floats(-20.0, 0.0),
+)
+def test_means_of_exponentials_are_rounded_up(pairs, decades):
+    logs, costs = (np.array(part) for part in zip(*pairs, strict=True))
+    cost = (costs * 10.0**decades)[None, :, None] * np.array([0.5, 1.0])  # nondecreasing places
+    law = LogLaw(np.arange(len(logs)) * 1.0, logs - logsumexp(logs))
+    ours = _log_mean_exp(cost, law, rounding=block_plan._ROUNDING)[0]
+    with mp.workdps(60):
+        mass = mp.fsum(mp.exp(log) for log in law.logs.tolist())
+        for place, found in enumerate(ours.tolist()):
+            terms = [
+                mp.exp(log) / mass * mp.expm1(one)
+                for log, one in zip(law.logs.tolist(), cost[0, :, place].tolist(), strict=True)
+            ]
+            exact = mp.log1p(mp.fsum(terms))
+            assert exact <= max(found, 1e-290)  # a double's end; the plan's is 1e-280
+            # where it is below 1 and a cost is not, the absolute part shows
+            slack = 3e-11 * max(1.0, float(cost.max()))
+            assert found <= float(exact) * (1.0 + 3e-11) + (slack if cost.max() >= 1.0 else 1e-299)
 
 
 # --- blocks and their laws ------------------------------------------------------------------------

@@ -314,6 +314,10 @@ def test_too_large_batches_are_charged_to_delta():
     assert rest + missed <= 1e-3
     assert missed > 1e-8  # no larger than needed: one size less would cost above δ/100
     assert (20 + 1_000_000) * binom.sf(size - 1, 100, 0.1) > 1e-5
+    # the rest of δ is what the bound over the smaller batches has to do with
+    _, moments = ours._followed(size)
+    assert ours.epsilon(delta=1e-3, steps=2) == moments.epsilon(delta=rest, steps=2)
+    assert moments.epsilon(delta=rest, steps=2) > moments.epsilon(delta=1e-3, steps=2)
     calm = dataclasses.replace(ours, smoothness=0.1)
     assert calm._largest_batch(1e-3) == (100, 1e-3)  # no batch expands: nothing is spent
 

@@ -35,11 +35,15 @@ def found(values, target):
 
 
 VALUES = st.one_of(
-    st.floats(0.0, 1e6), st.sampled_from([0.0, 1e-300, 1.0, 1.0 + 1e-15, 1e300, math.inf])
+    st.floats(0.0, 1e6),
+    st.sampled_from([0.0, 1e-300, 1.0, math.nextafter(1.0, 2.0), 1e300, math.inf]),
 )
 
 
-@given(st.lists(VALUES, min_size=2, max_size=300), st.one_of(st.just(0.0), st.floats(1e-9, 1e3)))
+TARGETS = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(1e-9, 1e3))
+
+
+@given(st.lists(VALUES, min_size=2, max_size=300), TARGETS)
 @settings(max_examples=300)
 def test_any_function_is_at_most_the_target_there_and_above_it_just_before(values, target):
     if not (values[0] > target >= values[-1]):
@@ -48,11 +52,17 @@ def test_any_function_is_at_most_the_target_there_and_above_it_just_before(value
     assert values[steps] <= target < values[steps - 1]
 
 
-@given(st.lists(VALUES, min_size=2, max_size=300), st.one_of(st.just(0.0), st.floats(1e-9, 1e3)))
+@given(st.lists(VALUES, min_size=2, max_size=300), TARGETS)
 def test_of_a_function_that_does_not_grow_it_is_the_smallest(values, target):
     values = [math.inf, *sorted(values, reverse=True), 0.0]
     first = next(k for k, value in enumerate(values) if value <= target)  # one after the other
     assert found(values, target) == first
+
+
+def test_a_target_missed_by_one_ulp_is_missed():
+    above = math.nextafter(1000.0, math.inf)  # whose logarithm is the same
+    assert math.log(above) == math.log(1000.0)
+    assert found([2000.0, above, above, above, 1000.0, 0.0], 1000.0) == 4
 
 
 @pytest.mark.parametrize("ripple", [0.0, 1e-3, 0.3])

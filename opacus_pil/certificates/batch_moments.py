@@ -21,6 +21,7 @@ _ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 93)
 CURVE_ORDERS = _ORDERS[::4]  # for curves that are interpolated; within 2 %
 _STRIDE = 8  # of the first look for the best order
 _RECENT = 256  # steps that a first look considers where each is taken by itself
+_LEAST = 1e-150  # smaller shifts are taken as this: their squares would vanish
 _COUNTED = 2_000  # unlearning steps with random factors; the rest is data processing
 
 
@@ -34,6 +35,8 @@ class BatchMoments:
     """
 
     def __init__(self, factors: Law, shifts: Law, *, training_steps: int) -> None:
+        raised = np.where(shifts.values > 0.0, np.maximum(shifts.values, _LEAST), 0.0)
+        shifts = Law(raised, shifts.weights)
         laws = BlockLaws(factors, shifts, training_steps=training_steps)
         # Which order is best is asked of a coarse plan; where all steps are single, of the last.
         recent = training_steps if len(factors.values) == 1 else min(training_steps, _RECENT)

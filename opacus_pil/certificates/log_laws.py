@@ -64,8 +64,8 @@ def narrowed(law: LogLaw, *, count: int, below: float = 7.0, above: float = 7.0)
     levels = np.linspace(max(low, mean - below * deviation), end, count - far)
     if top > end:
         levels = np.append(levels, np.geomspace(end, top, far + 1)[1:])
-    levels = np.unique(np.append(levels, low))
-    levels[-1] = top
+    # Roundings must not leave a value outside, nor two levels in the wrong order.
+    levels = np.unique(np.append(np.minimum(levels, top), (low, top)))
     return _spread(law.values, law.logs, levels)
 
 

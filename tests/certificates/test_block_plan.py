@@ -228,8 +228,11 @@ def test_what_a_double_cannot_hold_is_rounded_up():
     shifts = sum_law(np.array([0.5]), 0.1)
     gone = BatchMoments(one(0.5), shifts, training_steps=3).rdp(ORDERS, steps=5_000)  # 4^(−5000)
     assert (gone > 0.0).all()
-    tiny = BatchMoments(one(0.9), Law(shifts.values * 1e-200, shifts.weights), training_steps=3)
-    assert (tiny.rdp(ORDERS, steps=1) > 0.0).all()
+    for scale in (1e-200, 1e-320):
+        tiny = BatchMoments(one(0.9), Law(shifts.values * scale, shifts.weights), training_steps=3)
+        curve = tiny.rdp(ORDERS, steps=1)
+        assert ((curve > 0.0) & (curve < 1e-250)).all()
+        assert tiny.epsilon(delta=0.1, steps=1) < 1e-100
     huge = BatchMoments(one(0.9), Law(shifts.values * 1e150, shifts.weights), training_steps=3)
     assert (huge.rdp(ORDERS, steps=1) == math.inf).all()
 
@@ -325,6 +328,15 @@ def test_narrowed_laws_keep_mass_and_mean_and_raise_convex_functions(law, count,
     for convex in (lambda x: slope * x, lambda x: slope * np.maximum(x - kink, 0.0)):
         before = logsumexp(law.logs + convex(law.values))
         assert before <= logsumexp(ours.logs + convex(ours.values)) + 1e-14 * (size + 1.0)
+
+
+@pytest.mark.parametrize("low", [1.0, 1e-150, 1e10])
+def test_values_that_differ_by_ulps_lose_no_mass(low):
+    values = low * (1.0 + np.arange(40) * np.finfo(float).eps)
+    for weights in (np.zeros(40), -np.arange(40) * 1.0, np.arange(40) * 1.0):
+        ours = narrowed(LogLaw(values, weights), count=12)
+        assert logsumexp(ours.logs) == pytest.approx(logsumexp(weights), abs=1e-12)
+        assert ours.values[-1] == values[-1]
 
 
 def test_sums_of_rare_values_lose_nothing():

@@ -12,7 +12,7 @@ import numpy as np
 from .._validate import FloatArray
 from ..accounting.rdp import rdp_to_epsilon
 from .batch_laws import Law
-from .block_plan import BlockLaws, BlockPlan, Chord, Resolution
+from .block_plan import STEADY, BlockLaws, BlockPlan, Chord, Resolution
 from .hidden_distance import LARGEST, HiddenDistance
 
 FINE, COARSE = Resolution(32, 40, 160, 32), Resolution(8, 20, 64, 16)
@@ -102,7 +102,7 @@ class BatchMoments:
     def _worst(self, steps: int) -> Chord | None:
         """Return the chord of the chain whose every step has the largest factor and shift."""
         c = self._largest
-        if c == 0.0 or c > 1.0 + 1e-9:
+        if c == 0.0 or c > STEADY:
             return None
         rate = min(math.log(c), 0.0)
 

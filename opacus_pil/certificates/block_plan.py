@@ -6,7 +6,7 @@ s, and its noise hides a part a of the result at the price κa², κ = α(α−1
 any other such plan bounds it. `BlockPlan` goes from the last step to the first:
 
 A single step knows its own coins: L(z) <= log E exp W(cz + s), W(z') = min_a κa² + L'(z' − a). The
-last steps of training are taken one by one, and all of them where the factor is random.
+last steps of training are taken one by one, and all of them where the factor is random or expands.
 
 A block of m steps with one factor c hides what was there when it starts, and leaves its own shifts
 S = Σ c^(m−j) s_j for later: hiding h_j ~ c^(−2j) of the distance at its start in its step j hides A
@@ -37,6 +37,7 @@ from .log_laws import LogLaw, in_logs, mean_and_deviation, narrowed, summed
 # Relative and, above 1, absolute: a dozen roundings a block; those of a step's probabilities, which
 # a sum of steps adds up.
 _ROUNDING, _OF_A_STEP = 1e-11, 1e-12
+STEADY = 1.0 + 1e-9  # the largest factor of a chain that hardly expands
 _KEPT = 300  # values of a block's shift
 _SMALLEST = 1e-200  # smaller prices are taken as this, so that no quotient is 0/0
 _LEAST = 1e-280  # smaller moments are taken as this: what underflows is not nothing
@@ -78,7 +79,7 @@ class BlockPlan:
 
     def __init__(self, laws: BlockLaws, resolution: Resolution) -> None:
         self._laws, self._resolution = laws, resolution
-        if len(laws.factors.values) > 1:
+        if len(laws.factors.values) > 1 or laws.factors.values[-1] > STEADY:  # carried too far
             self._lengths = [(0, laws.steps)]
         else:
             self._lengths = block_lengths(laws.steps, resolution.blocks)
@@ -94,11 +95,7 @@ class BlockPlan:
         self._top = max(*starts, float(self._single.ends[-1]), float(self.points[-1]))
 
     def log_moment(
-        self,
-        kappa: FloatArray,
-        *,
-        left: FloatArray | None,
-        chord: Chord | None,
+        self, kappa: FloatArray, *, left: FloatArray | None, chord: Chord | None
     ) -> FloatArray:
         """Upper bound on log E exp(Σ κa²) from distance 0, shape (orders,).
 

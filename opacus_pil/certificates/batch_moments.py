@@ -37,12 +37,10 @@ class BatchMoments:
     def __init__(self, factors: Law, shifts: Law, *, training_steps: int) -> None:
         raised = np.where(shifts.values > 0.0, np.maximum(shifts.values, _LEAST), 0.0)
         shifts = Law(raised, shifts.weights)
-        laws = BlockLaws(factors, shifts, training_steps=training_steps)
-        # Which order is best is asked of a coarse plan; where all steps are single, of the last.
-        recent = training_steps if len(factors.values) == 1 else min(training_steps, _RECENT)
-        self._laws = self._recent = laws
-        if recent < training_steps:
-            self._recent = BlockLaws(factors, shifts, training_steps=recent)
+        self._laws = laws = BlockLaws(factors, shifts, training_steps=training_steps)
+        if len(factors.values) > 1 and training_steps > _RECENT:
+            laws = BlockLaws(factors, shifts, training_steps=_RECENT)
+        self._sketch = BlockPlan(laws, COARSE)  # no bound: asked only which order may be best
         self._largest = float(factors.values[-1])
         self._shift = float(shifts.values[-1])
         self._hidden = HiddenDistance(factors) if len(factors.values) > 1 else None
@@ -50,10 +48,14 @@ class BatchMoments:
 
     def rdp(self, orders: FloatArray, *, steps: int, resolution: Resolution = FINE) -> FloatArray:
         """Bound on the Rényi divergence in nats after `steps` unlearning steps, shape (orders,)."""
+        return self._curve(self._plan(resolution), orders, steps)
+
+    def _plan(self, resolution: Resolution) -> BlockPlan:
         if resolution not in self._plans:
-            laws = self._recent if resolution is COARSE else self._laws
-            self._plans[resolution] = BlockPlan(laws, resolution)
-        plan = self._plans[resolution]
+            self._plans[resolution] = BlockPlan(self._laws, resolution)
+        return self._plans[resolution]
+
+    def _curve(self, plan: BlockPlan, orders: FloatArray, steps: int) -> FloatArray:
         if self._hidden is not None:
             steps = min(steps, _COUNTED)
         kappa = orders * (orders - 1.0) / 2.0
@@ -71,19 +73,19 @@ class BatchMoments:
         """Least ε at `delta` of the orders that a search looks at, the same for all callers."""
         found: dict[int, float] = {}
 
-        def look(places: list[int], resolution: Resolution) -> int:
+        def look(places: list[int], plan: BlockPlan) -> int:
             asked = [p for p in places if 0 <= p < len(_ORDERS) and p not in found]
             if asked:
                 orders = _ORDERS[asked]
-                curve = self.rdp(orders, steps=steps, resolution=resolution)
+                curve = self._curve(plan, orders, steps)
                 for place, order, rdp in zip(asked, orders, curve, strict=True):
                     found[place] = float(rdp_to_epsilon([rdp], orders=[order], delta=delta)[0])
             return min(found, key=found.__getitem__)
 
-        best = look(list(range(0, len(_ORDERS), _STRIDE)), COARSE)
+        best = look(list(range(0, len(_ORDERS), _STRIDE)), self._sketch)
         found.clear()  # only values of the fine plan are compared, and the least of them is told
         for around in ((-6, -3, 0, 3, 6), (-1, 0, 1)):
-            while (better := look([best + k for k in around], FINE)) != best:
+            while (better := look([best + k for k in around], self._plan(FINE))) != best:
                 best = better
         return found[best]
 

@@ -3,7 +3,8 @@
 The loss is linear, so one step is θ ← (1 − ηλ)θ − (η/b)·Σ gradients + N(0, ζ²): given the batches
 both models are Gaussian with one variance. The divergence of batches and model together, which the
 bound covers, is a sum over all ways to draw the forgotten instances; that of the model alone is
-smaller.
+smaller. "Blocks" are the mathematics alone: any law of the factor and the shift of a step, and
+plans that cut even ten steps into blocks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 import mpmath
 import numpy as np
 from exact import Long
+from scipy.special import log_ndtr
 from soundness_cases import Case, Family, any_order, log_uniform
 
 from opacus_pil.certificates import PoissonContractionCertificate, known_batches
+from opacus_pil.certificates.batch_laws import Law
+from opacus_pil.certificates.batch_moments import FINE, BatchMoments
 
 DIGITS = 40
 
@@ -78,7 +82,66 @@ def known(rng: np.random.Generator) -> Case:
     return Case([(float(ours.rdp([order], steps=steps)[0]), exact)], parameters)
 
 
+def _chain(rng: np.random.Generator) -> tuple[dict[str, Any], BatchMoments, Any, Any]:
+    """Laws of a short chain, its moments, and of each way to draw it: log probability, μ."""
+    training, steps = int(rng.integers(1, 9)), int(rng.integers(0, 5))
+    kinds, members = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    while (kinds * (members + 1)) ** training * kinds**steps > 100_000:
+        training, steps = max(1, training - 1), max(0, steps - 1)
+    factors = np.sort(rng.uniform(0.3, 1.0, size=kinds))
+    if rng.uniform() < 0.5:
+        factors[-1] = rng.choice([1.0, 1.0 + 1e-12, 1.05, 1.5])  # convex, or a batch expands
+    shifts = np.arange(members + 1) * log_uniform(rng, 1e-2, 3.0)
+    often = [np.array([1.0])] * 2
+    for place, size in ((0, kinds), (1, members + 1)):
+        rare = 10.0 ** rng.uniform(-4.0, 0.0, size=size)
+        often[place] = rare / rare.sum()
+    ours = BatchMoments(Law(factors, often[0]), Law(shifts, often[1]), training_steps=training)
+    logs, gap, variance = Long([0.0]), Long([0.0]), Long([0.0])
+    chances = [np.log(part.astype(Long)) for part in often]
+    for step in range(training + steps):
+        moves = shifts.astype(Long) if step < training else Long([0.0])
+        chance = chances[1] if step < training else Long([0.0])
+        logs = (logs[:, None, None] + chances[0][:, None] + chance).ravel()
+        c = factors.astype(Long)[:, None]
+        gap = (gap[:, None, None] * c + moves).ravel()
+        variance = (variance[:, None, None] * c * c + 1 + 0 * moves).ravel()
+    parameters = {
+        "factors": factors.tolist(), "often": [part.tolist() for part in often],
+        "shifts": shifts.tolist(), "training": training, "steps": steps,
+    }  # fmt: skip
+    return parameters, ours, logs, gap / np.sqrt(variance)
+
+
+def blocks(rng: np.random.Generator) -> Case:
+    parameters, ours, logs, mu = _chain(rng)
+    order = any_order(rng, high=60.0)
+    plan = FINE._replace(blocks=int(rng.integers(1, 5)))
+    bound = float(ours.rdp(np.array([order]), steps=parameters["steps"], resolution=plan)[0])
+    power = Long(order) * (Long(order) - 1) / 2 * mu**2
+    if power.max() < 1e4:
+        moment = np.log1p(np.exp(logs) @ np.expm1(power))
+    else:  # beyond long doubles, and so large that 1 does not matter
+        top = (logs + power).max()
+        moment = top + np.log(np.exp(logs + power - top).sum())
+    exact = moment / (Long(order) - 1)
+    return Case([(bound, exact)], {**parameters, "order": order, "plan": plan})
+
+
+def converted(rng: np.random.Generator) -> Case:
+    parameters, ours, logs, mu = _chain(rng)
+    delta = log_uniform(rng, 1e-6, 0.2)
+    epsilon = ours.epsilon(delta=delta, steps=parameters["steps"])
+    mu = np.maximum(mu.astype(float), 1e-12)  # a curve that grows in μ
+    low = log_ndtr(-epsilon / mu + mu / 2)
+    high = np.minimum(epsilon + log_ndtr(-epsilon / mu - mu / 2), low)
+    exact = float(np.exp(logs.astype(float)) @ (np.exp(low) - np.exp(high)))
+    return Case([(delta, exact)], {**parameters, "delta": delta, "epsilon": epsilon})
+
+
 FAMILIES = [
     Family("mini-batches, Poisson", "enumeration", poisson, 200, 1e-15),
+    Family("mini-batches, blocks", "enumeration", blocks, 200, 1e-15),
+    Family("mini-batches, δ of ε", "enumeration", converted, 100, 1e-9),
     Family("mini-batches, known", "linear chain", known, 150, 1e-30),
 ]

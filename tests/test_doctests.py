@@ -16,7 +16,7 @@ MODULES = sorted(
     for path in ROOT.rglob("*.py")
 )
 # Modules whose examples a reader meets first; the list keeps this file from testing nothing.
-WITH_EXAMPLES = ("opacus_pil.accounting.rdp", "opacus_pil.datasets", "opacus_pil.plots.style")
+WITH_EXAMPLES = ("opacus_pil.accounting.rdp", "opacus_pil.datasets", "opacus_pil.accounting.shown")
 
 
 @pytest.mark.parametrize("name", MODULES)

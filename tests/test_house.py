@@ -252,7 +252,7 @@ def test_the_lazy_table_and_the_typed_imports_of_the_facade_agree() -> None:
         for alias in node.names
     }
     assert typed == facade._HOME
-    assert set(dir(facade)) == {*facade._HOME, "__version__"}
+    assert set(dir(facade)) == {*facade._HOME, *facade._ROOMS, "__version__"}
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
         _ = facade.Nonsense
 

@@ -5,6 +5,7 @@ from .assumptions import assumption as assumption
 from .best import BestCertificate as BestCertificate
 from .best import best_of as best_of
 from .certificate import Certificate as Certificate
+from .certificate import OnProbe as OnProbe
 from .certificate_file import read_certificate as read_certificate
 from .certificate_file import read_key as read_key
 from .certificate_file import write_certificate as write_certificate

@@ -16,7 +16,7 @@ from .. import _validate
 from .._validate import FloatArray
 from ..errors import CertificateError
 from .assumptions import Assumption, assumption
-from .certificate import Certificate
+from .certificate import Certificate, OnProbe
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,24 @@ class BestCertificate(Certificate):
         name = min(epsilons, key=epsilons.__getitem__)
         return Winner(name, epsilons.pop(name), dict(self._named())[name], epsilons)
 
-    def steps_for(self, *, epsilon: float, delta: float, max_steps: int = 1_000_000) -> int:
+    def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
+        """Least of the members'. Args: as `Certificate.epsilon`."""
+        return min(
+            member.epsilon_of_earlier_releases(delta=delta, steps=steps) for member in self.members
+        )
+
+    def steps_for(
+        self,
+        *,
+        epsilon: float,
+        delta: float,
+        max_steps: int = 1_000_000,
+        on_probe: OnProbe | None = None,
+    ) -> int:
         """Smallest number of unlearning steps at which some member's ε is at most `epsilon`.
 
         Guarantee: as `Certificate.steps_for`; no member's ε grows with the number of steps.
+            `on_probe` is told of every member's evaluations, one member after the other.
 
         Raises:
             CertificateError: No member reaches the target; the message gives each one's best.
@@ -154,7 +168,9 @@ class BestCertificate(Certificate):
                 break
             limit = max_steps if least is None else least - 1  # only fewer steps are news
             try:
-                least = member.steps_for(epsilon=epsilon, delta=delta, max_steps=limit)
+                least = member.steps_for(
+                    epsilon=epsilon, delta=delta, max_steps=limit, on_probe=on_probe
+                )
             except CertificateError:
                 continue  # this member does not reach the target, or not sooner
         if least is None:

@@ -44,8 +44,12 @@ class CappedGlm:
     Attributes:
         caps: Shape (members, outputs), in units of each output's bound.
         bounds: Shape (outputs,), clip bound of each output.
-        step_size, weight_decay, feature_norm, noise_multiplier, expected_batch_size,
-            loss_smoothness: As in `ContractionCertificate.one_output_glm`.
+        step_size: η. > 0.
+        weight_decay: λ, decoupled. >= 0.
+        feature_norm: Bound on the features' norm, a bias included. > 0.
+        noise_multiplier: Noise std on the gradient sum / `clip`. >= 0.
+        expected_batch_size: What the sum is divided by. > 0.
+        loss_smoothness: Lipschitz constant of the loss's gradient in the outputs. >= 0.
         kind: "one" output, "separate" ones, or "unclipped": a loss that is convex in all outputs
             together and whose gradients never reach their clip.
         steepness: With "unclipped": most that the loss's gradient in the outputs is long.

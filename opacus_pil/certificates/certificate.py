@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from .._validate import FloatArray
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, as_assumption
+
+OnProbe = Callable[[int, float], None]  # told of each look of a search: steps, and ε there
 
 
 class Certificate(abc.ABC):
@@ -75,7 +78,21 @@ class Certificate(abc.ABC):
             )[0]
         )
 
-    def steps_for(self, *, epsilon: float, delta: float, max_steps: int = 1_000_000) -> int:
+    def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
+        """ε as releases before this one computed it, which their files rest on; as true, if more.
+
+        Where the formula was the same it is `epsilon`. Args: as `epsilon`.
+        """
+        return self.epsilon(delta=delta, steps=steps)
+
+    def steps_for(
+        self,
+        *,
+        epsilon: float,
+        delta: float,
+        max_steps: int = 1_000_000,
+        on_probe: OnProbe | None = None,
+    ) -> int:
         """Smallest number of unlearning steps whose reported ε is at most `epsilon`.
 
         Guarantee: `self.epsilon(delta=delta, steps=K) <= epsilon` for the returned K, and not for
@@ -85,6 +102,7 @@ class Certificate(abc.ABC):
             epsilon: Target in nats, finite, >= 0.
             delta: In (0, 1).
             max_steps: The most steps worth considering, an integer >= 0.
+            on_probe: Called with (steps, ε) after each evaluation.
 
         Returns:
             K in [0, max_steps].
@@ -95,29 +113,36 @@ class Certificate(abc.ABC):
         """
         epsilon, delta = _validate.epsilon(epsilon), _validate.delta(delta)
         max_steps = _validate.integer("max_steps", max_steps, low=0)
-        best = self.epsilon(delta=delta, steps=max_steps)
+        best = self._probed(delta, max_steps, on_probe)
         if best > epsilon:
-            at = self._first(best, delta, max_steps)
+            at = self._first(best, delta, max_steps, on_probe)
             raise CertificateError(
                 f"Expected a target that unlearning reaches within max_steps={max_steps}, got "
                 f"epsilon={epsilon!r} at delta={delta!r}; the best is epsilon={best:.6g} at "
                 f"K={at} steps. Relax the target or retrain instead."
             )
-        return self._first(epsilon, delta, max_steps)
+        return self._first(epsilon, delta, max_steps, on_probe)
 
-    def _first(self, target: float, delta: float, high: int) -> int:
+    def _probed(self, delta: float, steps: int, on_probe: OnProbe | None) -> float:
+        """ε, and whoever waits for the search is told."""
+        found = self.epsilon(delta=delta, steps=steps)
+        if on_probe is not None:
+            on_probe(steps, found)
+        return found
+
+    def _first(self, target: float, delta: float, high: int, on_probe: OnProbe | None) -> int:
         """Smallest K <= high with ε(K) <= target, given that `high` reaches it."""
         # ε does not grow with K (each certificate proves it), so doubling and bisection find the
         # smallest K; should rounding ripple, ε(high) <= target < ε(low) still holds throughout.
-        if self.epsilon(delta=delta, steps=0) <= target:
+        if self._probed(delta, 0, on_probe) <= target:
             return 0
         low, probe = 0, 1
-        while probe < high and self.epsilon(delta=delta, steps=probe) > target:
+        while probe < high and self._probed(delta, probe, on_probe) > target:
             low, probe = probe, 2 * probe
         high = min(high, probe)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.epsilon(delta=delta, steps=middle) <= target:
+            if self._probed(delta, middle, on_probe) <= target:
                 high = middle
             else:
                 low = middle

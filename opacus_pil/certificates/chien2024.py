@@ -20,7 +20,7 @@ from .._validate import FloatArray
 from ..accounting.quadrature import SMALLEST
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
-from .certificate import Certificate
+from .certificate import Certificate, OnProbe
 
 _ROUND_UP = 1.0 + 1e-14  # a dozen roundings; the exponential adds its exponent's ulps
 _ROUND_DOWN = 1.0 - 1e-15
@@ -153,7 +153,14 @@ class Chien2024Certificate(Certificate):
         """The order α at which `epsilon` is attained."""
         return self._minimum(delta, steps)[1]
 
-    def steps_for(self, *, epsilon: float, delta: float, max_steps: int = 1_000_000) -> int:
+    def steps_for(
+        self,
+        *,
+        epsilon: float,
+        delta: float,
+        max_steps: int = 1_000_000,
+        on_probe: OnProbe | None = None,
+    ) -> int:
         """Smallest K on the grid 1, 1 + step_grid, … whose reported ε is at most `epsilon`.
 
         Guarantee: `self.epsilon(delta=delta, steps=K) <= epsilon` for the returned K, and not for
@@ -163,6 +170,7 @@ class Chien2024Certificate(Certificate):
             epsilon: Target in nats, finite, >= 0.
             delta: In (0, 1).
             max_steps: The most steps worth considering, an integer >= 1.
+            on_probe: Called with (steps, ε) after each evaluation.
 
         Returns:
             K in [1, max_steps].
@@ -174,7 +182,7 @@ class Chien2024Certificate(Certificate):
         epsilon, delta = _validate.epsilon(epsilon), _validate.delta(delta)
         max_steps = _validate.integer("max_steps", max_steps, low=1)
         low, high = -1, (max_steps - 1) // self.step_grid
-        best = self.epsilon(delta=delta, steps=1 + high * self.step_grid)
+        best = self._probed(delta, 1 + high * self.step_grid, on_probe)
         if best > epsilon:
             raise CertificateError(
                 f"Expected a target that unlearning reaches within max_steps={max_steps}, got "
@@ -183,7 +191,7 @@ class Chien2024Certificate(Certificate):
             )
         while high - low > 1:  # D falls in K at every order, hence ε does
             middle = (low + high) // 2
-            if self.epsilon(delta=delta, steps=1 + middle * self.step_grid) <= epsilon:
+            if self._probed(delta, 1 + middle * self.step_grid, on_probe) <= epsilon:
                 high = middle
             else:
                 low = middle

@@ -19,7 +19,7 @@ from ..accounting.quadrature import SMALLEST
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
-from .certificate import Certificate
+from .certificate import Certificate, OnProbe
 from .chien2024 import Chien2024Certificate, sharp_constants
 from .data_processing import DataProcessingCertificate
 from .log_sobolev import fixed_order_factor, log_growth, moving_order_factor
@@ -261,7 +261,14 @@ class LangevinCertificate(Certificate):
         orders = self._conversion_orders()
         return float(rdp_to_epsilon(self.rdp(orders, steps=steps), orders=orders, delta=delta)[0])
 
-    def steps_for(self, *, epsilon: float, delta: float, max_steps: int = 1_000_000) -> int:
+    def steps_for(
+        self,
+        *,
+        epsilon: float,
+        delta: float,
+        max_steps: int = 1_000_000,
+        on_probe: OnProbe | None = None,
+    ) -> int:
         """Smallest number of unlearning steps whose reported ε is at most `epsilon`.
 
         As `Certificate.steps_for`; for "retrained" a target below what the irreducible term alone
@@ -275,7 +282,9 @@ class LangevinCertificate(Certificate):
                 f"alone gives epsilon={least:.6g} at delta={delta!r}, got epsilon={target!r}. No "
                 "number of steps removes it. Relax the target or retrain instead."
             )
-        return super().steps_for(epsilon=epsilon, delta=delta, max_steps=max_steps)
+        return super().steps_for(
+            epsilon=epsilon, delta=delta, max_steps=max_steps, on_probe=on_probe
+        )
 
     def _conversion_orders(self) -> FloatArray:
         """Orders for ε: the default ones and those where the given curve enters as given."""

@@ -20,21 +20,23 @@ from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
 from ..errors import CertificateError
 from .assumptions import Assumption, Context, assumption, checked_context
 from .batch_laws import Law, factor_law, largest_size, step_factor, sum_law
+from .batch_moments import CURVE_ORDERS, BatchMoments
 from .capped_glm import SHIFT_ROUND_UP, CappedGlm
-from .causal_plan import log_moment
-from .certificate import Certificate
+from .causal_plan import step_by_step_curve
+from .certificate import Certificate, OnProbe
 from .contraction import ContractionCertificate
 from .data_processing import DataProcessingCertificate
 from .gaussian import gaussian_epsilon
+from .of_capped_glm import OfCappedGlm
+from .step_search import smallest_steps
 
-# Neighbours (in α − 1) are a factor 1.5 apart: the best of them is within 2 % of the best order.
-_ORDERS = 1.0 + np.geomspace(0.1, 1200.0, 24)
 _SIZE_SHARE = 0.01  # of δ, spent on batches so large that they are not followed
-_COUNTED = (2_000, 1_000_000)  # unlearning steps that are counted: sizes followed, one factor
+_COUNTED = 1_000_000  # unlearning steps that are counted; the rest is data processing
+_LEVELS = 4096  # different shifts of a batch that are told apart
 
 
 @dataclass(frozen=True)
-class PoissonContractionCertificate(Certificate):
+class PoissonContractionCertificate(OfCappedGlm, Certificate):
     """Noisy Poisson mini-batch training contracts, in the mean over batches, towards retraining.
 
     Guarantee: D_α <= 1/(α−1) · log E exp(α(α−1)μ²/2), both directions, over the random batches,
@@ -154,96 +156,13 @@ class PoissonContractionCertificate(Certificate):
             noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
             loss_smoothness=loss_smoothness,
         )  # fmt: skip
-        return cls._of_poisson_batches(
+        return cls._of_glm(
             run, num_instances=num_instances, training_steps=training_steps,
             sample_rate=sample_rate,
         )  # fmt: skip
 
     @classmethod
-    def one_vs_rest_glm(
-        cls,
-        *,
-        caps: npt.ArrayLike,
-        max_grad_norms: npt.ArrayLike,
-        step_size: float,
-        weight_decay: float,
-        feature_norm: float,
-        noise_multiplier: float,
-        expected_batch_size: float,
-        num_instances: int,
-        training_steps: int,
-        sample_rate: float,
-        loss_smoothness: float = 0.25,
-    ) -> PoissonContractionCertificate:
-        """Certificate of Poisson DP-SGD with fixed caps on one linear output per class.
-
-        Guarantee: as the class, for the model, the losses and the clipping of
-            `ContractionCertificate.one_vs_rest_glm`; each member moves a step by its caps over all
-            outputs together.
-
-        Args:
-            caps, max_grad_norms, step_size, weight_decay, feature_norm, noise_multiplier,
-                expected_batch_size, num_instances, training_steps, sample_rate, loss_smoothness:
-                As there; any sample_rate.
-
-        Raises:
-            CertificateError: An assumption does not hold; the message names it.
-            ValueError: A value outside its range.
-        """
-        run = CappedGlm.checked(
-            caps=caps, max_grad_norm=max_grad_norms, kind="separate", step_size=step_size,
-            weight_decay=weight_decay, feature_norm=feature_norm,
-            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
-            loss_smoothness=loss_smoothness,
-        )  # fmt: skip
-        return cls._of_poisson_batches(
-            run, num_instances=num_instances, training_steps=training_steps,
-            sample_rate=sample_rate,
-        )  # fmt: skip
-
-    @classmethod
-    def unclipped_glm(
-        cls,
-        *,
-        caps: npt.ArrayLike,
-        max_grad_norm: float,
-        step_size: float,
-        weight_decay: float,
-        feature_norm: float,
-        noise_multiplier: float,
-        expected_batch_size: float,
-        num_instances: int,
-        training_steps: int,
-        sample_rate: float,
-        loss_smoothness: float = 0.5,
-        loss_steepness: float = 2.0**0.5,
-    ) -> PoissonContractionCertificate:
-        """Certificate of Poisson DP-SGD on linear outputs whose gradients never reach the clip.
-
-        Guarantee: as the class, for the losses of `ContractionCertificate.unclipped_glm`.
-
-        Args:
-            caps, max_grad_norm, step_size, weight_decay, feature_norm, noise_multiplier,
-                expected_batch_size, num_instances, training_steps, sample_rate, loss_smoothness,
-                loss_steepness: As there; any sample_rate.
-
-        Raises:
-            CertificateError: An assumption does not hold; the message names it.
-            ValueError: A value outside its range.
-        """
-        run = CappedGlm.checked(
-            caps=caps, max_grad_norm=max_grad_norm, kind="unclipped", step_size=step_size,
-            weight_decay=weight_decay, feature_norm=feature_norm,
-            noise_multiplier=noise_multiplier, expected_batch_size=expected_batch_size,
-            loss_smoothness=loss_smoothness, steepness=loss_steepness,
-        )  # fmt: skip
-        return cls._of_poisson_batches(
-            run, num_instances=num_instances, training_steps=training_steps,
-            sample_rate=sample_rate,
-        )  # fmt: skip
-
-    @classmethod
-    def _of_poisson_batches(
+    def _of_glm(
         cls, run: CappedGlm, *, num_instances: int, training_steps: int, sample_rate: float
     ) -> PoissonContractionCertificate:
         joint = run.joint_caps
@@ -292,65 +211,103 @@ class PoissonContractionCertificate(Certificate):
     def rdp(self, orders: npt.ArrayLike, *, steps: int) -> FloatArray:
         """Rényi divergence bound in nats after `steps` steps, shape (orders,)."""
         asked = _validate.orders(orders)
-        steps = _validate.integer("steps", steps, low=0)
-        return self._bounds(asked, steps, self.num_retained)[0]
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
+        everyone, moments = self._followed(self.num_retained)
+        mu = everyone.mu(steps)
+        always = asked * (mu * mu / 2.0)
+        if moments is None:
+            return always
+        curve = moments.rdp(CURVE_ORDERS, steps=steps)
+        at_orders = DataProcessingCertificate(curve.tolist(), CURVE_ORDERS.tolist())
+        return np.minimum(always, at_orders.rdp(asked, steps=steps))
 
     def epsilon(self, *, delta: float, steps: int) -> float:
         """ε of the (ε, δ) statement after `steps` unlearning steps; see `Certificate.epsilon`.
 
-        The least of the conversion over DEFAULT_ORDERS and the exact Gaussian curve with every
+        The least of the conversion at orders of its own and the exact Gaussian curve with every
         forgotten instance in every batch, each at δ less the probability of too large a batch.
         """
         delta = _validate.delta(delta)
-        steps = _validate.integer("steps", steps, low=0)
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
+        if (delta, steps) not in self._found:
+            largest, rest = self._largest_batch(delta)
+            everyone, moments = self._followed(largest)
+            found = gaussian_epsilon(everyone.mu(steps), delta=rest)
+            if moments is not None:
+                found = min(found, moments.epsilon(delta=rest, steps=steps))
+            self._found[delta, steps] = found
+        return self._found[delta, steps]
+
+    def epsilon_of_earlier_releases(self, *, delta: float, steps: int) -> float:
+        """ε by a plan that takes every step of training by itself: slower, and mostly more.
+
+        Args: as `Certificate.epsilon`.
+        """
+        delta = _validate.delta(delta)
+        steps = min(_validate.integer("steps", steps, low=0), _COUNTED)
         largest, rest = self._largest_batch(delta)
-        curve, mu = self._bounds(np.asarray(DEFAULT_ORDERS), steps, largest)
-        converted = float(rdp_to_epsilon(curve, orders=DEFAULT_ORDERS, delta=rest)[0])
-        return min(converted, gaussian_epsilon(mu, delta=rest))
+        everyone, moments = self._followed(largest)
+        found = gaussian_epsilon(everyone.mu(steps), delta=rest)
+        if moments is None:
+            return found
+        curve = step_by_step_curve(
+            DEFAULT_ORDERS,
+            factors=self._factors(largest),
+            shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
+            training_steps=self.training_steps,
+            unlearning_steps=steps,
+        )
+        return min(found, float(rdp_to_epsilon(curve, orders=DEFAULT_ORDERS, delta=rest)[0]))
+
+    def _first(self, target: float, delta: float, high: int, on_probe: OnProbe | None) -> int:
+        """Smallest K <= high with ε(K) <= target, given that `high` reaches it."""
+        at_once = self._probed(delta, 0, on_probe)
+        if at_once <= target:
+            return 0
+        return smallest_steps(
+            lambda steps: self._probed(delta, steps, on_probe),
+            target=target,
+            at_once=at_once,
+            high=high,
+        )
+
+    @cached_property
+    def _found(self) -> dict[tuple[float, int], float]:
+        """What was computed: the search for K and the report ask for the same K twice."""
+        return {}
+
+    def _followed(self, largest: int) -> tuple[ContractionCertificate, BatchMoments | None]:
+        """The run with everyone forgotten in every batch, and the moments over batches.
+
+        No batch retains more than `largest`. None: the first says all, that nothing is given away
+        or that next to no noise hides it.
+        """
+        if largest not in self._by_size:
+            shifts = (self._present,) * self.training_steps
+            factor = float(self._factor(largest))
+            everyone = ContractionCertificate(factor, self.noise_std, shifts)
+            moments = None
+            if shifts and self.noise_std > 1e-100 * self._present > 0.0:
+                moments = BatchMoments(
+                    self._factors(largest),
+                    sum_law(self._shifts / self.noise_std, self.sample_rate, levels=_LEVELS),
+                    training_steps=self.training_steps,
+                )
+            self._by_size[largest] = everyone, moments
+        return self._by_size[largest]
+
+    @cached_property
+    def _by_size(self) -> dict[int, tuple[ContractionCertificate, BatchMoments | None]]:
+        return {}
 
     def _largest_batch(self, delta: float) -> tuple[int, float]:
         """Largest batch to follow, and δ less the probability that any batch is larger."""
         if self._factor(self.num_retained) == self._factor(0):
             return self.num_retained, delta
-        rate = _SIZE_SHARE * delta / (self.training_steps + _COUNTED[1])
+        rate = _SIZE_SHARE * delta / (self.training_steps + _COUNTED)
         size = largest_size(trials=self.num_retained, rate=self.sample_rate, tail=rate)
         # A union bound over all steps, as many as are ever counted: the same δ for every K.
         return size, delta * (1.0 - _SIZE_SHARE) * (1.0 - 1e-15)
-
-    def _bounds(self, orders: FloatArray, steps: int, largest: int) -> tuple[FloatArray, float]:
-        """Rényi bound, and μ with everyone present, if no batch retains more than `largest`."""
-        steps = min(steps, _COUNTED[1])  # the rest is data processing
-        shifts = (self._present,) * self.training_steps
-        factor = float(self._factor(largest))
-        mu = ContractionCertificate(factor, self.noise_std, shifts).mu(steps)
-        curve = DataProcessingCertificate(self._curve(steps, largest).tolist(), _ORDERS.tolist())
-        return np.minimum(orders * (mu * mu / 2.0), curve.rdp(orders, steps=steps)), mu
-
-    def _curve(self, steps: int, largest: int) -> FloatArray:
-        """Rényi bound at `_ORDERS` by the causal plan."""
-        factors = self._factors(largest)
-        if len(factors.values) > 1:
-            steps = min(steps, _COUNTED[0])
-        key = steps, largest
-        if key not in self._curves:
-            moment = np.full_like(_ORDERS, math.inf)
-            if self._present == 0.0:
-                moment = np.zeros_like(_ORDERS)
-            elif self.noise_std > 1e-100 * self._present:
-                moment = log_moment(
-                    _ORDERS,
-                    factors=factors,
-                    shifts=sum_law(self._shifts / self.noise_std, self.sample_rate),
-                    training_steps=self.training_steps,
-                    unlearning_steps=steps,
-                )
-            self._curves[key] = moment / (_ORDERS - 1.0)
-        return self._curves[key]
-
-    @cached_property
-    def _curves(self) -> dict[tuple[int, int], FloatArray]:
-        """What `_curve` has computed: the search for K and the report ask for the same K twice."""
-        return {}
 
     @property
     def _shifts(self) -> FloatArray:

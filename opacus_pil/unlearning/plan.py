@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import _validate as check
 from .._validate import IntArray
-from ..certificates import Certificate
+from ..certificates import Certificate, OnProbe
 from ..errors import CertificateError
 from .methods import METHOD
 
@@ -205,12 +205,19 @@ def on_grid(steps: int, *, step_grid: int) -> int:
 
 
 def certified_steps(
-    certificate: Certificate, *, epsilon: float, delta: float, max_steps: int
+    certificate: Certificate,
+    *,
+    epsilon: float,
+    delta: float,
+    max_steps: int,
+    on_probe: OnProbe | None = None,
 ) -> int | None:
     """Return the smallest sufficient number of steps, or None if `max_steps` are too few."""
     check.integer("max_steps", max_steps, low=0)
     try:
-        return certificate.steps_for(epsilon=epsilon, delta=delta, max_steps=max_steps)
+        return certificate.steps_for(
+            epsilon=epsilon, delta=delta, max_steps=max_steps, on_probe=on_probe
+        )
     except CertificateError:
         return None
 

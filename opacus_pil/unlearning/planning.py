@@ -231,8 +231,10 @@ class Planning:
         Raises:
             CertificateError: More than the limit.
         """
-        with searching(certificate, progress=self._progress) as watched:
-            exact = watched.steps_for(epsilon=goal.epsilon, delta=goal.delta, max_steps=limit)
+        with searching(progress=self._progress) as on_probe:
+            exact = certificate.steps_for(
+                epsilon=goal.epsilon, delta=goal.delta, max_steps=limit, on_probe=on_probe
+            )
         needed = on_grid(exact, step_grid=goal.step_grid)
         if needed > limit:
             raise CertificateError(
@@ -247,13 +249,14 @@ class Planning:
         """Return the same with every member at the clip bound, which is there to compare with."""
         if worst is None:
             return None
-        slow = isinstance(worst, PoissonContractionCertificate)  # seconds per ε
-        with searching(worst, progress=self._progress) as watched:
+        slow = isinstance(worst, PoissonContractionCertificate)  # up to seconds per ε
+        with searching(progress=self._progress) as on_probe:
             found = certified_steps(
-                watched,
+                worst,
                 epsilon=goal.epsilon,
                 delta=goal.delta,
                 max_steps=max(limit, 0 if slow else _WORST_CASE_SEARCH),
+                on_probe=on_probe,
             )
         return None if found is None else on_grid(found, step_grid=goal.step_grid)
 

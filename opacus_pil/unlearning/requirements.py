@@ -49,18 +49,20 @@ class Requirements(tuple[Requirement, ...]):
     """Everything that a method needs of a model, in the order in which it is asked.
 
     What builds on something that is missing is not asked, and not in the list.
-
-    Attributes:
-        method: The method's name.
     """
 
-    method: str
+    _method: str
 
     def __new__(cls, requirements: Iterable[Requirement], *, method: str) -> Requirements:
         """Return the requirements of a method."""
         made = super().__new__(cls, tuple(requirements))
-        made.method = method
+        made._method = method
         return made
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self._method
 
     @property
     def met(self) -> bool:

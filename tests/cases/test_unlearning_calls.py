@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
 from opacus_pil.certificates import BestCertificate
+from opacus_pil.unlearning import search
 
 from .unlearning_models import DELTA, SIZE, classes, logistic, network, network_module
 
@@ -94,6 +95,7 @@ def test_a_search_shows_that_it_works_on_a_terminal_only(tty, progress, monkeypa
     trained = logistic(batch_size=8, steps=8)
     unlearning = trained.unlearning(progress=progress)
     terminal = Terminal(tty)
+    monkeypatch.setattr(search, "_PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stderr", terminal)
     plan = unlearning.plan(
         [0], epsilon=2.0, delta=DELTA, method="langevin", max_steps=8, step_grid=1
@@ -101,6 +103,15 @@ def test_a_search_shows_that_it_works_on_a_terminal_only(tty, progress, monkeypa
     monkeypatch.undo()
     assert isinstance(plan.certificate, BestCertificate)
     assert ("planning" in terminal.text) == (tty and progress)
+
+
+def test_a_search_that_is_over_at_once_shows_nothing(monkeypatch):
+    terminal = Terminal(tty=True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with search.searching(progress=True) as on_probe:
+        on_probe(3, 0.5)
+    monkeypatch.undo()
+    assert terminal.text == ""
 
 
 def test_a_search_that_is_shown_finds_what_the_certificate_finds():

@@ -324,6 +324,25 @@ def test_instances_of_earlier_requests_are_counted_where_constants_count_instanc
         assert failed(resealed(dataclasses.replace(record, **changes))) == {"run"}
 
 
+def test_epsilon_is_that_of_this_release_or_of_earlier_ones_and_nothing_else() -> None:
+    certificate = PoissonContractionCertificate((0.5,) * 3, 0.2, 0.8, 10, 0.5, 0.1, 0.2, 10.0, 47)
+    alone, joined = (record_of(one) for one in (certificate, best_of([certificate])))
+    for record in (alone, joined):
+        asked = {"delta": record.delta, "steps": record.steps}
+        now = certificate.epsilon(**asked)
+        before = record.certificate.epsilon_of_earlier_releases(**asked)
+        assert record.epsilon == now < 0.97 * before  # two numbers, not one
+        for epsilon, names in (
+            (now, set()),
+            (before, set()),
+            ((now + before) / 2.0, {"epsilon"}),
+            (1.001 * before, {"epsilon"}),
+            (0.999 * now, {"epsilon"}),
+        ):
+            changes = {"epsilon": epsilon, "target_epsilon": 2.0 * before}
+            assert failed(resealed(dataclasses.replace(record, **changes))) == names, epsilon
+
+
 def test_training_is_not_said_to_be_longer_than_everybody_took_part() -> None:
     full = one_output_glm(np.random.default_rng(0))
     shifts = (*full.shifts[:100], *(0.5 * s for s in full.shifts[100:]))

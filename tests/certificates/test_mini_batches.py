@@ -14,6 +14,7 @@ from opacus_pil.accounting.rdp import DEFAULT_ORDERS
 from opacus_pil.certificates import (
     ContractionCertificate,
     PoissonContractionCertificate,
+    batch_moments,
     best_of,
     known_batches,
     mini_batches,
@@ -277,15 +278,18 @@ def test_more_sampling_more_gradient_or_fewer_steps_give_away_more(ours):
 
 
 def test_steps_that_are_not_counted_change_nothing(monkeypatch):
-    monkeypatch.setattr(mini_batches, "_COUNTED", (3, 5))
-    small, calm = dataclasses.replace(SMALL), dataclasses.replace(CALM)  # nothing cached
-    at = [small._curve(k, 4) for k in (2, 3, 4, 10**9)]
+    # sizes that are followed
+    monkeypatch.setattr(batch_moments, "_COUNTED", 3)
+    _, moments = dataclasses.replace(SMALL)._followed(4)  # nothing cached
+    at = [moments.rdp(ORDERS, steps=k) for k in (2, 3, 4, 10**9)]
     assert (at[0] > at[1]).all()
     assert (at[1] == at[2]).all()
     assert (at[1] == at[3]).all()
     # the union bound over batch sizes covers as many steps, so no more may be counted
-    for part in (0, 1):
-        at = [np.max(calm._bounds(ORDERS, k, 4)[part]) for k in (4, 5, 6, 10**9)]
+    monkeypatch.setattr(mini_batches, "_COUNTED", 5)
+    calm = dataclasses.replace(CALM)
+    for of in (lambda k: calm.rdp([2.0], steps=k)[0], lambda k: calm.epsilon(delta=0.1, steps=k)):
+        at = [of(k) for k in (4, 5, 6, 10**9)]
         assert at[0] > at[1] == at[2] == at[3]
 
 
@@ -310,6 +314,10 @@ def test_too_large_batches_are_charged_to_delta():
     assert rest + missed <= 1e-3
     assert missed > 1e-8  # no larger than needed: one size less would cost above δ/100
     assert (20 + 1_000_000) * binom.sf(size - 1, 100, 0.1) > 1e-5
+    # the rest of δ is what the bound over the smaller batches has to do with
+    _, moments = ours._followed(size)
+    assert ours.epsilon(delta=1e-3, steps=2) == moments.epsilon(delta=rest, steps=2)
+    assert moments.epsilon(delta=rest, steps=2) > moments.epsilon(delta=1e-3, steps=2)
     calm = dataclasses.replace(ours, smoothness=0.1)
     assert calm._largest_batch(1e-3) == (100, 1e-3)  # no batch expands: nothing is spent
 

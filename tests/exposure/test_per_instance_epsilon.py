@@ -74,7 +74,7 @@ def test_ties_are_counted_and_said() -> None:
 def test_no_printed_number_is_below_the_true_one() -> None:
     exact = np.array([1.23401, 0.099999, 7.00001, 2.0])
     words = repr(PerInstanceEpsilon(exact, np.full(4, 8.0), 1e-5, "bound", worst_case=7.0009))
-    assert "least 0.1 ·" in words
+    assert "least 0.100 ·" in words
     assert "most 7.01" in words
     assert "method 7.01" in words
 

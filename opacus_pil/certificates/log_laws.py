@@ -40,7 +40,7 @@ def in_logs(law: Law) -> LogLaw:
 
 def mean_and_deviation(law: LogLaw) -> tuple[float, float]:
     """Expectation and standard deviation, for choices of levels only."""
-    weights = np.exp(law.logs)
+    weights = np.exp(law.logs - law.logs.max())
     mean = float(weights @ law.values / weights.sum())
     return mean, math.sqrt(float(weights @ (law.values - mean) ** 2 / weights.sum()))
 
@@ -63,7 +63,9 @@ def narrowed(law: LogLaw, *, count: int, below: float = 7.0, above: float = 7.0)
     far = count // 5
     levels = np.linspace(max(low, mean - below * deviation), end, count - far)
     if top > end:
-        levels = np.append(levels, np.geomspace(end, top, far + 1)[1:])
+        # Where next to all of the mass is at 0, the levels beyond begin at the first value there.
+        start = max(end, float(law.values[law.values > 0.0][0]))
+        levels = np.append(levels, np.geomspace(start, top, far + 1)[1:])
     # Roundings must not leave a value outside, nor two levels in the wrong order.
     levels = np.unique(np.append(np.minimum(levels, top), (low, top)))
     return _spread(law.values, law.logs, levels)

@@ -212,12 +212,13 @@ def test_the_documented_names_are_those_of_the_file(found):
 
 def test_the_first_screen_answers_three_questions(found):
     html = page(found)
-    first = html[: html.index("<h2>")]
+    first = html[: html.index("<h2 ")]
     for question in ("Is the claimed ε true?", "Who is exposed?", "What can be shown?"):
         assert question in first
     assert "no power" in first
-    assert "badge estimate" in first
+    assert "labelled estimate" in first
     assert "http" not in html.replace("http-equiv", "")
+    assert 'id="rows"' not in html  # single records only where they were asked for
     assert "This file is private." in html
 
 

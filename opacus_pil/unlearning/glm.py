@@ -106,11 +106,14 @@ class GlmRun:
             features_of=model.features_of,
         )
         if model.outputs > 1 and not model.separate:
-            caps = ran.account.per_instance.caps
+            caps = ran.account.caps  # a ledger's are raised by what clipping may round
             lengths = loss.steepest * norms.of_rows
             limits = np.ones_like(lengths) if caps is None else caps[state.retain_set]
             require_contracting(
-                _never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths)
+                [
+                    *_never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths),
+                    _class_numbers(state.data.dataset, row=int(state.retain_set[0])),
+                ]
             )
         return model, loss, norms.bound
 
@@ -270,6 +273,21 @@ def _never_clipped(
         f"{float(limits[first]):.6g}",
         "Softmax and clipping together are no contraction: raise max_grad_norm or the caps, scale "
         "the features, or use heads.OneVsRest.",
+    )
+
+
+def _class_numbers(dataset: Any, *, row: int) -> Condition:
+    """Hold targets of a softmax against classes: others scale the loss, whatever gradients show.
+
+    A batch joins them to one tensor, so that one row tells the type of all.
+    """
+    target = torch.as_tensor(dataset[row][1])
+    return Condition(
+        not target.is_floating_point(),
+        "class numbers as targets of a softmax",
+        f"{target.dtype} of shape {tuple(target.shape)} (row {row})",
+        "The loss is as smooth as it is known to be only where targets sum to 1. Pass class "
+        "numbers.",
     )
 
 

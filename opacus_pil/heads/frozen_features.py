@@ -154,7 +154,6 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.erased = kept["erased"].numpy()
         self._sums = kept["sums"].numpy().view(np.uint64)
 
-
     def _require_own(self, dataset: Any, network: nn.Module, *, rows: int) -> None:
         """Raise if what was read is not what the network makes of the first rows now.
 

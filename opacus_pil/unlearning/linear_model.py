@@ -146,7 +146,9 @@ class _FrozenPart:
         left: list[Any] = []
         hooks = [
             self._head.register_forward_pre_hook(lambda _, seen: given.append(seen[0])),
-            self._head.register_forward_hook(lambda _, __, seen: left.append(seen.detach().clone())),
+            self._head.register_forward_hook(
+                lambda _, __, seen: left.append(seen.detach().clone())
+            ),
         ]
         modes = {part: part.training for part in self._module.modules()}
         device = next(self._module.parameters()).device

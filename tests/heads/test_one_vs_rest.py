@@ -58,9 +58,9 @@ def test_an_output_is_moved_by_its_own_logit_alone():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_loss_is_the_sum_over_classes_of_binary_cross_entropy(reduction):
     logits, targets = random_logits(), classes()
-    rows = nn.BCEWithLogitsLoss(reduction="none")(
-        logits, one_hot(targets, CLASSES).to(logits)
-    ).sum(dim=1)
+    rows = nn.BCEWithLogitsLoss(reduction="none")(logits, one_hot(targets, CLASSES).to(logits)).sum(
+        dim=1
+    )
     expected = {"mean": rows.mean(), "sum": rows.sum(), "none": rows}[reduction]
     torch.testing.assert_close(OneVsRestLoss(reduction)(logits, targets), expected)
 

@@ -79,5 +79,5 @@ def test_images_are_flattened_and_other_lengths_refused():
 
 @pytest.mark.parametrize("arguments", [{"features": 0}, {"features": 2, "radius": 0.0}])
 def test_arguments_out_of_range_are_refused(arguments):
-    with pytest.raises(ValueError, match="features|radius"):
+    with pytest.raises(ValueError, match=r"Expected (features|radius)"):
         BoundedFeatures(**arguments)

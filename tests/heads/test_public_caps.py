@@ -1,4 +1,4 @@
-"""Caps from a public model: the norms that Opacus itself would clip, row by row and output by output."""
+"""Caps from a public model: norms that Opacus itself would clip, of each row and output."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_cap_is_the_gradient_norm_that_opacus_finds_at_the_public_model(kind):
         floor=0.03, loss_scale=scale,
     )  # fmt: skip
     expected = np.minimum(0.7 * norms / bounds + 0.03, 1.0)
-    assert 0.0 < (expected < 1.0).mean()  # not all at the bound
+    assert (expected < 1.0).any()  # not all at the bound
     np.testing.assert_allclose(
         caps,
         expected if kind != "one" else expected[:, 0],

@@ -71,9 +71,7 @@ class Stepper:
         return torch.cat(list(self.module.parameters())).detach().clone()
 
 
-@pytest.mark.parametrize(
-    "caps", [None, np.ones((SIZE, CLASSES))], ids=["no caps", "caps of one"]
-)
+@pytest.mark.parametrize("caps", [None, np.ones((SIZE, CLASSES))], ids=["no caps", "caps of one"])
 def test_the_sum_is_opacus_own_bit_for_bit(caps):
     ours, theirs = Stepper(caps=caps), Stepper(recorded=False)
     for rows in BATCHES:

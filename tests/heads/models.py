@@ -96,8 +96,8 @@ class Heads:
         self.criterion(self.module(inputs), targets).backward()
         self.optimizer.step()
 
-    def run(self, steps: int = 3, *, before: Any = None) -> Heads:
-        """Train; `before(step, self)` may meddle."""
+    def run(self, steps: int = 3, *, before: Any = None, after: Any = None) -> Heads:
+        """Train; `before(step, self)` and `after(step, self)` may meddle."""
         taken = 0
         while taken < steps:
             for batch in self.loader:
@@ -105,6 +105,8 @@ class Heads:
                     before(taken, self)
                 self.step(*batch)
                 taken += 1
+                if after is not None:
+                    after(taken, self)
                 if taken == steps:
                     break
         return self

@@ -299,7 +299,9 @@ REFUSED = {
          "caps": CAPS}, "feature_norm=None",
     ),
     "a forward pass of its own": ({"module": overridden(), "caps": CAPS}, "its own forward"),
-    "an output with one": ({"module": output_overridden(), "policy": "worst_case"}, "its own forward"),
+    "an output with one": (
+        {"module": output_overridden(), "policy": "worst_case"}, "its own forward",
+    ),
 }  # fmt: skip
 
 
@@ -321,7 +323,7 @@ def test_a_loss_that_is_scaled_in_the_loop_is_refused():
         made.optimizer.zero_grad()
         (3.0 * made.criterion(made.module(inputs), targets)).backward()
         made.optimizer.step()
-    with pytest.raises(CertificateError, match="as the named loss|other gradients|norm at most"):
+    with pytest.raises(CertificateError, match=r"norm at most|other gradients"):
         unlearning(made, feature_norm=1.0).plan([3], **GOAL)
 
 
@@ -352,7 +354,7 @@ def test_caps_that_were_changed_midway_are_refused():
     made = Heads(caps=CAPS, settings={"budget": (8.0, DELTA)}).run(2)
     made.engine.set_caps(0.5 * CAPS)
     made.run(1)
-    with pytest.raises(CertificateError, match="caps that|caps fixed|a budget"):
+    with pytest.raises(CertificateError, match="caps fixed before the run"):
         unlearning(made, feature_norm=1.0).plan([3], **GOAL)
 
 
@@ -367,7 +369,7 @@ def test_a_schedule_of_one_outputs_bound_is_no_constant_step():
 def test_weights_that_are_tied_after_training_are_refused():
     made = Heads(caps=CAPS).run(2)
     made.plain.outputs[1].weight = made.plain.outputs[0].weight
-    with pytest.raises((CertificateError, LedgerError), match="share weights|as it was|edited"):
+    with pytest.raises((CertificateError, LedgerError), match=r"share weights|as it was"):
         unlearning(made, feature_norm=1.0).plan([3], **GOAL)
 
 

@@ -94,7 +94,7 @@ class GlmRun:
             [
                 *_known_loss(criterion, loss, self.kernel.loss_reduction),
                 _same_task(task, training.task, measured=self._measured),
-                *_clipped_apart(model, self.kernel),
+                *_clipped_apart(model, loss, self.kernel),
             ]
         )
         assert loss is not None
@@ -112,7 +112,7 @@ class GlmRun:
             require_contracting(
                 [
                     *_never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths),
-                    _class_numbers(state.data.dataset, row=int(state.retain_set[0])),
+                    _class_numbers(task, state.data.dataset, row=int(state.retain_set[0])),
                 ]
             )
         return model, loss, norms.bound
@@ -236,7 +236,9 @@ def _same_task(task: Task, trained: Task, *, measured: bool) -> Condition:
     )
 
 
-def _clipped_apart(model: LinearModel, kernel: TrainingKernel) -> Iterator[Condition]:
+def _clipped_apart(
+    model: LinearModel, loss: ConvexLoss | None, kernel: TrainingKernel
+) -> Iterator[Condition]:
     """Hold how outputs are clipped against how they are parametrised."""
     if model.separate:
         yield Condition(
@@ -245,6 +247,12 @@ def _clipped_apart(model: LinearModel, kernel: TrainingKernel) -> Iterator[Condi
             f"clipping={kernel.clipping!r}",
             "Clipping all outputs together is no contraction. Train with clipping='per_layer' and "
             "max_grad_norm=[one per class].",
+        )
+        yield Condition(
+            loss is not None and loss.apart,
+            "a loss of each output of OneVsRest by itself",
+            "one that joins them",
+            "Clipped output by output, a softmax is no contraction. Use heads.OneVsRestLoss.",
         )
 
 
@@ -276,16 +284,16 @@ def _never_clipped(
     )
 
 
-def _class_numbers(dataset: Any, *, row: int) -> Condition:
+def _class_numbers(task: Task, dataset: Any, *, row: int) -> Condition:
     """Hold targets of a softmax against classes: others scale the loss, whatever gradients show.
 
     A batch joins them to one tensor, so that one row tells the type of all.
     """
-    target = torch.as_tensor(dataset[row][1])
+    target = task.collate([dataset[row]])[1]
     return Condition(
-        not target.is_floating_point(),
+        isinstance(target, torch.Tensor) and not target.is_floating_point(),
         "class numbers as targets of a softmax",
-        f"{target.dtype} of shape {tuple(target.shape)} (row {row})",
+        f"{getattr(target, 'dtype', type(target).__name__)} (row {row})",
         "The loss is as smooth as it is known to be only where targets sum to 1. Pass class "
         "numbers.",
     )

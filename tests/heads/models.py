@@ -62,7 +62,8 @@ class Heads:
         self, module: nn.Module | None = None, *, data: Any = None, criterion: Any = None,
         caps: Any = None, policy: str = "capped", bounds: Any = None, clipping: str = "per_layer",
         noise: float = 2.0, rate: float = 1.0, decay: float = 0.01, batch: int | None = None,
-        seed: int = 0, engine: Any = None, make: Any = None, reverse: bool = False, **options: Any,
+        seed: int = 0, engine: Any = None, make: Any = None, reverse: bool = False,
+        collate: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         self.data = bounded() if data is None else data
@@ -84,7 +85,9 @@ class Heads:
             bounds = [1.0] * len(trained) if clipping == "per_layer" else 1.0
         private = self.engine.make_private(
             module=self.plain, optimizer=made(trained[::-1] if reverse else trained),
-            data_loader=DataLoader(self.data, batch_size=batch or len(self.data)),
+            data_loader=DataLoader(
+                self.data, batch_size=batch or len(self.data), collate_fn=collate
+            ),
             noise_multiplier=noise, max_grad_norm=bounds, clipping=clipping,
             criterion=self.criterion, noise_generator=torch.Generator().manual_seed(seed + 1),
             **options,

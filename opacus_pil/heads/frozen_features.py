@@ -24,7 +24,7 @@ from .. import _validate as check
 from ..capture.randomness import untouched_generators
 from ..errors import LedgerError, UnsupportedError
 from ..files.container import load_state, save_state
-from ..files.fingerprint import dataset_fingerprint
+from ..files.fingerprint import Fingerprint, dataset_fingerprint
 from ..files.model_hash import model_hash
 
 _KIND = "frozen features"
@@ -55,7 +55,8 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         erased: Shape (rows,), True where `erase` was called.
 
     Raises:
-        UnsupportedError: The network gives other features when it is asked again.
+        UnsupportedError: The network gives other features when it is asked again; or `folder`, and
+            a data set that cannot be told from others.
         ValueError: Its output has no rows, or is not (batch, features).
         NotADirectoryError: `folder` is no folder.
         LedgerError: A damaged file, or one of another network with the same weights.
@@ -77,7 +78,14 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         size = check.integer("batch_size", batch_size, low=1)
         check.integer("len(dataset)", len(dataset), low=1)
         network = copy.deepcopy(frozen).eval().requires_grad_(requires_grad=False)
-        self.key = _key(dataset, network)
+        found = dataset_fingerprint(dataset)
+        if folder is not None and found.how not in ("contents", "given"):
+            raise UnsupportedError(
+                f"Expected a data set whose contents are known where features are kept in a "
+                f"folder, got {type(dataset).__name__}: others of its length would be given its "
+                "features. Leave folder out, or let its attribute _fingerprint name what it holds."
+            )
+        self.key = _key(found, network)
         self._path = None if folder is None else Path(folder) / f"{self.key}.pt"
         if self._path is not None and self._path.exists():
             self._take(load_state(self._path, kind=_KIND))
@@ -173,8 +181,7 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             )
 
 
-def _key(dataset: Any, network: nn.Module) -> str:
-    found = dataset_fingerprint(dataset)
+def _key(found: Fingerprint, network: nn.Module) -> str:
     text = f"{model_hash(network)} {network!r} {found.sha256} {found.how} {found.length}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 
-from opacus_pil import CertificateError, UnlearningEngine
-from opacus_pil.heads import OneVsRestLoss
-from tests.heads.models import CLASSES, SIZE, WIDTH, Heads, binary, head, linear, raw
+from opacus_pil import CertificateError, UnlearningEngine, UnsupportedError
+from opacus_pil.heads import FrozenFeatures, OneVsRestLoss
+from tests.heads.models import CLASSES, SIZE, WIDTH, Heads, binary, frozen, head, linear, raw
 
 CAPS = np.random.default_rng(0).uniform(0.05, 1.0, (SIZE, CLASSES))
 GOAL = {"epsilon": 2.0, "delta": 1e-2, "method": "langevin", "max_steps": 5000}
@@ -77,6 +77,16 @@ def test_a_collate_function_that_scales_features():
 
     made = Heads(caps=CAPS, collate=scaled).run(2)
     refused(made, "constant steps")
+
+
+def test_kept_features_that_are_put_into_another_order():
+    """Each row would be clipped to somebody else's cap."""
+    data = FrozenFeatures(raw(), frozen(head())[:-1], progress=False)
+    made = Heads(caps=CAPS, data=data).run(2)
+    for tensor in (data.features, data.targets):
+        tensor.copy_(tensor.flip(0))
+    with pytest.raises(UnsupportedError, match="not always the same instance"):
+        made.run(1)
 
 
 def test_weights_that_change_places_are_clipped_where_they_are():

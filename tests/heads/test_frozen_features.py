@@ -255,6 +255,34 @@ def test_what_gives_no_fixed_features_is_refused_and_leaves_no_file(change, erro
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class OnDisk(torch.utils.data.Dataset):
+    """Rows that are not in memory; what they are is not to be seen."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = [[seed]]
+
+    def __len__(self) -> int:
+        return SIZE
+
+    def __getitem__(self, row):
+        return raw(seed=self._seed[0][0] if row > 20 else 0)[row]
+
+
+def test_features_of_other_rows_of_the_same_class_are_not_taken_for_these(tmp_path):
+    """One record was exchanged for another since: the one that left would be trained on."""
+    with pytest.raises(UnsupportedError, match="whose contents are known"):
+        features(OnDisk(0), folder=tmp_path)
+    assert not files(tmp_path)
+    assert features(OnDisk(0)).features.any()
+    named = []
+    for seed in (0, 1):
+        data = OnDisk(seed)
+        data._fingerprint = f"version {seed}"
+        named.append(features(data, folder=tmp_path))
+    assert not torch.equal(named[0].features, named[1].features)
+    assert len(files(tmp_path)) == 2
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(NotADirectoryError, match="existing folder"):
         features(folder=tmp_path / "none")

@@ -145,9 +145,7 @@ def _kernel(
         expected_batch_size=optimizer.expected_batch_size,
         noise_multiplier=asked.noise_multiplier,
         # Opacus scales the noise by the norm of several bounds as it rounds it
-        max_grad_norm=float(optimizer.max_grad_norm)
-        if asked.output_bounds
-        else asked.max_grad_norm,
+        max_grad_norm=float(optimizer.max_grad_norm) if asked.output_bounds else asked.max_grad_norm,
         loss_reduction=optimizer.loss_reduction,
         grad_sample_mode=asked.grad_sample_mode,
         batch_first=batch_first,

@@ -155,6 +155,21 @@ def test_a_budget_is_spent_by_all_outputs_together_and_then_the_row_is_out():
     assert not in_force.any()
 
 
+def test_a_ledger_with_smaller_caps_has_the_last_word():
+    """Each output gives up the same share: the row is charged less, and moves as much less."""
+    caps = some_caps()
+    made = Heads(caps=caps, bounds=BOUNDS)
+    made.engine.per_instance.set_caps(0.25 * made.engine.per_instance.caps)
+    for p in made.plain.parameters():
+        nn.init.ones_(p)
+    made.run(1)
+    in_force = made.engine.account.caps_in_force(np.arange(SIZE), noise=2.0, rate=1.0)
+    np.testing.assert_allclose(in_force, 0.25 * caps, rtol=1e-5)  # raised by what clipping rounds
+    most = 0.25 * np.sum(caps * BOUNDS, axis=0)
+    moved = [float(p.summed_grad.norm()) for p in made.plain.parameters()]
+    assert (np.array(moved) <= most * (1 + 1e-5)).all()
+
+
 # --- what cannot be enforced ----------------------------------------------------------------------
 
 

@@ -9,7 +9,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pil import CertificateError, LedgerError, UnlearningEngine
-from opacus_pil.certificates import ContractionCertificate, verify_certificate
+from opacus_pil.certificates import (
+    ContractionCertificate,
+    read_certificate,
+    verify_certificate,
+)
 from opacus_pil.heads import BoundedFeatures, FrozenFeatures, OneVsRest
 from opacus_pil.unlearning.plan import CertifiedPlan
 from opacus_pil.unlearning.result import CertifiedResult
@@ -155,6 +159,24 @@ def test_requests_in_turn_count_all_their_members():
     assert verify_certificate(record).holds
 
 
+def test_requests_are_served_from_a_queue_by_a_head_that_was_opened_again(tmp_path):
+    """The second process trains nothing: it takes the state, caps per output included."""
+    first = unlearning(Heads(caps=CAPS).run(STEPS), feature_norm=1.0, requests=tmp_path)
+    first.submit([0], request_id="ada")
+    (ada,) = first.serve(**GOAL)
+    again = unlearning(Heads(caps=CAPS).run(STEPS), feature_norm=1.0, requests=tmp_path)
+    again.load_state_dict(first.state_dict())
+    again.submit([5], request_id="bob")
+    (bob,) = again.serve(**GOAL)
+    assert (ada.result["status"], bob.result["status"]) == ("certified", "certified")
+    assert again.forgotten == {0, 5}
+    record = read_certificate(tmp_path / bob.result["certificate_file"])
+    assert (record.earlier_requests, record.earlier_steps) == (1, ada.result["steps"])
+    assert verify_certificate(record).holds
+    both = np.linalg.norm(CAPS[0] + CAPS[5]) / SIZE  # both in all steps of training
+    assert max(record.certificate.shifts) == pytest.approx(both, rel=2e-5)
+
+
 def test_unlearning_clips_each_output_to_its_cap_as_training_did(monkeypatch):
     from opacus_pil.capture.norms import RecordingPerLayerOptimizer
 
@@ -169,6 +191,38 @@ def test_unlearning_clips_each_output_to_its_cap_as_training_did(monkeypatch):
     plan = engine.plan([3], **GOAL)
     engine.unlearn(plan, seed=1)
     assert seen == [([1.0] * CLASSES, SIZE - 1)] * plan.steps
+
+
+def coupled(made: Heads, rows: np.ndarray, steps: int) -> list[torch.Tensor]:
+    """Train a head from the start on some rows, by the kernel and the noise of the others."""
+    fork, module, path = made.engine.fork(), head(), []
+    wrapped, optimizer, loader = fork.make_private_on(
+        rows, module=module, dataset=made.data, steps=steps,
+        optimizer=torch.optim.SGD(module.parameters(), lr=2.0, weight_decay=0.05),
+        noise_generator=torch.Generator().manual_seed(4),
+    )  # fmt: skip
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        made.criterion(wrapped(inputs), targets).backward()
+        optimizer.step()
+        path.append(torch.cat([p.detach().double() for p in module.parameters()]))
+    return path
+
+
+def test_coupled_runs_never_part_by_more_than_the_certificate_assumes():
+    """Same noise, with and without two rows: z_t <= c z_{t-1} + s_t, by what really clips."""
+    bounds, forget = [0.2, 0.05, 0.4], [1, 3]
+    made = Heads(caps=CAPS, bounds=bounds, noise=0.5, rate=2.0, decay=0.05).run(3)
+    certificate = unlearning(made, feature_norm=1.0).plan(forget, **GOAL).certificate
+    everyone = np.arange(SIZE)
+    paths = [coupled(made, rows, 25) for rows in (everyone, np.setdiff1d(everyone, forget))]
+    allowed, closest = 0.0, 0.0
+    for first, second in zip(*paths, strict=True):
+        allowed = certificate.contraction * allowed + certificate.shifts[0]
+        distance = float((first - second).norm())
+        closest = max(closest, distance / allowed)
+        assert distance <= allowed
+    assert closest > 0.2  # and is not vacuous
 
 
 def test_poisson_batches_of_a_head_are_certified_too():

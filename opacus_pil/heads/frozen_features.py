@@ -134,9 +134,12 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         gone = check.index_array("rows", rows, size=len(self))
         if not len(gone):
             return
+        kept = self.erased
         if self._path is not None and self._path.exists():  # another process may have erased some
-            elsewhere = load_state(self._path, kind=_KIND)["erased"].numpy()
-            gone = np.union1d(gone, np.flatnonzero(elsewhere))
+            kept = load_state(self._path, kind=_KIND)["erased"].numpy()
+            gone = np.union1d(gone, np.flatnonzero(kept))
+        if bool(kept[gone].all()) and bool(self.erased[gone].all()):
+            return
         self.features[torch.as_tensor(gone)] = 0
         self.targets[torch.as_tensor(gone)] = 0
         self.erased[gone] = True

@@ -181,6 +181,16 @@ def test_a_row_that_was_erased_stays_so_when_another_reader_erases(tmp_path):
     assert not second.features[3].any()
 
 
+def test_erasing_again_writes_nothing(tmp_path):
+    kept = features(folder=tmp_path)
+    kept.erase([3, 4])
+    (path,) = files(tmp_path)
+    before = path.stat().st_mtime_ns
+    kept.erase([4])
+    kept.erase([])
+    assert path.stat().st_mtime_ns == before
+
+
 def test_erasing_what_could_not_be_written_is_done_when_it_is_asked_again(tmp_path, monkeypatch):
     kept = features(folder=tmp_path)
     with monkeypatch.context() as full:

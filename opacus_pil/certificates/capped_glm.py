@@ -44,8 +44,8 @@ class CappedGlm:
     Attributes:
         caps: Shape (members, outputs), in units of each output's bound.
         bounds: Shape (outputs,), clip bound of each output.
-        step_size, weight_decay, feature_norm, noise_multiplier, expected_batch_size,
-            loss_smoothness: As in `ContractionCertificate.one_output_glm`.
+        step_size, weight_decay, feature_norm: As in `ContractionCertificate.one_output_glm`.
+        noise_multiplier, expected_batch_size, loss_smoothness: Likewise.
         kind: "one" output, "separate" ones, or "unclipped": a loss that is convex in all outputs
             together and whose gradients never reach their clip.
         steepness: With "unclipped": most that the loss's gradient in the outputs is long.

@@ -147,6 +147,7 @@ class Trainings:
             tracker,
             caps=caps,
             caps_rounding=1.0 if account.enforced is None else account.enforced.rounding,
+            cap_bounds=() if account.enforced is None else account.enforced.output_bounds,
             rand_on_empty=kernel.rand_on_empty,
             noise_seen=account.noise_seen,
         )

@@ -36,6 +36,7 @@ ROOMS = (
     "unlearning",
     "evaluation",
     "replaying",
+    "image_files",
     "datasets",
     "plots",
     "report",

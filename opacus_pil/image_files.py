@@ -2,7 +2,8 @@
 
 Knows file names and byte layouts; gives pixels and labels. Knows no tensors and no network: nothing
 is downloaded. Nothing is unpickled either, which is why the "python version" of CIFAR-10 is not
-read: its files are pickles, and loading a pickle runs whatever its maker wrote into it.
+read: its files are pickles, and loading a pickle runs whatever its maker wrote into it. SVHN's
+MATLAB files are read by scipy, which notices one that was cut, but is not made for hostile ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _CIFAR_CURE = (
 _SVHN_FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
 # What scipy raises at bytes that are no MATLAB 5 file, or one that was cut; 7.3 is HDF5.
 _BROKEN = (
-    MatReadError, ValueError, TypeError, KeyError, NotImplementedError, EOFError, OSError,
+    MatReadError, ValueError, TypeError, LookupError, NotImplementedError, EOFError, OSError,
     zlib.error,
 )  # fmt: skip
 _SVHN_CURE = (

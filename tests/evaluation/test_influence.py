@@ -78,9 +78,9 @@ def test_it_predicts_what_retraining_without_each_instance_does() -> None:
         features, features @ weights, targets, weight_decay=decay, bias=False
     ).loss_change
     assert spearmanr(found, truth).statistic > 0.999
-    # To second order the change of the logit is divided by 1 − h, h the leverage, and the loss bends
-    # by h/2 more: first order misses about 3h/2. The curvature itself changes by a factor of at
-    # most exp(change of the logit): |d log σ'| <= 1.
+    # To second order the change of the logit is divided by 1 − h, h the leverage, and the loss
+    # bends by h/2 more: first order misses about 3h/2. The curvature itself changes by a factor of
+    # at most exp(change of the logit): |d log σ'| <= 1.
     p = probabilities(features @ weights)
     inverse = np.linalg.inv(150 * dense_hessian(features, p, decay))
     spread = np.einsum("nd,de,ne->n", features, inverse, features)

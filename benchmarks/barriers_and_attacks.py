@@ -1,12 +1,12 @@
 """Loss barrier or membership attack: which ranks forget sets by their distance from retraining?
 
-Distance: mean over a set's members of |confidence of the model − mean confidence of three oracles|.
-Barriers and attacks use three *other* oracles. Attacks: offline LiRA (shared variance; members are
-the set, non-members the test images, both judged by models that saw neither) and the threshold on
-the loss, which needs no other model: as it is, and minus what it finds in the three oracles, since a
-set that is harder than the test images looks like non-members to it, forgotten or not. "original" is the model before unlearning, "unlearned" after
-five epochs of fine-tuning without the set. A set's floor is the same distance between the mean of
-three oracles and the mean of three others: what cannot be told from retraining.
+Distance: mean over a set's members of |confidence of the model − mean confidence of oracles|, half
+of them. Barriers and attacks use the *other* half. Attacks: offline LiRA (shared variance; members
+are the set, non-members the test images, both judged by models that saw neither) and the threshold
+on the loss, which needs no other model: as it is, and minus what it finds in those oracles, since a
+set that is harder than the test images looks like non-members to it, forgotten or not. "original"
+is the model before unlearning, "unlearned" after five epochs of fine-tuning without the set. A
+set's floor is the same distance between both halves: what cannot be told from retraining.
 
     python benchmarks/barriers_and_attacks.py
 """
@@ -71,7 +71,8 @@ def set_rows(found: re.Retraining) -> list[dict[str, Any]]:
     """Return one row for each forget set and each of the two models."""
     rows = []
     for chosen, oracles, runs in zip(found.sets, found.oracles, found.runs, strict=True):
-        first, second = oracles[: re.ORACLES - re.RUNS], oracles[re.ORACLES - re.RUNS :]
+        half = len(oracles) // 2
+        first, second = oracles[:half], oracles[half:]
         target = re.confidence(first, chosen.rows)
         floor = np.abs(re.confidence(second, chosen.rows) - target).mean()
         others = margins(found, [o["weights"] for o in second], chosen.rows)

@@ -1,8 +1,8 @@
 """Trainings, oracles and unlearning runs that three benchmarks read: no question of its own.
 
 Three trainings of each condition (own split, initialisation, batches, noise) on 2,000 images of
-MNIST-5k; of each nine quantile sets by privacy loss and six random sets, 100 images each; for each
-set six models retrained without it and three runs of fine-tuning without it. Trials are those of
+MNIST-5k; of each, quantile sets by privacy loss and random sets, 100 images each; for each set,
+models retrained without it and runs of fine-tuning without it (`AMOUNTS`). Trials are those of
 `opacus_pil.study` and are kept in a folder: a second script finds what the first computed.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,32 @@ CONDITIONS = (
     Condition("sgld", "mlp", NOISE, NOISE),
     Condition("sgd", "cnn", 0.0, NOISE),
     Condition("sgld", "cnn", NOISE, NOISE),
-    Condition("sgld, twice the noise", "cnn", 2 * NOISE, 2 * NOISE),
 )
-TRAININGS, ORACLES, RUNS = 3, 6, 3
+TRAININGS = 3
 UNLEARNING_EPOCHS = 5
-RANDOM_SETS = 6
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is trained beside one training.
+
+    Attributes:
+        oracles: Of each set; the first half measures distances, the other half the rest.
+        runs: Of unlearning; run k has its barrier to the oracle k of the other half.
+        random_sets: Sets of 100 that no score had a say in.
+        ends: Of the quantile sets, as in `Sizes.set_ends`.
+    """
+
+    oracles: int
+    runs: int
+    random_sets: int
+    ends: tuple[float, ...]
+
+
+AMOUNTS = {
+    "mlp": Amount(6, 3, 6, (0.05, 0.25, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0)),
+    "cnn": Amount(4, 2, 4, (0.05, 0.5, 0.75, 0.9, 1.0)),  # takes several times as long
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +72,7 @@ class Retraining:
         original: What `trials.original` returned.
         sets: Forget sets, quantile sets first.
         oracles: Of each set, what `trials.oracle` returned.
-        runs: Of each set, what `trials.unlearning` returned; run k has its barrier to oracle
-            `ORACLES - RUNS + k`.
+        runs: Of each set, what `trials.unlearning` returned.
         settings: Of the study.
     """
 
@@ -132,8 +152,9 @@ def retrain(
 ) -> Retraining:
     """Run one training with its sets, or read what of it is there."""
     settings = study_settings("mnist5k")
-    sizes = replace(settings.sizes, random_sets=RANDOM_SETS)
-    settings = replace(settings, sizes=sizes)
+    sizes, amount = settings.sizes, AMOUNTS[condition.model]
+    half = amount.oracles // 2
+    assert amount.runs <= half
     bench = Bench(settings, folder, number, jobs, False, say)
     common = trials.common_config(settings, condition, seed=number)
     first = {**common, "kind": "original", "seed": _seed(number, 0), "early_epochs": 2 * 31}
@@ -144,30 +165,30 @@ def retrain(
         score = losses_at(
             np.minimum(norms, np.median(norms)), settings, condition, factor=1.0, order=2.0
         )
-        sets = quantile_sets(score, ends=sizes.set_ends, size=sizes.set_size)
-        sets += random_sets(len(score), sets=RANDOM_SETS, size=sizes.set_size, seed=number)
+        sets = quantile_sets(score, ends=amount.ends, size=sizes.set_size)
+        sets += random_sets(len(score), sets=amount.random_sets, size=sizes.set_size, seed=number)
         without = [
             {**common, "kind": "oracle", "forget_set": s.rows, "seed": _seed(number, 1 + k)}
             for s in sets
-            for k in range(ORACLES)
+            for k in range(amount.oracles)
         ]
         say(f"{condition.model}, {condition.name}, {number}: {len(without)} oracles")
         oracles = bench.run(trials.oracle, without, "oracles")
         tuning = [
             {**common, "kind": "unlearning", "forget_set": s.rows, "seed": _seed(number, 50 + k),
              "start": bench.key(first),
-             "oracle": bench.key(without[(i + 1) * ORACLES - RUNS + k]),
+             "oracle": bench.key(without[i * amount.oracles + half + k]),
              "unlearning_epochs": UNLEARNING_EPOCHS,
              "record_every": UNLEARNING_EPOCHS * sizes.steps_per_epoch,
              "barrier_rows": sizes.barrier_rows}
             for i, s in enumerate(sets)
-            for k in range(RUNS)
+            for k in range(amount.runs)
         ]  # fmt: skip
         runs = bench.run(partial(trials.unlearning, folder=str(folder)), tuning, "unlearning")
     return Retraining(
         condition, number, trials.parts("mnist5k", sizes.train, sizes.test, number), original, sets,
-        [oracles[i * ORACLES :][:ORACLES] for i in range(len(sets))],
-        [runs[i * RUNS :][:RUNS] for i in range(len(sets))],
+        [oracles[i * amount.oracles :][: amount.oracles] for i in range(len(sets))],
+        [runs[i * amount.runs :][: amount.runs] for i in range(len(sets))],
         settings,
     )  # fmt: skip
 

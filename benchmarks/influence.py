@@ -3,9 +3,10 @@
 Instances of random sets; distance: |confidence of the model − mean confidence of the oracles
 retrained without the set|, at once and after five epochs of fine-tuning without it; and the rise of
 the loss itself at once (mean of the oracles − model), which is what influence predicts. Influence:
-of the last layer on the own loss (`influence_scores`), at the end of training (exact Hessian) and
-as a mean over the weights before each epoch and at the end (blocks), as the other scores look at
-all of training. Weight decay is 0, so the damping is nominal; three values are tried.
+of the last layer on the own loss (`influence_scores`), at the end of training (of the MLP with the
+exact Hessian, of the CNN in blocks) and as a mean over the weights before each epoch and at the end
+(blocks), as the other scores look at all of training. Weight decay is 0, so the damping is nominal;
+three values are tried.
 
     python benchmarks/influence.py
 """
@@ -27,7 +28,7 @@ DAMPINGS = (1e-4, 1e-2, 1.0)
 
 @torch.no_grad()
 def influence(
-    found: re.Retraining, weights: dict[str, torch.Tensor], *, damping: float, largest: int = 4096
+    found: re.Retraining, weights: dict[str, torch.Tensor], *, damping: float, largest: int = 1024
 ) -> np.ndarray:
     """Self-influence of every training image through the last layer."""
     train, module = found.data["train"], found.module(weights)

@@ -31,6 +31,7 @@ from opacus_pil.evaluation import compare_scores, estimate_convergence
 from opacus_pil.study.noisy_steps import noise_multiplier
 
 FACTORS = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
+EVERY = 3  # epochs between two looks at the implicit noise
 ORDERS = (1.25, 4.0, 8.0, 32.0)
 
 
@@ -92,7 +93,7 @@ def implicit(found: re.Retraining) -> dict[str, Any]:
     chance = rate * (1 - rate)
     unit = float(np.median(found.norms))
     own, random, kurtosis, ratios, plain = [], [], [], [], []
-    for weights in found.checkpoints()[:-1]:
+    for weights in found.checkpoints()[:-1:EVERY]:
         gradients = per_sample_gradients(found, weights)
         gram = (gradients @ gradients.T).double().numpy()
         norms = np.sqrt(gram.diagonal())

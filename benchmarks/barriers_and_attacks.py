@@ -124,7 +124,7 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     options = re.arguments((__doc__ or "").split("\n")[0], out="barriers_and_attacks.json")
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = options.before
     for condition in options.chosen:
         rows = []
         for number in range(options.trainings):

@@ -3,9 +3,9 @@
 The trainings take turns step by step in one process on the same batches, as in `overhead.py`:
 medians of processor time per step as a ratio to plain Opacus's, with bootstrap 95 % intervals. An
 estimate by `refresh` besides makes a full pass now and then: its time per row over that of a row in
-a step of plain Opacus is how many epochs of training a pass costs. `make_private` (which reads the
-data once, for their fingerprint) and ε for everybody are given as shares of an epoch of plain
-Opacus: median step × steps. Random data of 64 features, 10 classes, networks with one or two hidden
+a step of plain Opacus is how many epochs of training a pass costs. The fingerprint of the data (they
+are read once, for checkpoints and certificates) and ε for everybody are given as shares of an epoch
+of plain Opacus: median step × steps. Random data of 64 features, 10 classes, networks with one or two hidden
 layers, batches of 64 on average. Plain Opacus holds every row's gradient in "hooks" mode, 2.5 GB at
 10⁷ parameters: there it is measured in ghost mode only.
 
@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import opacus
 import torch
-from overhead import POLICIES, Case, make_engine, measure, ratio_interval
+from overhead import POLICIES, Case, measure, ratio_interval
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+from opacus_pil.accounting import PerInstanceAccountant
 from opacus_pil.capture.sweep import sweep
+from opacus_pil.files.fingerprint import dataset_fingerprint
 
 FEATURES, CLASSES, BATCH = 64, 10, 64
 PARAMETERS = (10**3, 10**4, 10**5, 10**6, 10**7)
@@ -114,39 +115,26 @@ def model_rows(steps: int) -> list[dict[str, Any]]:
 
 def data_rows(steps: int) -> list[dict[str, Any]]:
     found = []
-    print(
-        "\n| rows | last_seen | capped | make_private, ours / Opacus's, in epochs | ε, in epochs |"
-    )
+    print("\n| rows | last_seen | capped | fingerprint, in epochs | ε, in epochs |")
     for count in ROWS:
         rows = data(count)
         ratios, step = step_ratios(lambda: network(10**4), rows, mode="hooks", steps=steps)
         epoch = step * count / BATCH
 
-        def make(policy: str, rows: TensorDataset = rows) -> opacus.PrivacyEngine:
-            module = network(10**4)
-            engine = make_engine(policy, len(rows))
-            engine.make_private(
-                module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-                data_loader=DataLoader(rows, batch_size=BATCH),
-                criterion=nn.CrossEntropyLoss(), noise_multiplier=1.0, max_grad_norm=1.0,
-            )  # fmt: skip
-            return engine
-
-        plain, _ = clocked(lambda make=make: make("opacus"))
-        ours, engine = clocked(lambda make=make: make("last_seen"))
-        engine.per_instance.observe_all(np.linspace(0.01, 1.0, count))
-        engine.per_instance.step(
+        read, _ = clocked(lambda rows=rows: dataset_fingerprint(rows))
+        account = PerInstanceAccountant(count)
+        account.observe_all(np.linspace(0.01, 1.0, count))
+        account.step(
             indices=np.empty(0, dtype=np.int64), sensitivities=np.empty(0),
             noise_multiplier=1.0, sample_rate=BATCH / count,
         )  # fmt: skip
-        asked, _ = clocked(lambda e=engine: e.per_instance.get_epsilon(delta=DELTA))
+        asked, _ = clocked(lambda a=account: a.get_epsilon(delta=DELTA))
         found.append(
-            {"rows": count, "steps": steps, **ratios, "make_private_in_epochs": ours / epoch,
-             "opacus_make_private_in_epochs": plain / epoch, "epsilon_in_epochs": asked / epoch}
+            {"rows": count, "steps": steps, **ratios, "fingerprint_in_epochs": read / epoch,
+             "epsilon_in_epochs": asked / epoch}
         )  # fmt: skip
         print(
-            f"| {count:,} | {_cells(ratios)} | {ours / epoch:.4f} / {plain / epoch:.4f} | "
-            f"{asked / epoch:.4f} |",
+            f"| {count:,} | {_cells(ratios)} | {read / epoch:.4f} | {asked / epoch:.4f} |",
             flush=True,
         )
     return found
@@ -163,10 +151,16 @@ def main() -> None:
     default = Path(__file__).parent / "results" / "estimate_cost.json"
     parser.add_argument("--out", type=Path, default=default, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--parts", default="", help="models or data; the file keeps the other")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # notices of Opacus and torch
-    result = {"models": model_rows(options.steps), "data": data_rows(options.steps)}
+    result = {}
+    if options.parts and options.out.exists():
+        result = json.loads(options.out.read_text())
+    for name, rows in (("models", model_rows), ("data", data_rows)):
+        if options.parts in ("", name):
+            result[name] = rows(options.steps)
     options.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 

@@ -97,7 +97,7 @@ def compared(found: re.Retraining) -> dict[str, Any]:
 
 def main() -> None:
     options = re.arguments((__doc__ or "").split("\n")[0], out="influence.json")
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = options.before
     for condition in options.chosen:
         each = [
             compared(

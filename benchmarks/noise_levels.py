@@ -144,7 +144,7 @@ def implicit(found: re.Retraining) -> dict[str, Any]:
 
 def main() -> None:
     options = re.arguments((__doc__ or "").split("\n")[0], out="noise_levels.json")
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = options.before
     for condition in options.chosen:
         name = f"{condition.model}, {condition.name}"
         found = [

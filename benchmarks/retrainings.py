@@ -9,6 +9,7 @@ models retrained without it and runs of fine-tuning without it (`AMOUNTS`). Tria
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -203,6 +204,10 @@ def arguments(description: str, *, out: str) -> argparse.Namespace:
     parser.add_argument("--trainings", type=int, default=TRAININGS)
     parser.add_argument("--conditions", default="", help="only those whose name contains this")
     options = parser.parse_args()
+    # Some conditions only: what the file says about the others stays.
+    options.before = {}
+    if options.conditions and options.out.exists():
+        options.before = json.loads(options.out.read_text())
     options.chosen = [c for c in CONDITIONS if options.conditions in f"{c.model}, {c.name}"]
     torch.set_num_threads(1)
     return options

@@ -3,11 +3,11 @@
 The trainings take turns step by step in one process on the same batches, as in `overhead.py`:
 medians of processor time per step as a ratio to plain Opacus's, with bootstrap 95 % intervals. An
 estimate by `refresh` besides makes a full pass now and then: its time per row over that of a row in
-a step of plain Opacus is how many epochs of training a pass costs. The fingerprint of the data (they
-are read once, for checkpoints and certificates) and ε for everybody are given as shares of an epoch
-of plain Opacus: median step × steps. Random data of 64 features, 10 classes, networks with one or two hidden
-layers, batches of 64 on average. Plain Opacus holds every row's gradient in "hooks" mode, 2.5 GB at
-10⁷ parameters: there it is measured in ghost mode only.
+a step of plain Opacus is how many epochs of training a pass costs. The fingerprint of the data
+(they are read once, for checkpoints and certificates) and ε for everybody are given as shares of an
+epoch of plain Opacus: median step × steps. Random data of 64 features, 10 classes, networks with
+one or two hidden layers, batches of 64 on average. Plain Opacus holds every row's gradient in
+"hooks" mode, 2.5 GB at 10⁷ parameters: there it is measured in ghost mode only.
 
     python benchmarks/estimate_cost.py
 """

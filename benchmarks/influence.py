@@ -6,7 +6,7 @@ the loss itself at once (mean of the oracles − model), which is what influence
 of the last layer on the own loss (`influence_scores`), at the end of training (of the MLP with the
 exact Hessian, of the CNN in blocks) and as a mean over the weights before each epoch and at the end
 (blocks), as the other scores look at all of training. Weight decay is 0, so the damping is nominal;
-three values are tried.
+on the MLP three values are tried.
 
     python benchmarks/influence.py
 """
@@ -23,7 +23,7 @@ import torch
 from opacus_pil.evaluation import compare_scores, influence_scores
 
 REFERENCE = "privacy loss, clipped"
-DAMPINGS = (1e-4, 1e-2, 1.0)
+DAMPINGS = {"mlp": (1e-4, 1e-2, 1.0), "cnn": (1e-2,)}
 
 
 @torch.no_grad()
@@ -51,13 +51,13 @@ def all_scores(found: re.Retraining) -> dict[str, np.ndarray]:
             f"influence, end, damping {damping:g}": influence(
                 found, checkpoints[-1], damping=damping
             )
-            for damping in DAMPINGS
+            for damping in DAMPINGS[found.condition.model]
         },
         **{
             f"influence, all epochs, damping {damping:g}": np.mean(
                 [influence(found, w, damping=damping, largest=0) for w in checkpoints], axis=0
             )
-            for damping in DAMPINGS
+            for damping in DAMPINGS[found.condition.model]
         },
         "gradient norm, end": found.original["last_norms"].numpy(),
         "gradient norm, mean": seen["mean_gradient_norm"],

@@ -95,6 +95,12 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     def column(name: str, training: int) -> np.ndarray:
         return np.array([row[name] for row in rows if row["training"] == training])
 
+    def within(name: str, training: int) -> float | None:
+        value = rank_correlation(
+            column(name, training), target=column("distance", training), resamples=100
+        ).value
+        return None if np.isnan(value) else value  # no set has a barrier: all are 0
+
     pooled = {
         name: np.concatenate([rankdata(column(name, t)) for t in trainings])
         for name in (*MEASURES, "distance")
@@ -108,12 +114,7 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "correlation": {
             name: {
                 "value": c.correlation.value, "low": c.correlation.low, "high": c.correlation.high,
-                "each": [
-                    rank_correlation(
-                        column(name, t), target=column("distance", t), resamples=100
-                    ).value
-                    for t in trainings
-                ],
+                "each": [within(name, t) for t in trainings],
                 "barrier_is": c.verdict,
                 "barrier_minus_it": [c.difference.value, c.difference.low, c.difference.high],
             }

@@ -199,7 +199,7 @@ def arguments(description: str, *, out: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     default = Path(__file__).parent / "results" / out
     parser.add_argument("--out", type=Path, default=default, help="JSON file to write")
-    parser.add_argument("--work", type=Path, default=Path("study_retrainings"), help="folder of trials")
+    parser.add_argument("--work", type=Path, default=Path("study_retrainings"), help="trials")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--trainings", type=int, default=TRAININGS)
     parser.add_argument("--conditions", default="", help="only those whose name contains this")

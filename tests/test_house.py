@@ -39,6 +39,7 @@ ROOMS = (
     "unlearning",
     "evaluation",
     "replaying",
+    "image_files",
     "datasets",
     "report",
     "auditing",

@@ -29,6 +29,8 @@ from .gap import evaluate as evaluate
 from .gap import evaluate_splits as evaluate_splits
 from .gap import oracle_gap as oracle_gap
 from .gap import time_to_unlearn as time_to_unlearn
+from .influence import InfluenceScores as InfluenceScores
+from .influence import influence_scores as influence_scores
 from .loss_barrier import LossBarrier as LossBarrier
 from .loss_barrier import loss_barrier as loss_barrier
 from .margins import Klom as Klom
@@ -59,6 +61,7 @@ __all__ = [
     "Estimate",
     "Gap",
     "GroupComparison",
+    "InfluenceScores",
     "Klom",
     "LossBarrier",
     "MarginDeviation",
@@ -86,6 +89,7 @@ __all__ = [
     "evaluate_task",
     "gaussian_klom",
     "group_hardness",
+    "influence_scores",
     "klom",
     "klom_of_oracles",
     "loss_barrier",

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .account_command import add_account_command
-from .audit_command import add_audit_command
-from .check_command import add_check_command, parted
+from .commands.account import add_account_command
+from .commands.audit import add_audit_command
+from .commands.check import add_check_command, parted
+from .commands.forget import add_forget_command, add_plan_command
+from .commands.ledger import add_ledger_command
+from .commands.requests import add_requests_command
 from .errors import OpacusPilError
 
 _DEMO_EPILOG = """example:
@@ -104,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     add_account_command(commands)
     add_audit_command(commands)
     add_check_command(commands)
+    add_plan_command(commands)
+    add_forget_command(commands)
+    add_requests_command(commands)
+    add_ledger_command(commands)
     return parser
 
 

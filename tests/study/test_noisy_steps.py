@@ -162,7 +162,8 @@ def test_the_three_forms_shrink_and_unknown_ones_are_refused():
     full, quick, smallest = (
         study_settings("digits", form=form) for form in ("full", "quick", "smallest")
     )
-    assert len(full.conditions) > len(quick.conditions) == len(smallest.conditions)
+    assert len(full.conditions) == len(quick.conditions) == len(smallest.conditions) == 4
+    assert full.sizes.trainings > quick.sizes.trainings
     assert full.sizes.train > quick.sizes.train > smallest.sizes.train
     with pytest.raises(ValueError, match="form"):
         study_settings("digits", form="huge")

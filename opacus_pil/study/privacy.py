@@ -80,3 +80,13 @@ def contracted_losses(
     return EstimatedLosses(
         loss.values(), clip.max_grad_norm, (HELD, _RUN, *loss.reasons[1:], *clip.reasons)
     )
+
+
+def ties_broken(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Return ranks by `first`, and by `second` among equals, as numbers from 0.
+
+    Instances whose norm is above the bound before every epoch have one and the same clipped loss.
+    """
+    ranks = np.empty(len(first))
+    ranks[np.lexsort((second, first))] = np.arange(len(first))
+    return ranks

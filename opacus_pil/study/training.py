@@ -19,11 +19,16 @@ from . import trials
 from .forget_sets import ForgetSet, folds, quantile_sets, random_sets, top_sets
 from .measures import SetMeasure, measure_set
 from .noisy_steps import noise_multiplier
-from .privacy import contracted_losses, privacy_losses
+from .privacy import contracted_losses, privacy_losses, ties_broken
 from .settings import Condition, Settings
 
 REFERENCE = "clipped privacy loss"
-VARIANTS = ("unclipped privacy loss", "contracted loss", "held-out privacy loss")
+VARIANTS = (
+    "unclipped privacy loss",
+    "contracted loss",
+    "held-out privacy loss",
+    "clipped, ties by unclipped",
+)
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,7 @@ def _scores(
         VARIANTS[0]: unclipped.values,
         VARIANTS[1]: contracted.values,
         VARIANTS[2]: held_out.values,
+        VARIANTS[3]: ties_broken(clipped.values, unclipped.values),
         **proxies,
         "held out loss": mean_held_out(losses, held_out=apart),
     }
@@ -218,6 +224,7 @@ def _scores(
     log_loss = np.log(clipped.values)
     entry = {
         "max_grad_norm": bound,
+        "tied_at_the_bound": float((norms >= bound).all(axis=0).mean()),
         "guarantee": clipped.guarantee,
         "reasons": {
             REFERENCE: clipped.reasons, VARIANTS[0]: unclipped.reasons,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pil.accounting import sampled_gaussian_rdp
 from opacus_pil.study.noisy_steps import make_model, noise_multiplier, run_steps
-from opacus_pil.study.privacy import contracted_losses, privacy_losses
+from opacus_pil.study.privacy import contracted_losses, privacy_losses, ties_broken
 from opacus_pil.study.settings import Condition, study_settings
 
 SIZE, BATCH, STEPS, SEED = 60, 12, 20, 3
@@ -156,6 +156,11 @@ def test_contracted_losses_are_the_recursion_over_all_steps():
         total = 0.9 ** (1 / 5) * total + np.minimum(row / 2.0, 1.0)
     np.testing.assert_allclose(found.values, total, rtol=1e-12)  # ten steps, an ulp or two each
     assert found.guarantee == "estimate"
+
+
+def test_ties_are_broken_by_the_second_loss_alone():
+    first, second = np.array([2.0, 1.0, 2.0, 2.0]), np.array([5.0, 9.0, 4.0, 6.0])
+    assert ties_broken(first, second).tolist() == [2.0, 0.0, 1.0, 3.0]
 
 
 def test_the_three_forms_shrink_and_unknown_ones_are_refused():

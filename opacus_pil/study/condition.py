@@ -35,8 +35,8 @@ def run_condition(condition: Condition, *, bench: Bench) -> dict[str, Any]:
 
 
 def training_seeds(study: int, *, count: int) -> list[int]:
-    """Return the seeds of a study's trainings; no two studies with seeds below 100 share one."""
-    return [study + 100 * number for number in range(count)]
+    """Return the seeds of a study's trainings; no two studies share one, up to 100 trainings."""
+    return [100 * study + number for number in range(count)]
 
 
 def judged(trainings: list[Training], *, settings: Settings, seed: int) -> dict[str, Any]:

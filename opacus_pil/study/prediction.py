@@ -21,6 +21,7 @@ from .claims import chosen
 
 Entry = Mapping[str, Any]
 PREDICTORS = {"contracted loss": "log_distance", "clipped privacy loss": "log_privacy_loss"}
+WIDEST = 0.5  # share of the run: wider intervals exclude too little to be a prediction
 _FEWEST = 3  # pilots that get there neither at once nor never: fewer show no rate
 
 
@@ -151,7 +152,9 @@ def prediction_claim(trainings: Sequence[Sequence[Entry]], *, level: float) -> d
 
     A set is covered if its interval and what its run showed have a time in common: 0 or below for
     one that is there at once, beyond the run for one that is not. Wide intervals cover everything:
-    `width` is the mean share of the run that lies inside.
+    `width` is the mean share of the run that lies inside. Reproduced: as many sets are covered as
+    the level says, down to two standard errors of that many sets, by intervals that are on average
+    at most `WIDEST`, and times grow; "no" where fewer are covered.
 
     Returns:
         Predictor -> definition of reached -> what came out; None where no pilots show a rate, or
@@ -185,7 +188,10 @@ def _tested(
         tops.append(_covered(rate, CensoredTimes.of(rest, **how), level=level))
     inside, share = (np.concatenate(part) for part in zip(*results, strict=True))
     top_inside, top_share = (np.concatenate(part) for part in zip(*tops, strict=True))
+    least = level - 2.0 * math.sqrt(level * (1.0 - level) / len(inside))
+    sharp = share.mean() <= WIDEST and all(rate.slope > 0 for rate in rates)
     return {
+        "reproduced": "no" if inside.mean() < least else ("yes" if sharp else "undecided"),
         "level": level,
         "pilots": [rate.pilots for rate in rates],
         "pilots_between": [rate.between for rate in rates],

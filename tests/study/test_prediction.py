@@ -113,11 +113,26 @@ def test_every_set_is_predicted_from_the_other_trainings():
     assert found["top_sets"] == 6
     assert found["top_covered"] == 3  # 300 = SLOPE · 3; not within 600 is beyond any interval
     assert 0.1 < found["width"] < 0.5  # ± 1.7 · 40 of 600, less where cut at the ends
+    assert found["reproduced"] == "yes"
     changed = [[*sets[0][:-1], entry(2.0, 0.0, kind="top")], *sets[1:]]
     again = prediction_claim(changed, level=0.9)["contracted loss"]["d"]
     assert again["contraction_per_step"] == found["contraction_per_step"]  # tops are no pilots
     falling = prediction_claim(sets, level=0.9)["clipped privacy loss"]["d"]
     assert falling["contraction_per_step"] == [None] * 3
+    assert falling["reproduced"] == "undecided"  # covered, but times do not grow
+
+
+def test_intervals_that_miss_too_many_or_exclude_too_little_reproduce_nothing():
+    sets = trainings(3, size=40)
+    moved = [[{**e, "log_distance": e["log_distance"] + 3.0} for e in sets[0]], *sets[1:]]
+    missed = prediction_claim(moved, level=0.9)["contracted loss"]["d"]
+    assert missed["covered"] < 0.8 * missed["sets"]  # one training's threshold is another
+    assert missed["reproduced"] == "no"
+    rng = np.random.default_rng(5)
+    noise = [[{**e, "log_distance": float(rng.normal())} for e in one] for one in sets]
+    wide = prediction_claim(noise, level=0.9)["contracted loss"]["d"]
+    assert wide["width"] > 0.5
+    assert wide["reproduced"] != "yes"
 
 
 def test_one_training_predicts_nothing():

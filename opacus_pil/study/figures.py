@@ -161,7 +161,7 @@ def certified_figure(heads: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def _panels(entries: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[Any]]:
     with matplotlib.rc_context(_STYLE):
-        wide = min(len(entries), 3)
+        wide = 2 if len(entries) == 4 else min(len(entries), 3)
         tall = -(-len(entries) // wide)
         size = (max(3.1 * wide + 0.4, 6.5), max(2.6 * tall + 0.5, 4.0))
         figure = Figure(figsize=size, layout="constrained")

@@ -205,3 +205,25 @@ def test_help_shows_an_example(capsys, command) -> None:
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"opacus-pil {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+def test_the_log_is_quiet_until_it_is_asked_for(capsys, caplog) -> None:
+    argv = ["forget", "my_deletions:unlearning", "--rows", "3", "--steps", "2", "--method",
+            "finetuning"]  # fmt: skip
+    assert main([*argv, "--out", "quiet", "--quiet"]) == 0
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", "")
+    with caplog.at_level("INFO", logger="opacus_pil"):
+        assert main(["--log", "info", *argv, "--out", "told", "--quiet"]) == 0
+    assert any("forgot 1 instances by finetuning in 2 steps" in one for one in caplog.messages)
+
+
+def test_words_are_completed_where_the_shell_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argcomplete
+
+    seen = []
+    monkeypatch.setattr(argcomplete, "autocomplete", seen.append)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    (parser,) = seen
+    assert "requests" in parser.format_help()

@@ -178,7 +178,7 @@ def _labels(figure: Figure, panels: Sequence[Any], ylabel: str) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=2)
 
 
 def _draw_line(

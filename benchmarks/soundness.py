@@ -33,6 +33,7 @@ import soundness_accounting  # noqa: E402
 import soundness_batches  # noqa: E402
 import soundness_certificates  # noqa: E402
 import soundness_composition  # noqa: E402
+import soundness_heads  # noqa: E402
 import soundness_langevin  # noqa: E402
 import soundness_steps  # noqa: E402
 from exact import require_extended_precision  # noqa: E402
@@ -46,6 +47,7 @@ MODULES = (
     soundness_certificates,
     soundness_langevin,
     soundness_batches,
+    soundness_heads,
 )  # a new bound brings its cases in a module with a list FAMILIES
 FAMILIES: dict[str, Family] = {
     family.name: family for module in MODULES for family in module.FAMILIES

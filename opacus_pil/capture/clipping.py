@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from .. import _validate as check
-from .._validate import FloatArray
+from .._validate import FloatArray, IntArray
+from ..errors import UnsupportedError
 
 
 def checked_caps(caps: npt.ArrayLike, *, num_instances: int, outputs: int = 0) -> FloatArray:
@@ -139,3 +140,40 @@ def clip_factors(
     if caps is not None:
         factors = torch.where(caps > 0, factors * caps.to(factors), torch.zeros_like(factors))
     return factors.clamp(max=1.0)
+
+
+def require_bounds(layers: LayerNorms | None, *, caps_for: tuple[float, ...]) -> None:
+    """Raise where caps per layer would be held against other bounds than they are charged for.
+
+    What an instance moves all layers together by, in units of all bounds, depends on each of them.
+
+    Args:
+        layers: As they are clipped now; None: together.
+        caps_for: Clip bounds that caps are in units of; (): of whole gradients.
+
+    Raises:
+        UnsupportedError: Others.
+    """
+    found = () if layers is None else layers.bounds
+    if found != caps_for:
+        raise UnsupportedError(
+            f"Expected clip bounds {list(caps_for)}, one per output, which caps were charged for, "
+            f"got {list(found)}. Leave max_grad_norms, and which outputs train, as they were when "
+            "the training was made private."
+        )
+
+
+def require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) -> None:
+    """Raise where a row that is not left out has a gradient that no cap bounds.
+
+    Raises:
+        UnsupportedError: Names the first.
+    """
+    bad = ~torch.isfinite(norms) & ~dropped
+    if bool(bad.any()):
+        first = int(rows[int(bad.nonzero()[0])])
+        raise UnsupportedError(
+            f"Expected finite per-sample gradient norms under caps, got {int(bad.sum())} of "
+            f"{len(norms)} not finite (first: instance {first}). A non-finite gradient cannot be "
+            "clipped; check its loss."
+        )

@@ -16,7 +16,7 @@ import torch
 
 from .._validate import FloatArray, IntArray
 from ..errors import UnsupportedError
-from .clipping import LayerNorms
+from .clipping import LayerNorms, require_bounds, require_finite
 from .collate import DEFAULT, RowOrder
 from .draws import Draw
 from .parts import (
@@ -110,6 +110,7 @@ class Recorder:
         caps: Maps rows to the caps they are clipped to in the step under way, shape (batch,), in
             units of max_grad_norm; None: no caps.
         caps_rounding: Machine epsilon of the least precise norms that caps may be enforced by.
+        cap_bounds: Clip bounds of the layers that caps are in units of; (): of whole gradients.
         rand_on_empty: Opacus replaces an empty draw by one random row, whose norm is nobody's.
         publish: Where the norms are left as `per_sample_gradient_norms`, as ghost clipping does
             by itself: the module or hooks object that Opacus made; None: nowhere.
@@ -126,6 +127,7 @@ class Recorder:
         *,
         caps: Callable[[IntArray], FloatArray] | None = None,
         caps_rounding: float = 1.0,
+        cap_bounds: tuple[float, ...] = (),
         rand_on_empty: bool = False,
         publish: Any = None,
         noise_seen: Seen | None = None,
@@ -143,7 +145,7 @@ class Recorder:
         self.ledger: object = None  # that the steps are charged to; others may share it
         self.noise_seen = Seen() if noise_seen is None else noise_seen
         self.changed_step: Callable[[], None] | None = None  # and of one by a changed gradient
-        self._caps_rounding = caps_rounding
+        self._caps_rounding, self._cap_bounds = caps_rounding, cap_bounds
         self._rand_on_empty = rand_on_empty
         self._captures: list[Part] = []
         self._facts: dict[Fact, None] = {}  # in order, each once
@@ -203,7 +205,8 @@ class Recorder:
 
         Raises:
             UnsupportedError: Caps must be enforced and the batch's rows are not known, it is not
-                the only draw of the step, or norms are too coarse or not finite.
+                the only draw of the step, norms are too coarse or not finite, or layers have other
+                clip bounds than caps are charged for.
         """
         claim = self.tracker.claim(passes=passes)
         rows, draw, mismatch = claim.rows, claim.draw, ""
@@ -228,6 +231,7 @@ class Recorder:
             if claim.fresh > 1:  # a batch fetched ahead may have the same length
                 rows, mismatch = None, f"{claim.fresh} batches were handed out since the last step"
             try:
+                require_bounds(layers, caps_for=self._cap_bounds)
                 self._require_enforceable(rows, draw, coarsest, mismatch)
             except UnsupportedError:
                 self.tracker.skipped += claim.fresh > 0  # claimed, and no step will be made of it
@@ -242,7 +246,7 @@ class Recorder:
                 self.everyone_in = bool((limits.astype(np.float32) > 0.0).all())
                 caps = torch.as_tensor(limits, device=norms.device, dtype=norms.dtype)
                 dropped = caps == 0 if caps.ndim == 1 else (caps == 0).all(dim=1)
-                _require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
+                require_finite(norms, rows, dropped if droppable else torch.zeros_like(dropped))
         allowed = factors = None
         if layers is not None:
             allowed, factors = layers.allowed(caps), layers.factors(caps)
@@ -382,15 +386,3 @@ class Recorder:
 def written(tensor: torch.Tensor) -> tuple[int, int]:
     """Return what changes when somebody replaces a tensor or writes to it."""
     return tensor.data_ptr(), tensor._version
-
-
-def _require_finite(norms: torch.Tensor, rows: IntArray, dropped: torch.Tensor) -> None:
-    """Raise where a row that is not left out has a gradient that no cap bounds."""
-    bad = ~torch.isfinite(norms) & ~dropped
-    if bool(bad.any()):
-        first = int(rows[int(bad.nonzero()[0])])
-        raise UnsupportedError(
-            f"Expected finite per-sample gradient norms under caps, got {int(bad.sum())} of "
-            f"{len(norms)} not finite (first: instance {first}). A non-finite gradient cannot be "
-            "clipped; check its loss."
-        )

@@ -61,6 +61,8 @@ def _mismatch(certificate: Certificate) -> str | None:
     for name, value in itertools.chain.from_iterable(one.numbers for one in numbered):
         if numbers.setdefault(name, value) != value:
             return f"{name} is {numbers[name]!r} in one context and {value!r} in another"
+        if isinstance(value, int | float) and not value >= 0:  # norms, counts and rates
+            return f"{name} is {value!r}, which no run has"
     return _broken_rule(certificate, {one.code for one in numbered}, numbers)
 
 

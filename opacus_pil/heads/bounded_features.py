@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import _validate as check
 
-_FULL = 1.0 - 1e-6  # of the radius: room for float32 rounding of the scaled vector
+_ROOM = 1e-6  # of the radius: for the rounding of each scaled entry in float32
 
 
 class BoundedFeatures(nn.Module):
@@ -54,12 +54,15 @@ class BoundedFeatures(nn.Module):
                 f"Expected vectors of {self.features} features, got {vectors.shape[1]}. Build "
                 "BoundedFeatures for the length that the frozen part gives."
             )
-        half = self.radius * 0.5**0.5 * _FULL
-        norms = vectors.norm(dim=1, keepdim=True)
-        scaled = vectors * (half / norms.clamp(min=half))
+        room = max(_ROOM, 4.0 * torch.finfo(vectors.dtype).eps)
+        half = self.radius * 0.5**0.5 * (1.0 - room)
+        # In float64: float32 sums of many squares err by more than the room. MPS has none.
+        precise = torch.float32 if vectors.device.type == "mps" else torch.float64
+        norms = torch.linalg.vector_norm(vectors, dim=1, keepdim=True, dtype=precise)
+        scaled = (vectors * (half / norms.clamp(min=half))).to(vectors.dtype)
         scaled = torch.where(torch.isfinite(norms), scaled, torch.zeros_like(scaled))
         return torch.cat([scaled, scaled.new_full((len(scaled), 1), half)], dim=1)
 
     def extra_repr(self) -> str:
         """Return the arguments, for a printed model."""
-        return f"features={self.features}, radius={self.radius:g}"
+        return f"features={self.features}, radius={self.radius!r}"

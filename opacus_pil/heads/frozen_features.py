@@ -24,10 +24,11 @@ from .. import _validate as check
 from ..capture.randomness import untouched_generators
 from ..errors import LedgerError, UnsupportedError
 from ..files.container import load_state, save_state
-from ..files.fingerprint import dataset_fingerprint
+from ..files.fingerprint import Fingerprint, dataset_fingerprint
 from ..files.model_hash import model_hash
 
 _KIND = "frozen features"
+_SAME = 1e-3  # of features of another machine, in float32
 
 
 class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -54,10 +55,11 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         erased: Shape (rows,), True where `erase` was called.
 
     Raises:
-        UnsupportedError: The network gives other features when it is asked again.
+        UnsupportedError: The network gives other features when it is asked again; or `folder`, and
+            a data set that cannot be told from others.
         ValueError: Its output has no rows, or is not (batch, features).
         NotADirectoryError: `folder` is no folder.
-        LedgerError: A damaged file.
+        LedgerError: A damaged file, or one of another network with the same weights.
 
     Privacy: features depend on private data, each row on its own record alone.
     """
@@ -76,10 +78,18 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         size = check.integer("batch_size", batch_size, low=1)
         check.integer("len(dataset)", len(dataset), low=1)
         network = copy.deepcopy(frozen).eval().requires_grad_(requires_grad=False)
-        self.key = _key(dataset, network)
+        found = dataset_fingerprint(dataset)
+        if folder is not None and found.how not in ("contents", "given"):
+            raise UnsupportedError(
+                f"Expected a data set whose contents are known where features are kept in a "
+                f"folder, got {type(dataset).__name__}: others of its length would be given its "
+                "features. Leave folder out, or let its attribute _fingerprint name what it holds."
+            )
+        self.key = _key(found, network)
         self._path = None if folder is None else Path(folder) / f"{self.key}.pt"
         if self._path is not None and self._path.exists():
             self._take(load_state(self._path, kind=_KIND))
+            self._require_own(dataset, network, rows=size)
         else:
             pairs = _computed(dataset, network, batch_size=size, progress=progress)
             self.features, self.targets = pairs
@@ -105,6 +115,7 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """What a ledger knows these rows by: the same before and after some of them are erased."""
         kept = ~self.erased
         same = (_row_sums(self.features, self.targets)[kept] == self._sums[kept]).all()
+        same &= not bool(self.features[torch.as_tensor(self.erased)].any())
         name = hashlib.sha256(self._sums.tobytes()).hexdigest()
         return f"{self.key} {name}" if same else f"{self.key} written to"
 
@@ -121,7 +132,13 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             TypeError, ValueError: Rows that are not there. Nothing is changed.
         """
         gone = check.index_array("rows", rows, size=len(self))
-        if not len(gone) or bool(self.erased[gone].all()):
+        if not len(gone):
+            return
+        kept = self.erased
+        if self._path is not None and self._path.exists():  # another process may have erased some
+            kept = load_state(self._path, kind=_KIND)["erased"].numpy()
+            gone = np.union1d(gone, np.flatnonzero(kept))
+        if bool(kept[gone].all()) and bool(self.erased[gone].all()):
             return
         self.features[torch.as_tensor(gone)] = 0
         self.targets[torch.as_tensor(gone)] = 0
@@ -148,9 +165,26 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.erased = kept["erased"].numpy()
         self._sums = kept["sums"].numpy().view(np.uint64)
 
+    def _require_own(self, dataset: Any, network: nn.Module, *, rows: int) -> None:
+        """Raise if what was read is not what the network makes of the first rows now.
 
-def _key(dataset: Any, network: nn.Module) -> str:
-    found = dataset_fingerprint(dataset)
+        A setting that is neither a weight nor printed is not in the key.
+        """
+        first = np.flatnonzero(~self.erased)[:rows]
+        if not len(first):
+            return
+        found, _ = _computed(
+            Subset(dataset, first.tolist()), network, batch_size=rows, progress=False
+        )
+        kept = self.features[torch.as_tensor(first)]
+        if kept.shape != found.shape or not torch.allclose(kept, found, rtol=_SAME, atol=_SAME):
+            raise LedgerError(
+                f"Expected {self._path} to hold the features that this network gives, got others. "
+                "It was computed by other settings of the same layers; remove it."
+            )
+
+
+def _key(found: Fingerprint, network: nn.Module) -> str:
     text = f"{model_hash(network)} {network!r} {found.sha256} {found.how} {found.length}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -146,7 +146,8 @@ def load(
     before = account.state()
     with contextlib.ExitStack() as undo:
         if not live:
-            account.load_state({"opacus": opacus, "per_instance": taken.ledger})
+            ledgers = {"opacus": opacus, "per_instance": taken.ledger}
+            account.load_state(ledgers | {"output_caps": taken.output_caps})
             undo.callback(account.load_state, before)
         undo.callback(restore, module, snapshot(module))
         try:
@@ -197,6 +198,11 @@ class _Taken:
     ledger: dict[str, Any]
     caps: FloatArray | None
     position: Apply
+
+    @property
+    def output_caps(self) -> FloatArray | None:
+        """The caps, where there are several per instance."""
+        return None if self.caps is None or self.caps.ndim == 1 else self.caps
 
 
 def _taken(

@@ -255,10 +255,17 @@ def asked(
 
 
 def _clips_outputs(module: nn.Module, optimizer: Optimizer) -> bool:
-    """Whether each trained tensor is one output of an OneVsRest head, in their order."""
+    """Whether each trained tensor is one output of an OneVsRest head, in their order.
+
+    Outputs that share a tensor are not apart: its gradient is that of several losses.
+    """
     head = one_vs_rest_of(module)
     held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    return head is not None and list(map(id, held)) == list(map(id, head.parameters()))
+    return (
+        head is not None
+        and len(held) == head.classes
+        and list(map(id, held)) == list(map(id, head.parameters()))
+    )
 
 
 def require_supported(

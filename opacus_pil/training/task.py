@@ -146,6 +146,11 @@ def training_mode(module: nn.Module, *, evaluated: frozenset[str] = frozenset())
             part.training = False
 
 
-def evaluated_parts(module: nn.Module) -> frozenset[str]:
-    """Return the names of submodules in evaluation mode."""
-    return frozenset(name for name, part in module.named_modules() if not part.training)
+def evaluated_parts(
+    module: nn.Module, *, among: frozenset[str] | None = None
+) -> frozenset[str]:  # fmt: skip
+    """Return the names of submodules in evaluation mode; of `among`, if it is given."""
+    if among is not None and not among:
+        return among
+    found = frozenset(name for name, part in module.named_modules() if not part.training)
+    return found if among is None else found & among

@@ -105,7 +105,7 @@ class Training:
         self._dropouts = [p for p in module._module.modules() if isinstance(p, _DropoutNd)]
         self._order = DataOrder(dataset, began)
         self._renormed = renormed(module._module)
-        self.evaluated: frozenset[str] | None = None  # parts in evaluation mode while training
+        self.evaluated: frozenset[str] | None = None  # parts in evaluation mode at every step
         self.weights = WeightsLeft(module._module)
         plain = optimizer.original_optimizer
         if policy.certifiable and isinstance(plain, Optimizer):
@@ -178,8 +178,7 @@ class Training:
                 f"{self._sample_rate:g}. Instances are charged for what happened; Opacus's own "
                 "epsilon is not.",
             )
-        if self.evaluated is None:
-            self.evaluated = evaluated_parts(self.module._module)
+        self.evaluated = evaluated_parts(self.module._module, among=self.evaluated)
         self._charger.note_update(self._update(record, std or 0.0, batches))
         self._charger.charge(step)
         self.steps += 1

@@ -33,12 +33,13 @@ def convex_loss(criterion: Any, *, outputs: int) -> ConvexLoss | None:
     """Return the constants of a loss on so many outputs; None: none are known.
 
     Edge cases (first match wins):
+        hooks, or a forward of its own               None
         class weights, pos_weight, label_smoothing   None
         BCEWithLogitsLoss                            its mean over outputs divides by their number
     """
     kind = type(criterion)
     settings = ("weight", "pos_weight", "label_smoothing")
-    if any(_set(getattr(criterion, name, None)) for name in settings):
+    if any(_set(getattr(criterion, name, None)) for name in settings) or _altered(criterion):
         return None
     if kind is OneVsRestLoss:
         return ConvexLoss(0.25, 1.0, True)
@@ -51,6 +52,14 @@ def convex_loss(criterion: Any, *, outputs: int) -> ConvexLoss | None:
     if kind is nn.SmoothL1Loss and outputs == 1 and criterion.beta > 0.0:
         return ConvexLoss(1.0 / float(criterion.beta), 1.0, True)
     return None
+
+
+def _altered(criterion: Any) -> bool:
+    """Whether a loss module computes something else than its class does."""
+    if not isinstance(criterion, nn.Module):
+        return False
+    hooks = (criterion._forward_pre_hooks, criterion._forward_hooks, criterion._backward_hooks)
+    return "forward" in vars(criterion) or any(map(len, hooks))
 
 
 def _set(value: Any) -> bool:

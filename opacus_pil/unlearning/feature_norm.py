@@ -62,8 +62,12 @@ def checked_feature_norm(
         features_of: What the frozen part makes of a batch of inputs; None: inputs are features.
 
     Raises:
-        CertificateError: No bound, a row above it, or features that are no vector.
+        CertificateError: No bound, a row above it, features that are no vector, or rows that were
+            erased without being forgotten.
     """
+    erased = erased_rows(dataset, rows)
+    if len(erased):
+        require_contracting([_erased(row=int(erased[0]))])
     if feature_norm is None:
         require_contracting([_NO_BOUND])
     bound = check.real("feature_norm", feature_norm, low=0.0, open_low=True)
@@ -82,6 +86,25 @@ def checked_feature_norm(
     one = 1.0 if bias else 0.0
     lengths = np.sqrt(np.square(np.concatenate(seen) * _ROUNDING) + one)
     return FeatureNorms(math.sqrt((bound * _ROUNDING) ** 2 + one), lengths)
+
+
+def erased_rows(dataset: Any, rows: IntArray) -> IntArray:
+    """Return which of the rows are nothing but zeros now, since `FrozenFeatures.erase`."""
+    if type(dataset) is FrozenFeatures:
+        return rows[dataset.erased[rows]]
+    if type(dataset) is Subset:
+        inner = np.asarray(dataset.indices, dtype=np.int64)[rows]
+        return rows[np.isin(inner, erased_rows(dataset.dataset, inner))]
+    return rows[:0]
+
+
+def _erased(*, row: int) -> Condition:
+    return Condition(
+        False,
+        "every row that was not forgotten to be as it was in training",
+        f"an erased one (row {row})",
+        "Erase features after their rows are forgotten: training would have had others.",
+    )
 
 
 def _no_vector(features: torch.Tensor, *, row: int) -> Condition:

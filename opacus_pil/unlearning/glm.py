@@ -114,7 +114,7 @@ class GlmRun:
         loss = convex_loss(criterion, outputs=model.outputs)
         yield from _known_loss(criterion, loss, self.kernel.loss_reduction)
         yield _same_task(task, training.task, measured=self._measured)
-        yield from _clipped_apart(model, self.kernel)
+        yield from _clipped_apart(model, loss, self.kernel)
         if loss is None:
             return
         norms: list[FeatureNorms] = []
@@ -131,10 +131,11 @@ class GlmRun:
         if not norms:
             return
         if model.outputs > 1 and not model.separate:
-            caps = ran.account.per_instance.caps
+            caps = ran.account.caps  # a ledger's are raised by what clipping may round
             lengths = loss.steepest * norms[0].of_rows
             limits = np.ones_like(lengths) if caps is None else caps[state.retain_set]
             yield from _never_clipped(model, loss, limits * self.kernel.max_grad_norm, lengths)
+            yield _class_numbers(task, state.data.dataset, row=int(state.retain_set[0]))
         self._loss, self.feature_norm = loss, norms[0].bound
 
     def _of_ledger(self, ran: Ran, evidence: Callable[[], None]) -> Iterator[Condition]:
@@ -251,7 +252,9 @@ def _same_task(task: Task, trained: Task, *, measured: bool) -> Condition:
     )
 
 
-def _clipped_apart(model: LinearModel, kernel: TrainingKernel) -> Iterator[Condition]:
+def _clipped_apart(
+    model: LinearModel, loss: ConvexLoss | None, kernel: TrainingKernel
+) -> Iterator[Condition]:
     """Hold how outputs are clipped against how they are parametrised."""
     if model.separate:
         yield Condition(
@@ -260,6 +263,12 @@ def _clipped_apart(model: LinearModel, kernel: TrainingKernel) -> Iterator[Condi
             f"clipping={kernel.clipping!r}",
             "Clipping all outputs together is no contraction. Train with clipping='per_layer' and "
             "max_grad_norm=[one per class].",
+        )
+        yield Condition(
+            loss is not None and loss.apart,
+            "a loss of each output of OneVsRest by itself",
+            "one that joins them",
+            "Clipped output by output, a softmax is no contraction. Use heads.OneVsRestLoss.",
         )
 
 
@@ -288,6 +297,21 @@ def _never_clipped(
         f"{float(limits[first]):.6g}",
         "Softmax and clipping together are no contraction: raise max_grad_norm or the caps, scale "
         "the features, or use heads.OneVsRest.",
+    )
+
+
+def _class_numbers(task: Task, dataset: Any, *, row: int) -> Condition:
+    """Hold targets of a softmax against classes: others scale the loss, whatever gradients show.
+
+    A batch joins them to one tensor, so that one row tells the type of all.
+    """
+    target = task.collate([dataset[row]])[1]
+    return Condition(
+        isinstance(target, torch.Tensor) and not target.is_floating_point(),
+        "class numbers as targets of a softmax",
+        f"{getattr(target, 'dtype', type(target).__name__)} (row {row})",
+        "The loss is as smooth as it is known to be only where targets sum to 1. Pass class "
+        "numbers.",
     )
 
 

@@ -102,6 +102,41 @@ def fixed_batches(rng):
     )  # fmt: skip
 
 
+def one_vs_rest_glm(rng):
+    return ContractionCertificate.one_vs_rest_glm(**_heads(rng, training_steps=200))
+
+
+def one_vs_rest_poisson(rng):
+    return PoissonContractionCertificate.one_vs_rest_glm(
+        **_heads(rng, training_steps=6), sample_rate=0.2
+    )
+
+
+def unclipped_glm(rng):
+    return ContractionCertificate.unclipped_glm(**_softmax(rng, training_steps=200))
+
+
+def unclipped_poisson(rng):
+    return PoissonContractionCertificate.unclipped_glm(
+        **_softmax(rng, training_steps=6), sample_rate=0.2
+    )
+
+
+def _heads(rng, *, training_steps):
+    return {
+        "caps": rng.uniform(0.1, 1.0, (3, 4)), "max_grad_norms": rng.uniform(0.3, 1.0, 4),
+        "step_size": 2.0, "weight_decay": rng.uniform(0.001, 0.02), "feature_norm": 1.0,
+        "noise_multiplier": 5.0, "num_instances": 50, "training_steps": training_steps,
+        "expected_batch_size": 50 if training_steps > 100 else 10,
+    }  # fmt: skip
+
+
+def _softmax(rng, *, training_steps):
+    shared = _heads(rng, training_steps=training_steps)
+    del shared["max_grad_norms"]
+    return shared | {"caps": rng.uniform(0.1, 1.0, 3), "max_grad_norm": 1.5}
+
+
 def requests(rng):
     return sequential_requests(
         0.95, noise_std=1.0, phase_steps=(40, 30), request_shifts=rng.uniform(0.1, 0.3, 2)
@@ -114,7 +149,8 @@ def best(rng):
 
 MAKERS = (
     contraction, one_output_glm, noisy_finetuning, noise_schedule, data_processing, langevin,
-    stationary, chien2024, poisson, fixed_batches, requests, best,
+    stationary, chien2024, poisson, fixed_batches, requests, best, one_vs_rest_glm,
+    one_vs_rest_poisson, unclipped_glm, unclipped_poisson,
 )  # fmt: skip
 
 

@@ -284,8 +284,8 @@ class PerInstancePrivacyEngine(PrivacyEngine):
                 (N, steps, noise, rate) and may be shown.
 
         Raises:
-            ValueError: δ outside (0, 1), make_private was not called yet, or a data set that no
-                loss of the training can be computed on. Nothing is written.
+            ValueError, UnsupportedError: δ outside (0, 1), make_private was not called yet, or a
+                data set that no loss of the training can be computed on. Nothing is written.
             ImportError: An extra is missing; install `report`.
             OSError: The folder is missing or not writable.
 

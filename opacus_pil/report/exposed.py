@@ -177,11 +177,13 @@ def _charts(finite: FloatArray, *, size: int, worst: float) -> tuple[Chart, Char
     line = across(worst) if math.isfinite(worst) else None
     heights = MaxNLocator(4, integer=True).tick_values(0.0, float(counts.max()))
     top = float(heights[-1])
+    least = top / rise  # a pixel: one instance among thousands can be seen and clicked
     bars = tuple(
         Bar(
-            float(low), float(high), int(count), across(float(low)), upward(int(count), top),
+            float(low), float(high), int(count), across(float(low)),
+            upward(max(int(count), least), top),
             round(across(float(high)) - across(float(low)), 2),
-            round(HEIGHT - BOTTOM - upward(int(count), top), 2),
+            round(HEIGHT - BOTTOM - upward(max(int(count), least), top), 2),
         )
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
         if count

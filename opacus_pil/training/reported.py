@@ -25,6 +25,7 @@ from ..report import LABELS, Exposed, Report, Table
 from ..report.numbers import down, plain, up
 from ..report.page import pairs
 from .account import Account
+from .evidence import rows_of
 from .trainings import Trainings
 
 _CHUNK = 256  # rows of a forward pass
@@ -46,25 +47,59 @@ class Run:
     opacus_epsilon: float
     delta: float
 
+    @property
+    def against(self) -> tuple[str, ...]:
+        """What was seen that speaks against the accounted steps, for anybody; a sentence each.
+
+        By the table of `evidence.py`, as it concerns an instance that is charged the clip bound in
+        every step. Empty: nothing was seen; that is no label.
+        """
+        found = []
+        for code in self.account.findings:
+            row = next((row for row in rows_of(code) if row.concerns("worst_case")), None)
+            if row is not None and row.leaves == "estimate":
+                found.append(row.words.replace("({detail})", "").replace("{detail}", "see reasons"))
+        return tuple(" ".join(words.split()) for words in found)
+
+    @property
+    def unamplified(self) -> str:
+        """Why Opacus's own ε is no bound though nothing went wrong; "": it is not so."""
+        if all(kernel.poisson_sampling for kernel in self.trainings.kernels):
+            return ""
+        return (
+            "Opacus's ε takes batches as drawn by independent coins, and claims an amplification "
+            "that fixed or shuffled batches do not have"
+        )
+
 
 def public_report(run: Run) -> Report:
     """Return the constants of a run, and nothing that a training instance could have changed.
 
-    Their ε is Opacus's, of the steps that ran; a distribution of per-instance values, a ranking or
-    a measurement is private and not here.
+    Their ε is Opacus's, of the steps that ran, where nothing was seen that speaks against it.
+    Whether something was is the one word that depends on the run: an ε that does not hold is worse.
+    A distribution of per-instance values, a ranking or a measurement is private and not here.
     """
     delta = up(run.delta, digits=3)
+    if run.against or run.unamplified:
+        answer = (
+            "No ε is stated here: it was not seen that what ran is what was accounted; the private "
+            "page of this training says why."
+        )
+    else:
+        answer = (
+            f"By Opacus's {_method(run)} accountant ε is {up(run.opacus_epsilon)} at δ = {delta} "
+            "for every instance, if the steps that ran were those that were accounted."
+        )
     return Report(
         title="Privacy of a training: its constants",
         subtitle=f"By opacus_pil {__version__}",
         verdict=(
-            ("How private was this training?",
-             f"By Opacus's {_method(run)} accountant ε is {up(run.opacus_epsilon)} at δ = {delta} "
-             "for every instance, if the steps that ran were those that were accounted."),
+            ("How private was this training?", answer),
             ("Who is exposed?",
              "This page does not say: which instance lost how much depends on the data."),
             ("What may be claimed?",
-             "The ε above with its δ, neighbouring relation and constants."),
+             "The answer above with the constants below: δ, neighbouring relation, noise, rate and "
+             "number of steps."),
         ),
         constants=_constants(run, public=True),
         limits=(
@@ -103,7 +138,7 @@ def run_report(run: Run, spent: PerInstanceEpsilon, *, test: Any = None) -> Repo
         verdict=(
             ("How private was this training?",
              f"Accounted as if every step had moved each instance by the whole clip bound, ε is "
-             f"{exposed.worst} at δ = {exposed.delta}, by Rényi accounting."),
+             f"{exposed.worst} at δ = {exposed.delta}, by Rényi accounting{_doubt(run)}."),
             ("Who is exposed?",
              f"{most:,} of {len(spent):,} instances stand at the top with ε "
              f"{quantiles['most']}, and half of all are at most {quantiles['median']}."),
@@ -111,7 +146,7 @@ def run_report(run: Run, spent: PerInstanceEpsilon, *, test: Any = None) -> Repo
              f"The values of single instances are labelled {spent.guarantee}, {words}; none of "
              "them is private to release."),
         ),
-        tone=_tone(spent, test),
+        tone="bad" if run.against else _tone(spent, test),
         facts=(
             (f"worst case at δ = {exposed.delta} (Rényi)", exposed.worst),
             ("most exposed instance", quantiles["most"]),
@@ -120,7 +155,7 @@ def run_report(run: Run, spent: PerInstanceEpsilon, *, test: Any = None) -> Repo
         ),
         exposed=exposed,
         evidence=(_upper(run, spent, exposed), _lower(bounds, test), *measured),
-        reasons=spent.reasons,
+        reasons=tuple(dict.fromkeys([*spent.reasons, *run.against])),
         constants=_constants(run, public=False),
         limits=(
             "That what ran is what was accounted: evidence was taken of each step, and an audit "
@@ -137,6 +172,13 @@ def _tone(spent: PerInstanceEpsilon, test: Any) -> str:
     if math.isinf(spent.worst_case) or getattr(test, "verdict", "") == "red flag":
         return "bad"
     return "careful" if spent.guarantee == "estimate" else "good"
+
+
+def _doubt(run: Run) -> str:
+    """Say that the worst case is no bound, where something speaks against it."""
+    if not run.against:
+        return ""
+    return f"; that is no bound, because {run.against[0]}"
 
 
 def _method(run: Run) -> str:
@@ -160,9 +202,17 @@ def _upper(run: Run, spent: PerInstanceEpsilon, exposed: Exposed) -> Table:
              f"{method}: another method, not comparable with the rows above", ""),
         ),
         words=(2, 3),
-        note="Compare instances with the worst case of the same method. Opacus's own number is the "
-        "one to state for the training as a whole.",
+        note="Compare instances with the worst case of the same method. " + _to_state(run),
     )  # fmt: skip
+
+
+def _to_state(run: Run) -> str:
+    """Say what Opacus's number is worth."""
+    if run.against:
+        return "Neither worst case is a bound here: see the reasons below."
+    if run.unamplified:
+        return f"{run.unamplified}: it is no bound."
+    return "Opacus's own number is the one to state for the training as a whole."
 
 
 def _lower(bounds: Sequence[Any] | None, test: Any) -> Table:
@@ -244,8 +294,9 @@ def _constants(run: Run, *, public: bool) -> tuple[tuple[str, str], ...]:
         steps=_steps(account),
         δ=up(run.delta, digits=3),
         neighbours="one instance added or removed",
-        **{f"ε_by_Opacus_({_method(run)},_not_comparable_with_Rényi_values)":
-           up(run.opacus_epsilon)},
+        **({} if public and (run.against or run.unamplified) else {
+            f"ε_by_Opacus_({_method(run)},_not_comparable_with_Rényi_values)":
+            up(run.opacus_epsilon)}),
         norm_policy=account.norm_policy,
         Rényi_orders=f"{len(orders)} from {plain(orders[0])} to {plain(orders[-1])}",
     )  # fmt: skip

@@ -20,7 +20,7 @@ HOSTILE = "</script><script>document.title='x'</script><img src=x onerror=x> {{ 
 DELTA = 1e-3
 
 
-def trained(*, ids=None, policy="last_seen", epochs=3, rows=60):
+def trained(*, ids=None, policy="last_seen", epochs=3, rows=60, poisson=True, twice=False):
     """An engine after a small training, and data of the same kind that it did not see."""
     torch.manual_seed(0)
     x = torch.randn(2 * rows, 3) * torch.linspace(0.01, 3.0, 2 * rows)[:, None]
@@ -32,13 +32,17 @@ def trained(*, ids=None, policy="last_seen", epochs=3, rows=60):
     module, optimizer, loader = engine.make_private(
         module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
         data_loader=DataLoader(seen, batch_size=20), noise_multiplier=1.0, max_grad_norm=0.5,
-        criterion=criterion,
+        criterion=criterion, poisson_sampling=poisson,
     )  # fmt: skip
     for _ in range(epochs):
         for inputs, targets in loader:
             optimizer.zero_grad()
             criterion(module(inputs), targets).backward()
             optimizer.step()
+            if twice:
+                optimizer.zero_grad()
+                criterion(module(inputs), targets).backward()
+                optimizer.step()
     return engine, TensorDataset(*(t[1::2] for t in data.tensors))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import stat
+import uuid
 
 import numpy as np
 import pytest
@@ -148,6 +149,27 @@ def test_a_public_page_holds_constants_only(run, tmp_path):
     assert rounded_up(engine.get_epsilon(DELTA), digits=4) in page.text
 
 
+@pytest.mark.parametrize("case", ["fixed batches", "a batch used twice"])
+def test_an_epsilon_that_does_not_hold_is_not_stated(case, tmp_path):
+    with pytest.warns(UserWarning, match="participation|matched with rows"):
+        engine, _ = trained(
+            policy=None if case == "fixed batches" else "last_seen", epochs=1,
+            poisson=case != "fixed batches", twice=case != "fixed batches",
+        )  # fmt: skip
+    number = rounded_up(engine.get_epsilon(DELTA), digits=4)
+    engine.write_report(tmp_path / "p.html", delta=DELTA, public=True)
+    public = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    assert "No ε is stated here" in public
+    assert number not in public
+    engine.write_report(tmp_path / "r.html", delta=DELTA)
+    text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "one to state for the training" not in text
+    if case == "fixed batches":
+        assert "that fixed or shuffled batches do not have: it is no bound" in text
+    else:
+        assert "that is no bound, because a step's batch was not the one" in text
+
+
 def test_the_file_is_private_and_whole(written, run, tmp_path):
     engine, _ = run
     assert stat.S_IMODE(written.stat().st_mode) == 0o600
@@ -190,11 +212,12 @@ def test_hostile_ids_and_words_stay_text(tmp_path):
 
 
 def test_fifty_thousand_instances_are_at_most_three_megabytes(tmp_path):
-    spent = everyone(50_000)
+    ids = [str(uuid.UUID(int=i << 80 | i)) for i in range(50_000)]  # as long as ids become
+    spent = everyone(50_000, ids=ids)
     write_page(tmp_path / "r.html", report(spent))
     assert (tmp_path / "r.html").stat().st_size <= 3_000_000
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
-    assert len(page.rows["id"]) == 50_000
+    assert sorted(page.rows["id"]) == sorted(ids)
 
 
 def test_more_than_the_table_holds_is_said_and_counted(monkeypatch):

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from opacus_pil.report import Exposed, Report, Table, write_page
+from opacus_pil.plots import epsilon_histogram
+from opacus_pil.report import Exposed, Illustration, Report, Section, Table, write_page
+from opacus_pil.report import write_report as write_summary
 from tests.report.runs import HOSTILE, certified, everyone, uncertified
+from tests.report.test_summary import summary
 
 pytestmark = [
     pytest.mark.slow,  # a browser starts, and waits for nobody
@@ -23,6 +26,7 @@ pytestmark = [
 selenium = pytest.importorskip("selenium", reason='pip install "opacus-pil[dev]"')
 
 SIZE = 50_000
+KINDS = ["run", "certified", "uncertified", "summary"]
 KEPT = Path(__file__).parents[2] / "out-pages"  # git ignores out*: to look at after a failure
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -78,6 +82,11 @@ def pages(tmp_path_factory) -> Path:
             constants=(("fingerprint", "f" * 64),),
         ),
     )  # fmt: skip
+    picture = Illustration(epsilon_histogram([1.0, 2.0], worst_case=3.0), "A caption.", "An alt.")
+    write_summary(
+        folder / "summary.html", title="A demo", summary=summary(),
+        sections=[Section("A section", "Text.", [picture])],
+    )  # fmt: skip
     certified().write_report(folder / "certified.html")
     uncertified().write_report(folder / "uncertified.html")
     return folder
@@ -132,7 +141,7 @@ def fill(browser, name, text) -> None:
     field.send_keys(text)
 
 
-@pytest.mark.parametrize("name", ["run", "certified", "uncertified"])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_every_text_can_be_read_in_both_themes(browser, pages, name, theme) -> None:
     browser.set_window_size(1200, 900)
@@ -155,7 +164,7 @@ def test_every_text_can_be_read_in_both_themes(browser, pages, name, theme) -> N
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-@pytest.mark.parametrize("name", ["run", "certified", "uncertified"])
+@pytest.mark.parametrize("name", KINDS)
 def test_no_page_has_an_error_or_asks_the_network(browser, pages, name) -> None:
     browser.get_log("browser")
     show(browser, pages / f"{name}.html")
@@ -168,7 +177,7 @@ def test_no_page_has_an_error_or_asks_the_network(browser, pages, name) -> None:
     assert title != "x"  # what the hostile id would have made it
 
 
-@pytest.mark.parametrize("name", ["run", "certified", "uncertified"])
+@pytest.mark.parametrize("name", KINDS)
 def test_nothing_is_wider_than_a_screen_of_500_pixels(browser, pages, name) -> None:
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .. import __version__
@@ -64,7 +65,8 @@ def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report
     because = f": {listed(audit.reasons)}" if audit.reasons else ""
     most = audit.exposed[0] if audit.exposed else None
     known = audit.records is not None
-    requests = [request_of(result) for result in results]
+    requests = [replace(one, title=f"Request {number}: {one.title}")
+                for number, one in enumerate(map(request_of, results), start=1)]  # fmt: skip
     return Report(
         title=f"Privacy audit: {audit.verdict}",
         subtitle=f"{audit.sizes['rows']:,} training records, by opacus_pil {__version__}; "

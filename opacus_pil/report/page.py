@@ -7,7 +7,7 @@ engine, no audit and no model: whoever has a result puts it into these records. 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,11 +140,9 @@ def write_page(path: str | os.PathLike[str], report: Report) -> None:
     write_atomic(path, page, private=True)
 
 
-def pairs(**named: Any) -> tuple[tuple[str, str], ...]:
-    """Return (name, text) pairs; underscores are spaces, what is None is left out."""
-    return tuple(
-        (name.replace("_", " "), str(value)) for name, value in named.items() if value is not None
-    )
+def pairs(named: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return (name, text) pairs; what is None is left out."""
+    return tuple((name, str(value)) for name, value in named.items() if value is not None)
 
 
 def listed(sentences: Sequence[str]) -> str:

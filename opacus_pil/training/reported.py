@@ -289,33 +289,32 @@ def _constants(run: Run, *, public: bool) -> tuple[tuple[str, str], ...]:
     """Return settings and versions; without what depends on the data if `public`."""
     account, kernels = run.account, run.trainings.kernels
     orders = account.per_instance.orders
-    found = pairs(
-        instances=f"{account.per_instance.num_instances:,}",
-        steps=_steps(account),
-        δ=up(run.delta, digits=3),
-        neighbours="one instance added or removed",
-        **({} if public and (run.against or run.unamplified) else {
-            f"ε_by_Opacus_({_method(run)},_not_comparable_with_Rényi_values)":
-            up(run.opacus_epsilon)}),
-        norm_policy=account.norm_policy,
-        Rényi_orders=f"{len(orders)} from {plain(orders[0])} to {plain(orders[-1])}",
-    )  # fmt: skip
+    stated = None if public and (run.against or run.unamplified) else up(run.opacus_epsilon)
+    found = pairs({
+        "instances": f"{account.per_instance.num_instances:,}",
+        "steps": _steps(account),
+        "δ": up(run.delta, digits=3),
+        "neighbours": "one instance added or removed",
+        f"ε by Opacus ({_method(run)}, not comparable with Rényi values)": stated,
+        "norm_policy": account.norm_policy,
+        "Rényi orders": f"{len(orders)} from {plain(orders[0])} to {plain(orders[-1])}",
+    })  # fmt: skip
     for kernel in itertools.islice(dict.fromkeys(kernels), 3):
-        found += pairs(
-            max_grad_norm=plain(kernel.max_grad_norm),
-            expected_batch_size=f"{kernel.expected_batch_size:,}",
-            clipping=kernel.clipping,
-            batches="Poisson" if kernel.poisson_sampling else "fixed",
-            grad_sample_mode=kernel.grad_sample_mode,
-            loss_reduction=kernel.loss_reduction,
-            processes=kernel.world_size if kernel.world_size > 1 else None,
-        )
-    found += pairs(
-        opacus_pil=__version__,
-        Opacus=opacus.__version__,
-        PyTorch=torch.__version__,
-        Python=platform.python_version(),
-    )
+        found += pairs({
+            "max_grad_norm": plain(kernel.max_grad_norm),
+            "expected_batch_size": f"{kernel.expected_batch_size:,}",
+            "clipping": kernel.clipping,
+            "batches": "Poisson" if kernel.poisson_sampling else "fixed",
+            "grad_sample_mode": kernel.grad_sample_mode,
+            "loss_reduction": kernel.loss_reduction,
+            "processes": kernel.world_size if kernel.world_size > 1 else None,
+        })  # fmt: skip
+    found += pairs({
+        "opacus_pil": __version__,
+        "Opacus": opacus.__version__,
+        "PyTorch": torch.__version__,
+        "Python": platform.python_version(),
+    })  # fmt: skip
     fingerprint = None if public else run.trainings.fingerprint
     if fingerprint is None:
         return found

@@ -97,20 +97,20 @@ def request_of(result: Ran, *, gap: Mapping[str, Any] | None = None) -> Request:
     plan = result.plan
     names = [str(one) for one in (plan.ids or plan.forget_set.tolist())]
     more = f" and {len(names) - _MOST_IDS:,} more" if len(names) > _MOST_IDS else ""
-    facts = pairs(
-        forgotten=", ".join(names[:_MOST_IDS]) + more,
-        instances=f"{len(plan.forget_set):,}",
-        method=plan.method,
-        plan=plan.status,
-        why_these_steps=plan.reason,
-        steps_planned=f"{plan.steps:,}",
-        steps_run=f"{result.steps:,}",
-        **{"steps,_retraining": f"{plan.steps_retrain:,}"},
+    interval = plan.interval if isinstance(plan, PredictedPlan) else None
+    facts = pairs({
+        "forgotten": ", ".join(names[:_MOST_IDS]) + more,
+        "instances": f"{len(plan.forget_set):,}",
+        "method": plan.method,
+        "plan": plan.status,
+        "why these steps": plan.reason,
+        "steps planned": f"{plan.steps:,}",
+        "steps predicted": None if interval is None else " to ".join(map(plain, interval)),
+        "steps that ran": f"{result.steps:,}",
+        "steps of retraining": f"{plan.steps_retrain:,}",
         **_of_certificate(result),
-        interval_of_the_prediction="{:,.0f} to {:,.0f} steps".format(*plan.interval)
-        if isinstance(plan, PredictedPlan) and plan.interval is not None else None,
-        requests_served_before=f"{plan.requests_served:,}",
-    )  # fmt: skip
+        "requests served before": f"{plan.requests_served:,}",
+    })  # fmt: skip
     notes = list(plan.reasons)
     if not METHOD[plan.method].noisy and result.steps and not _retrained(result):
         notes.append(
@@ -131,9 +131,9 @@ def _of_certificate(result: Ran) -> dict[str, str]:
         return {"ε": "none: nothing is certified"}
     worst = plan.steps_worst_case
     return {
-        "steps,_worst_case": "not known" if worst is None else f"{worst:,}",
-        "ε_reached": f"{up(result.epsilon)} at δ = {up(plan.delta, digits=3)}",
-        "ε_asked_for": plain(plan.target_epsilon),
+        "steps, worst case": "not known" if worst is None else f"{worst:,}",
+        "ε reached": f"{up(result.epsilon)} at δ = {up(plan.delta, digits=3)}",
+        "ε asked for": plain(plan.target_epsilon),
     }
 
 
@@ -173,11 +173,11 @@ def _claim(result: Ran) -> str:
 
 def _statement(result: Ran) -> str:
     two_sided = result.certificate is not None and result.certificate.two_sided
-    both = "in both directions" if two_sided else "in one direction"
+    way = "in both directions" if two_sided else "in one direction, from model to reference"
     return (
-        f"After {result.steps:,} steps the model is ({up(result.epsilon)}, "
-        f"{up(_delta(result.plan), digits=3)})-indistinguishable from one that was trained without "
-        f"the forgotten instances, {both}, if every assumption holds."
+        f"After {result.steps:,} steps the model and its reference, which the assumptions name, "
+        f"are, {way}, indistinguishable up to ε = {up(result.epsilon)} at δ = "
+        f"{up(_delta(result.plan), digits=3)}, if every assumption holds."
     )
 
 
@@ -240,14 +240,16 @@ def _interval(oracle: Any) -> str:
 
 def _constants(result: Ran) -> tuple[tuple[str, str], ...]:
     plan = result.plan
-    found = pairs(
-        method=plan.method,
-        strength=None if plan.strength is None else plain(plan.strength),
-        expected_batch_size=plain(plan.batch_size),
-        number_of_steps_fixed_beforehand="yes" if plan.fixed_length else "no",
-        opacus_pil=__version__,
-        **{"plan_made_for_(digest)": plan.basis or None},
-    )
+    found = pairs({
+        "method": plan.method,
+        "strength": None if plan.strength is None else plain(plan.strength),
+        "noise of the first step": f"{plan.noise_burst:g} times that of the others"
+        if isinstance(plan, CertifiedPlan) and plan.noise_burst != 1.0 else None,
+        "expected batch size": plain(plan.batch_size),
+        "number of steps fixed beforehand": "yes" if plan.fixed_length else "no",
+        "opacus_pil": __version__,
+        "plan made for (digest)": plan.basis or None,
+    })  # fmt: skip
     hashes = [(when, getattr(result, f"model_{when}", None)) for when in ("before", "after")]
     return found + tuple((f"model {when}, SHA-256", one) for when, one in hashes if one)
 

@@ -24,7 +24,7 @@ def test_a_certified_deletion_says_epsilon_assumptions_and_hashes(tmp_path) -> N
     result = certified()
     page = written(result, tmp_path / "r.html")
     shown = deletion_report(result).claims[0].statement
-    number = float(shown.split("(")[1].split(",")[0])
+    number = float(shown.split("ε = ")[1].split(" ")[0])
     assert result.epsilon <= number <= result.epsilon * (1 + 1e-3)
     assert "ε reached" in page.text
     for sentence in CERTIFICATE.assumptions:
@@ -46,7 +46,7 @@ def test_without_a_certificate_there_is_no_epsilon_and_no_certificate(make, tmp_
     assert "no claim" in page.text
     if make is uncertified:
         assert "every retained instance's privacy loss is infinite" in page.text
-        assert "5 to 20 steps" in page.text
+        assert "steps predicted 5 to 20" in page.text
     else:
         assert "none of them was read" in page.text
 

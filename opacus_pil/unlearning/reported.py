@@ -65,9 +65,8 @@ def deletion_report(
     """Return one deletion as plain records of the report."""
     plan = result.plan
     request = request_of(result, gap=gap)
-    size = f"{len(plan.forget_set):,} instance{'s' if len(plan.forget_set) != 1 else ''}"
     return Report(
-        title=f"Deletion of {size}: {request.claim}",
+        title=f"Deletion of {_size(plan)}: {request.claim}",
         subtitle=f"Evidence of one request, by opacus_pil {__version__}",
         verdict=(
             ("Was it forgotten?", _forgotten(result)),
@@ -117,7 +116,7 @@ def request_of(result: Ran, *, gap: Mapping[str, Any] | None = None) -> Request:
             "These steps add no noise: every retained instance's privacy loss is infinite now."
         )
     return Request(
-        title=f"{plan.method}, {len(plan.forget_set):,} instances",
+        title=f"{plan.method}, {_size(plan)}",
         claim=_claim(result),
         facts=facts,
         tables=(_gaps(gap),) if gap else (),
@@ -149,6 +148,11 @@ def claims_of(results: Sequence[Ran], *, titles: Sequence[str]) -> tuple[Claim, 
         for result, title in zip(results, titles, strict=True)
         if result.certificate is not None
     )
+
+
+def _size(plan: UnlearningPlan) -> str:
+    number = len(plan.forget_set)
+    return f"{number:,} instance{'' if number == 1 else 's'}"
 
 
 def _delta(plan: UnlearningPlan) -> float | None:

@@ -117,17 +117,18 @@ class Account:
             return self.terms.policy
         return policy_of(DEFAULT if poisson_sampling else DEFAULT_OF_FIXED)
 
-    def rows(self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None) -> IntArray:
-        """Return the rows of the data set that a caller names, after a look whether they are here.
+    def rows(
+        self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None, *, persons: bool = True
+    ) -> IntArray:
+        """Return the rows that a caller names, as `InstanceIds.rows`; they must be here.
 
         Raises:
             TypeError, ValueError: Instances that are not there, or named twice.
         """
-        size = self.per_instance.num_instances
-        if self.shard is None:
-            return self.terms.ids.rows(indices, rows=rows, size=size)
-        found = self.terms.ids.rows(indices, rows=rows, size=self.shard.num_instances)
-        self.shard.positions(found)
+        holder = self.per_instance if self.shard is None else self.shard
+        found = self.terms.ids.rows(indices, rows=rows, size=holder.num_instances, persons=persons)
+        if self.shard is not None:
+            self.shard.positions(found)
         return found
 
     def positions(

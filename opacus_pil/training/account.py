@@ -98,8 +98,8 @@ class Account:
     @property
     def unbounded(self) -> bool:
         """Whether no ε holds for the worst case: noise-free steps, or a gradient without norm."""
-        noiseless = any(noise == 0 for noise, _, _ in self.opacus.history)
-        return noiseless or (self._charger is not None and self._charger.unbounded)
+        lost = self._charger is not None and self._charger.unbounded
+        return lost or any(noise == 0 for noise, _, _ in self.opacus.history)
 
     @property
     def findings(self) -> dict[str, int]:
@@ -135,10 +135,9 @@ class Account:
         self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None
     ) -> IntArray | None:
         """Return the places in the ledger of the instances that a caller names; None: all."""
-        if indices is None and rows is None:
-            return None
-        found = self.rows(indices, rows)
-        return found if self.shard is None else self.shard.positions(found)
+        everyone = indices is None and rows is None
+        found = None if everyone else self.rows(indices, rows)
+        return found if found is None or self.shard is None else self.shard.positions(found)
 
     def gathered(self, *, dst: int | None) -> PerInstanceAccountant | None:
         """Return one ledger of all shards; see `PerInstancePrivacyEngine.gather_per_instance`."""

@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 from .. import _validate as check
 from .._validate import FloatArray
+from ..capture.randomness import untouched_generators
 from ..errors import CertificateError
 from ..exposure import PerInstanceEpsilon
 from ..heads import FrozenFeatures
@@ -156,16 +157,18 @@ class CertifiedClassifier(ClassifierMixin, BaseEstimator):
             known = TensorDataset(
                 torch.as_tensor(features.of(split.public_rows)).float(), split.public_numbers
             )
-            constants = self._suggested(known, classes=classes, size=len(data)) or constants
-            caps = caps_by_public_rows(
-                known, data, constants=constants, classes=classes, factor=self.cap_factor,
-                floor=self.cap_floor,
-            )  # fmt: skip
+            with untouched_generators():
+                constants = self._suggested(known, classes=classes, size=len(data)) or constants
+                caps = caps_by_public_rows(
+                    known, data, constants=constants, classes=classes, factor=self.cap_factor,
+                    floor=self.cap_floor,
+                )  # fmt: skip
         seeds = _seeds(self.random_state)
-        engine, unlearning = trained(
-            data, constants=constants, classes=classes, caps=caps, instance_ids=split.names,
-            seed=_next_seed(seeds), progress=self.progress,
-        )  # fmt: skip
+        with untouched_generators():  # noise comes from one of its own
+            engine, unlearning = trained(
+                data, constants=constants, classes=classes, caps=caps, instance_ids=split.names,
+                seed=_next_seed(seeds), progress=self.progress,
+            )  # fmt: skip
         # All at once, so that a fit that fails leaves an earlier one as it was.
         self.classes_, self.features_, self.caps_ = split.classes, features, caps
         self.constants_, self.engine_, self.unlearning_ = constants, engine, unlearning
@@ -261,7 +264,7 @@ class CertifiedClassifier(ClassifierMixin, BaseEstimator):
                 f"Expected a deletion that is cheaper than training again, got none: {plan.reason} "
                 "Fit again without these rows, or allow a larger epsilon."
             )
-        with quiet_hooks():
+        with untouched_generators(), quiet_hooks():
             result = self.unlearning_.unlearn(plan, seed=_next_seed(self._seeds))
         assert isinstance(result, CertifiedResult)
         return Forgotten(plan=plan, record=result.record())

@@ -17,6 +17,7 @@ from .. import _validate as check
 from ..capture.row_losses import LossOf
 from ..errors import UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
+from .nobody import nobody
 from .scalars import privacy_scalars
 
 _IGNORED = -100  # transformers' label of a token that is not learned
@@ -89,8 +90,8 @@ class PrivateTrainer(Trainer):
 
     Raises:
         UnsupportedError: Arguments under which a step is not the mechanism that is charged:
-            gradient accumulation, fp16, several processes or devices, model_init, label smoothing,
-            a loss function of the Trainer's, compiled models, resuming.
+            gradient accumulation, fp16, ghost clipping, several processes or devices, model_init,
+            label smoothing, a loss function of the Trainer's, compiled models, resuming.
 
     Learned position embeddings get one gradient for the whole batch unless positions are given per
         row: let the data set hold "position_ids", or freeze them.
@@ -106,7 +107,8 @@ class PrivateTrainer(Trainer):
         delta: float | None = None, log_quantiles: bool = False,
         make_private_options: Mapping[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        _require_plain_steps(args, options)
+        private_options = dict(make_private_options or {})
+        _require_plain_steps(args, options, private_options)
         self._noise_multiplier = check.real("noise_multiplier", noise_multiplier, low=0.0)
         bound = args.max_grad_norm if max_grad_norm is None else max_grad_norm
         self._clip_bound = check.real("max_grad_norm", bound, low=0.0, open_low=True)
@@ -115,7 +117,7 @@ class PrivateTrainer(Trainer):
         self.privacy_engine = privacy_engine
         self.loss_of = loss_of
         self._log_quantiles = log_quantiles
-        self._make_private_options = dict(make_private_options or {})
+        self._make_private_options = private_options
         self._private: tuple[Any, Any, DataLoader[Any]] | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
@@ -143,8 +145,8 @@ class PrivateTrainer(Trainer):
     ) -> torch.Tensor:
         """Take the gradients of a batch; what an earlier step left is dropped first."""
         self._made_private()[1].zero_grad()  # the Trainer asks the model only, which keeps sums
-        if not isinstance(inputs, Mapping):  # nobody drawn, before Opacus has seen a batch
-            inputs = self._nobody()
+        if isinstance(inputs, list) and not inputs:  # nobody drawn, before a batch was seen
+            inputs = nobody(self._made_private()[2].dataset, self.data_collator)
         loss: torch.Tensor = super().training_step(model, inputs, None)
         return loss
 
@@ -187,12 +189,6 @@ class PrivateTrainer(Trainer):
             )
         return self._private
 
-    def _nobody(self) -> dict[str, Any]:
-        """Return a batch of no rows: the shapes of one, and nothing of what is in it."""
-        one = self._made_private()[2].dataset[0]
-        batch = self.data_collator([one])
-        return {k: v[:0] if torch.is_tensor(v) else v for k, v in batch.items()}
-
     def _clip_grad_norm(self, model: Any) -> None:
         """Leave the batch's gradient alone: rows were clipped, and its norm is nobody's to log."""
 
@@ -200,7 +196,9 @@ class PrivateTrainer(Trainer):
         """Log no norm of a gradient without noise."""
 
 
-def _require_plain_steps(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+def _require_plain_steps(
+    args: TrainingArguments, options: Mapping[str, Any], private: Mapping[str, Any]
+) -> None:
     """Raise where a step of the Trainer would not be the mechanism that is charged."""
     wrong = {
         "gradient_accumulation_steps > 1": args.gradient_accumulation_steps > 1,
@@ -212,6 +210,7 @@ def _require_plain_steps(args: TrainingArguments, options: Mapping[str, Any]) ->
         "deepspeed or fsdp": bool(args.deepspeed) or bool(args.fsdp),
         "model_init": options.get("model_init") is not None,
         "compute_loss_func": options.get("compute_loss_func") is not None,
+        "grad_sample_mode 'ghost'": private.get("grad_sample_mode") == "ghost",
         "train_dataset=None": options.get("train_dataset") is None,
     }
     found = [name for name, is_so in wrong.items() if is_so]

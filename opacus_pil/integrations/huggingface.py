@@ -17,7 +17,6 @@ from .. import _validate as check
 from ..capture.row_losses import LossOf
 from ..errors import UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
-from .nobody import nobody
 from .scalars import privacy_scalars
 
 _IGNORED = -100  # transformers' label of a token that is not learned
@@ -145,8 +144,8 @@ class PrivateTrainer(Trainer):
     ) -> torch.Tensor:
         """Take the gradients of a batch; what an earlier step left is dropped first."""
         self._made_private()[1].zero_grad()  # the Trainer asks the model only, which keeps sums
-        if isinstance(inputs, list) and not inputs:  # nobody drawn, before a batch was seen
-            inputs = nobody(self._made_private()[2].dataset, self.data_collator)
+        if _is_empty(inputs):
+            return self._step_of_nobody()
         loss: torch.Tensor = super().training_step(model, inputs, None)
         return loss
 
@@ -189,11 +188,24 @@ class PrivateTrainer(Trainer):
             )
         return self._private
 
+    def _step_of_nobody(self) -> torch.Tensor:
+        """Say that nobody has a gradient: many of transformers' models cannot run on no rows."""
+        for parameter in self._made_private()[1].params:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+        return torch.zeros((), device=self.args.device)
+
     def _clip_grad_norm(self, model: Any) -> None:
         """Leave the batch's gradient alone: rows were clipped, and its norm is nobody's to log."""
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> None:
         """Log no norm of a gradient without noise."""
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether nobody was drawn: a batch without rows, or before there was one an empty list."""
+    if isinstance(batch, Mapping):
+        return any(torch.is_tensor(value) and not len(value) for value in batch.values())
+    return isinstance(batch, list) and not batch
 
 
 def _require_plain_steps(

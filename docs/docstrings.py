@@ -23,13 +23,18 @@ _EXAMPLE = re.compile(r"^>>> (?:.*\S(?:\n|$))+", re.M)
 # `a, b: what both are` under Args or Attributes.
 _SEVERAL = re.compile(r"^( {4})(\w+(?:, \w+)+):( .*(?:\n {8}.*)*)", re.M)
 
+# Code is kept; a star between two factors is no emphasis: Markdown would swallow the power in
+# `sum(s)**2 / (2 * z**2)`, and show another formula.
+_STAR = re.compile(r"(```.*?```|`[^`]*`)|(?<=[\w)\]])(\*{1,2})(?=[\w(])", re.S)
+
 
 def as_markdown(docstring: str) -> str:
     """Return a docstring whose own sections are paragraphs, and whose tables keep their columns."""
     text = _EXAMPLE.sub(lambda found: _block("pycon", found[0]), docstring)
     text = _ROWS.sub(lambda found: f"\n**{found[1]}:**\n\n{_block('text', found[2])}", text)
     text = _WORDS.sub(lambda found: f"\n**{found[1]}.** {_paragraphs(found[2])}\n", text)
-    return _SEVERAL.sub(_one_by_one, text)
+    text = _SEVERAL.sub(_one_by_one, text)
+    return _STAR.sub(lambda found: found[1] or "\\*" * len(found[2]), text)
 
 
 def _block(language: str, lines: str) -> str:

@@ -67,7 +67,8 @@ def room_page(room: str) -> str:
     package = f"opacus_pil.{room}"
     names = exported(PACKAGE / room / "__init__.py")
     return (
-        f"# {room}\n\n::: {package}\n    options: {{members: false, show_root_heading: false}}\n\n"
+        f"# {room}\n\n::: {package}\n    options:\n      members: false\n"
+        "      show_root_heading: false\n      show_root_toc_entry: false\n\n"
         f"`from {package} import …`\n\n{documented(package, names)}\n"
     )
 
@@ -189,7 +190,7 @@ def guess_table(delta: float = 1e-5) -> str:
     header = (
         "ε",
         "the best guess is right at most",
-        "what anybody may see gets more likely by (and by δ)",
+        "whatever may be seen gets more likely by at most, δ aside",
     )
     return _table(header, rows)
 

@@ -151,6 +151,19 @@ class TestBuilt:
         assert "Guarantee:" not in accounting
         assert ">>> epsilon, order = rdp_to_epsilon(" in accounting
 
+    def test_no_power_of_a_formula_is_lost(self, pages: dict[str, Page]) -> None:
+        """`**` is emphasis in Markdown: sum(s)**2 / z**2 would read sum(s)2 / z2."""
+        lost, kept = [], 0
+        for room in ("accounting", "certificates", "auditing", "evaluation"):
+            module = importlib.import_module(f"opacus_pil.{room}")
+            for name in generated.exported(generated.PACKAGE / room / "__init__.py"):
+                for term in re.findall(r"[\w)]+\*\*[\w(]+", getattr(module, name).__doc__ or ""):
+                    kept += 1
+                    if term not in pages[f"api/{room}.html"].words:
+                        lost.append(f"{name}: {term}")
+        assert lost == []
+        assert kept > 5
+
     def test_every_finding_is_on_the_page_of_what_breaks_a_guarantee(self, pages) -> None:
         page = pages["labels.html"].words
         for finding in evidence.table():

@@ -20,8 +20,8 @@ _WORDS = re.compile(
 _ROWS = re.compile(r"^((?:Edge cases|Columns|Methods)\b.*):\n((?: {4}.*\S(?:\n|$))+)", re.M)
 _IS_ROW = re.compile(r"\S {3,}\S|^ {8}")
 _EXAMPLE = re.compile(r"^>>> (?:.*\S(?:\n|$))+", re.M)
-# `a, b: what both are` under Args or Attributes.
-_SEVERAL = re.compile(r"^( {4})(\w+(?:, \w+)+):( .*(?:\n {8}.*)*)", re.M)
+# `a, b: what both are` under Args or Attributes; the names may fill more than a line.
+_SEVERAL = re.compile(r"^( {4})(\w+(?:,\s+\w+)+):( .*(?:\n {8}.*)*)", re.M)
 
 # Code is kept; a star between two factors is no emphasis: Markdown would swallow the power in
 # `sum(s)**2 / (2 * z**2)`, and show another formula.
@@ -56,7 +56,7 @@ def _paragraphs(words: str) -> str:
 
 
 def _one_by_one(found: re.Match[str]) -> str:
-    return "\n".join(f"{found[1]}{name}:{found[3]}" for name in found[2].split(", "))
+    return "\n".join(f"{found[1]}{name}:{found[3]}" for name in re.split(r",\s+", found[2]))
 
 
 class PackageDocstrings(griffe.Extension):

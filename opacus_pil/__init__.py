@@ -6,6 +6,7 @@ The names below are loaded when first used, so that `import opacus_pil.accountin
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .unlearning import UnlearningResult as UnlearningResult
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # quiet unless it is asked for
 
 _HOME = {
     "Audit": "auditing.audit_record",

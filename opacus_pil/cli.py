@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: arguments in, exit code out. Computes nothing itself.
 
 Exit codes: 0 done, 1 a certificate that does not hold or a training that is not what it claims, 2 a
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,10 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .account_command import add_account_command
-from .audit_command import add_audit_command
-from .check_command import add_check_command, parted
+from .commands.account import add_account_command
+from .commands.audit import add_audit_command
+from .commands.check import add_check_command, parted
+from .commands.forget import add_forget_command, add_plan_command
+from .commands.ledger import add_ledger_command
+from .commands.requests import add_requests_command
 from .errors import OpacusPilError
+
+_EPILOG = """completion in bash or zsh (extra `cli`):
+  eval "$(register-python-argcomplete opacus-pil)"
+
+Each command's --help shows an example.
+"""
 
 _DEMO_EPILOG = """example:
   opacus-pil demo --dataset mnist5k --out out --seed 1
@@ -61,7 +72,12 @@ hour on two cores. All files are private: mode 0600.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     own, of_script = parted(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(own)
+    parser = _parser()
+    _complete(parser)
+    arguments = parser.parse_args(own)
+    if arguments.log is not None:
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+        logging.getLogger("opacus_pil").setLevel(arguments.log.upper())
     if of_script:
         arguments.arguments = of_script
     try:
@@ -74,10 +90,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Complete words in the shell, where argcomplete is installed and the shell asks for it."""
+    try:
+        import argcomplete
+    except ModuleNotFoundError:
+        return  # an optional extra
+    argcomplete.autocomplete(parser)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opacus-pil",
         description="Per-instance privacy losses and certified unlearning for Opacus.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--log", choices=("info", "debug"), help="say on stderr what is done (default: nothing)"
     )
     parser.add_argument("--version", action="version", version=f"opacus-pil {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
@@ -104,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
     add_account_command(commands)
     add_audit_command(commands)
     add_check_command(commands)
+    add_plan_command(commands)
+    add_forget_command(commands)
+    add_requests_command(commands)
+    add_ledger_command(commands)
     return parser
 
 

@@ -5,9 +5,11 @@ from .compact_orders import COMPACT_ORDERS as COMPACT_ORDERS
 from .composition import CompositionResult as CompositionResult
 from .composition import compose_per_instance as compose_per_instance
 from .composition import order_schedule as order_schedule
+from .contracted_loss import ContractedLoss as ContractedLoss
 from .groups import group_rdp as group_rdp
 from .guarantee import GUARANTEES as GUARANTEES
 from .guarantee import PerInstanceEpsilon as PerInstanceEpsilon
+from .kl import sampled_gaussian_kl as sampled_gaussian_kl
 from .rdp import DEFAULT_ORDERS as DEFAULT_ORDERS
 from .rdp import rdp_to_epsilon as rdp_to_epsilon
 from .rdp import sampled_gaussian_rdp as sampled_gaussian_rdp

@@ -21,6 +21,7 @@ from .ensemble import run_trials as run_trials
 from .estimate_convergence import RankingStability as RankingStability
 from .estimate_convergence import estimate_convergence as estimate_convergence
 from .estimate_convergence import estimated_privacy_losses as estimated_privacy_losses
+from .estimated_losses import EstimatedLosses as EstimatedLosses
 from .gap import Gap as Gap
 from .gap import Metrics as Metrics
 from .gap import SplitGap as SplitGap
@@ -29,10 +30,15 @@ from .gap import evaluate as evaluate
 from .gap import evaluate_splits as evaluate_splits
 from .gap import oracle_gap as oracle_gap
 from .gap import time_to_unlearn as time_to_unlearn
+from .held_out import held_out_losses as held_out_losses
+from .held_out import mean_held_out as mean_held_out
 from .influence import InfluenceScores as InfluenceScores
 from .influence import influence_scores as influence_scores
+from .leverage import last_layer_features as last_layer_features
+from .leverage import last_layer_leverage as last_layer_leverage
 from .loss_barrier import LossBarrier as LossBarrier
 from .loss_barrier import loss_barrier as loss_barrier
+from .loss_traces import loss_trace_iqr as loss_trace_iqr
 from .margins import Klom as Klom
 from .margins import MarginDeviation as MarginDeviation
 from .margins import gaussian_klom as gaussian_klom
@@ -59,6 +65,7 @@ __all__ = [
     "DifficultyTracker",
     "EnsembleOutputs",
     "Estimate",
+    "EstimatedLosses",
     "Gap",
     "GroupComparison",
     "InfluenceScores",
@@ -89,11 +96,16 @@ __all__ = [
     "evaluate_task",
     "gaussian_klom",
     "group_hardness",
+    "held_out_losses",
     "influence_scores",
     "klom",
     "klom_of_oracles",
+    "last_layer_features",
+    "last_layer_leverage",
     "loss_barrier",
+    "loss_trace_iqr",
     "margin_deviation",
+    "mean_held_out",
     "membership_scores",
     "memorisation_scores",
     "oracle_gap",

@@ -22,7 +22,7 @@ from .visits import DIFFICULTY_SCORES, Visits, mean
 
 
 class DifficultyTracker:
-    """Accumulates, per instance, what the scores of `DIFFICULTY_SCORES` are means of.
+    """Accumulates, per instance, what the scores of `DIFFICULTY_SCORES` are made of.
 
     A *visit* is one time an instance was looked at: in a batch (`update`), or in a full pass
     (`observe`). Under Poisson sampling an instance is drawn q·T times on average, at random, and
@@ -32,6 +32,8 @@ class DifficultyTracker:
         num_instances: Size of the training set, >= 1.
         early_steps: Number of first steps whose visits count for GraNd and EL2N, >= 0. A full pass
             before the first step counts too, if early_steps >= 1.
+        traces: Keep the loss of every visit, for its interquartile range: 16 bytes a visit, memory
+            that grows with the training.
 
     Attributes:
         visits: Shape (instances,), visits with outputs.
@@ -47,12 +49,12 @@ class DifficultyTracker:
     array([1, 0, 1])
     """
 
-    def __init__(self, num_instances: int, *, early_steps: int) -> None:
+    def __init__(self, num_instances: int, *, early_steps: int, traces: bool = False) -> None:
         size = check.integer("num_instances", num_instances, low=1)
         self.early_steps = check.integer("early_steps", early_steps, low=0)
         self.steps = 0
         self.unattributed = 0
-        self._visits = Visits(size)
+        self._visits = Visits(size, traces=bool(traces))
         self._recorder: Recorder | None = None
 
     def __len__(self) -> int:
@@ -205,7 +207,7 @@ class DifficultyTracker:
     # --- reading and saving ---------------------------------------------------------------------
 
     def scores(self) -> dict[str, FloatArray]:
-        """Return every score of this run, see `difficulty_scores`."""
+        """Return every score this run collects, see `difficulty_scores`."""
         return self._visits.scores()
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,17 +223,23 @@ class DifficultyTracker:
         """Go on from a saved state; what is watched stays watched.
 
         Args:
-            state: Of `state_dict`, of a tracker of the same instances and early window.
+            state: Of `state_dict`, of a tracker of the same instances and early window, with
+                traces if this one keeps them.
 
         Raises:
-            ValueError: A state of other instances or of another early window. The tracker is left
-                as it was.
+            ValueError: A state of other instances, of another early window, or without the traces
+                that this tracker keeps. The tracker is left as it was.
         """
         same = state["early_steps"] == self.early_steps and len(state["last"]) == len(self)
         if not same:
             raise ValueError(
                 f"Expected a state of {len(self)} instances and early_steps={self.early_steps}, "
                 f"got {len(state['last'])} and {state['early_steps']}. Construct the tracker alike."
+            )
+        if self._visits.traces is not None and state.get("traces") is None:
+            raise ValueError(
+                "Expected a state with traces, got one without: its visits' losses are lost. "
+                "Construct the tracker with traces=False."
             )
         self.steps, self.unattributed = int(state["steps"]), int(state["unattributed"])
         self._visits.load_state_dict(state)
@@ -240,18 +248,20 @@ class DifficultyTracker:
 def difficulty_scores(
     trackers: DifficultyTracker | Sequence[DifficultyTracker],
 ) -> dict[str, FloatArray]:
-    """Return every difficulty score, aligned so that higher means harder.
+    """Return the difficulty scores of trackers, aligned so that higher means harder.
 
     The names and what they are means of are in `DIFFICULTY_SCORES`; a score with sign −1 there is
-    the negative of the quantity it is named after (multiply by the sign to undo it).
+    the negative of the quantity it is named after (multiply by the sign to undo it). Of that table
+    a tracker has all but `leverage` and `held_out_loss`, which `last_layer_leverage` and
+    `mean_held_out` give, and `loss_trace_iqr` if it keeps traces.
 
     Args:
         trackers: One run, or several independent runs over the same instances, whose scores are
             averaged (EL2N and GraNd are defined as averages over some ten initialisations).
 
     Returns:
-        Name -> shape (instances,). With several runs: the mean over those in which the instance
-        has the score.
+        Name -> shape (instances,). With several runs: the scores that all of them have, the mean
+        over those in which the instance has the score.
 
     Raises:
         ValueError: No tracker, or trackers of different numbers of instances.
@@ -259,7 +269,7 @@ def difficulty_scores(
     Edge cases (first match wins):
         never visited (under Poisson: never drawn)   NaN, never 0; see `tracker.visits`
         no visit in the early window                 el2n, grand NaN: make a full pass early
-        fewer than two visits                        forgetting_events NaN
+        fewer than two visits                        forgetting_events, loss_trace_iqr NaN
         never correct on any visit                   forgetting_events +inf: never learned
         few visits                                   max_gradient_norm is smaller the fewer there
                                                      are, forgetting_events misses events
@@ -267,8 +277,9 @@ def difficulty_scores(
     Source: GraNd, EL2N: Paul et al. (2021), arXiv:2107.07075. Forgetting events, never learned as
         infinitely many: Toneva et al. (2019), arXiv:1812.05159. Area under the margin: Pleiss et
         al. (2020), arXiv:2001.10528. C-score proxy, mean correctness over training: Jiang et al.
-        (2021), arXiv:2002.03206. Ours: visits are the batches an instance was drawn into and full
-        passes, where the papers have epochs; EL2N and GraNd are averaged over the early window.
+        (2021), arXiv:2002.03206. Interquartile range of the loss: Pollock et al. (2024),
+        arXiv:2411.05743. Ours: visits are the batches an instance was drawn into and full passes,
+        where the papers have epochs; EL2N and GraNd are averaged over the early window.
     Privacy: scores depend on private data; they are themselves not private to release.
     """
     runs = [trackers] if isinstance(trackers, DifficultyTracker) else list(trackers)
@@ -278,7 +289,11 @@ def difficulty_scores(
             f"{[len(run) for run in runs]}. Pass runs over one data set."
         )
     found = [run.scores() for run in runs]
-    return {name: _mean_of_runs([scores[name] for scores in found]) for name in DIFFICULTY_SCORES}
+    return {
+        name: _mean_of_runs([scores[name] for scores in found])
+        for name in DIFFICULTY_SCORES
+        if all(name in scores for scores in found)
+    }
 
 
 def _mean_of_runs(values: list[FloatArray]) -> FloatArray:

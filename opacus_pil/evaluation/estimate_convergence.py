@@ -16,6 +16,8 @@ from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..accounting import compose_per_instance, sampled_gaussian_rdp
 from .bootstrap import RESAMPLES, Estimate, Statistic, bootstrap
+from .estimated_losses import HELD, EstimatedLosses, clip_norms
+from .held_out import held_steps
 from .rank_correlation import spearman_statistic
 
 _NODES = 257  # sensitivities at which a step's divergence is computed; between them log–log chords
@@ -52,7 +54,8 @@ def estimated_privacy_losses(
     sample_rate: float,
     steps_per_checkpoint: npt.ArrayLike = 1,
     order: float = 2.0,
-) -> FloatArray:
+    max_grad_norm: float | str | None = None,
+) -> EstimatedLosses:
     """Return the Rényi divergence of the training per instance, estimated from checkpoints' norms.
 
     Each checkpoint's norm is held for its steps; the checkpoints' blocks of steps are composed over
@@ -61,17 +64,19 @@ def estimated_privacy_losses(
     Guarantee: none; the label is `estimate`.
 
     Args:
-        norms: Shape (trajectories, checkpoints, instances), gradient norms, >= 0: clipped ones for
-            the loss under clipping, unclipped ones to rank without ties at the clipping bound.
+        norms: Shape (trajectories, checkpoints, instances), gradient norms, >= 0.
         noise_std: Noise on the *summed* gradient of a step, in the unit of the norms, > 0; nominal
             for training without noise. DP-SGD: noise_multiplier · max_grad_norm.
         sample_rate: Probability that an instance is drawn, in [0, 1].
         steps_per_checkpoint: Steps that each checkpoint stands for, a number or shape
             (checkpoints,), each >= 1.
         order: Rényi order, > 1.
+        max_grad_norm: Bound that the norms are clipped at, in their unit: that of the training,
+            or one that makes sums rank better than the early peaks of unclipped norms do. "median":
+            the median of all norms, a rule on private data. None: norms as they are.
 
     Returns:
-        Shape (instances,), nats.
+        Losses of shape (instances,), nats, with the bound and the reasons for the label.
 
     Raises:
         ValueError: A value outside its range, or another shape.
@@ -84,11 +89,19 @@ def estimated_privacy_losses(
         is computed at 257 norms between the least and the largest, and interpolated.
     Privacy: depends on private data; not private to release.
 
-    >>> estimated_privacy_losses([[[2.0, 4.0]]], noise_std=2.0, sample_rate=1.0).round(6)
+    >>> how = {"noise_std": 2.0, "sample_rate": 1.0}
+    >>> estimated_privacy_losses([[[2.0, 4.0]]], **how).values.round(6)
     array([1., 4.])
+    >>> estimated_privacy_losses([[[2.0, 4.0]]], **how, max_grad_norm=3.0).values.round(6)
+    array([1.  , 2.25])
     """
     measured, steps = _checked(norms, steps_per_checkpoint)
-    return _losses(measured, noise_std=noise_std, sample_rate=sample_rate, steps=steps, order=order)
+    clip = clip_norms(measured, max_grad_norm=max_grad_norm)
+    values = _losses(
+        clip.norms, noise_std=noise_std, sample_rate=sample_rate, steps=steps, order=order
+    )
+    runs = f"composed over {len(measured)} trajectories, with no confidence value"
+    return EstimatedLosses(values, clip.max_grad_norm, (HELD, runs, *clip.reasons))
 
 
 def estimate_convergence(
@@ -197,17 +210,7 @@ def _checked(
         raise ValueError(
             f"Expected norms of shape (trajectories, checkpoints, instances), got {measured.shape}."
         )
-    steps = np.asarray(steps_per_checkpoint)
-    if steps.dtype.kind not in "iu" or (steps < 1).any() or steps.ndim > 1:
-        raise ValueError(
-            check.expected(
-                "steps_per_checkpoint", "to be whole numbers >= 1, one or one per checkpoint",
-                steps_per_checkpoint,
-            )
-        )  # fmt: skip
-    if steps.ndim == 1:
-        check.same_length("steps_per_checkpoint", steps, "checkpoints", measured.shape[1])
-    return measured, np.broadcast_to(steps, measured.shape[1]).astype(np.int64)
+    return measured, held_steps(steps_per_checkpoint, checkpoints=measured.shape[1])
 
 
 def _losses(

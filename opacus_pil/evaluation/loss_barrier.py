@@ -41,6 +41,16 @@ class LossBarrier:
         # Not (1 − a)·first + a·last: this form is exactly constant where the ends are equal.
         return tuple(first + a * (last - first) for a in self.alphas)
 
+    @property
+    def above_ends(self) -> float:
+        """How far the path rises above the larger end loss, ≥ 0: not more than `barrier`.
+
+        A path that climbs all the way to one end never rises above it, and yet may lie above the
+        chord; only a rise above both ends is a ridge that descent has to cross.
+        """
+        with np.errstate(invalid="ignore"):  # inf − inf: the NaN is the answer
+            return float(np.max(self.losses) - np.maximum(self.losses[0], self.losses[-1]))
+
 
 def loss_barrier(
     module_a: nn.Module,

@@ -205,17 +205,20 @@ def _correlations(scores: list[FloatArray], target: FloatArray, method: str) -> 
     if method == "kendall":
         each = [_kendall(score, target) for score in scores]
         return lambda taken: np.stack([statistic(taken) for statistic in each], axis=1)
-    return _spearman(scores, target)
+    return spearman_statistics(scores, target)
 
 
 def spearman_statistic(a: FloatArray, b: FloatArray) -> Statistic:
     """Return Spearman's correlation of two vectors as a statistic to resample: shape (draws,)."""
-    both = _spearman([a], b)
+    both = spearman_statistics([a], b)
     return lambda taken: both(taken)[:, 0]
 
 
-def _spearman(scores: list[FloatArray], target: FloatArray) -> Statistic:
-    """Pearson correlations of mid-ranks, in time linear in the instances for every draw."""
+def spearman_statistics(scores: list[FloatArray], target: FloatArray) -> Statistic:
+    """Return Spearman's correlations of several vectors with one: shape (draws, scores).
+
+    Pearson correlations of mid-ranks, in time linear in the instances for every draw.
+    """
     ranks, target_rank = [MidRanks(score) for score in scores], MidRanks(target)
 
     def statistic(taken: IntArray) -> FloatArray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .._validate import FloatArray, IntArray
 from .class_outputs import ClassOutputs
+from .loss_traces import LossTraces
 
 # Sign with which each quantity enters its score, so that higher is harder.
 DIFFICULTY_SCORES: Mapping[str, int] = {
@@ -24,6 +25,9 @@ DIFFICULTY_SCORES: Mapping[str, int] = {
     "c_score": -1,  # mean correctness: a proxy of the C-score
     "area_under_margin": -1,  # mean of z_y − max_{j≠y} z_j
     "loss": 1,  # mean cross-entropy
+    "loss_trace_iqr": 1,  # interquartile range of the cross-entropies: needs traces=True
+    "leverage": 1,  # of the last layer's features: `last_layer_leverage`
+    "held_out_loss": 1,  # mean loss under models trained without it: `mean_held_out`
 }
 _SUMMED = ("margin", "c_score", "area_under_margin", "loss")
 _COUNTED = ("visits", "early", "gradient_visits", "early_gradient", "forgotten")
@@ -35,9 +39,11 @@ class Visits:
 
     Args:
         size: Number of instances.
+        traces: Also keep the loss of every visit, 16 bytes each.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, traces: bool = False) -> None:
+        self.traces = LossTraces(size) if traces else None
         self.counts = {name: np.zeros(size, dtype=np.int64) for name in _COUNTED}
         self._sums = {name: np.zeros(size) for name in (*_SUMMED, "el2n", "norm", "grand")}
         self._largest = np.full(size, -np.inf)
@@ -54,6 +60,8 @@ class Visits:
         values = (seen.margin, correct, seen.logit_margin, seen.loss)
         for name, value in zip(_SUMMED, values, strict=True):
             self._sums[name][rows] += value
+        if self.traces is not None:
+            self.traces.add(rows, seen.loss)
         self.counts["visits"][rows] += 1
         if early:
             self._sums["el2n"][rows] += seen.error_norm
@@ -84,7 +92,13 @@ class Visits:
             ),
             **{name: mean(sums[name], counts["visits"]) for name in _SUMMED},
         }
-        return {name: sign * natural[name] for name, sign in DIFFICULTY_SCORES.items()}
+        if self.traces is not None:
+            natural["loss_trace_iqr"] = self.traces.interquartile_range()
+        return {
+            name: sign * natural[name]
+            for name, sign in DIFFICULTY_SCORES.items()
+            if name in natural
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of all arrays."""
@@ -94,6 +108,7 @@ class Visits:
             "learned": self._learned.copy(),
             "counts": {name: value.copy() for name, value in self.counts.items()},
             "sums": {name: value.copy() for name, value in self._sums.items()},
+            "traces": None if self.traces is None else self.traces.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,6 +117,8 @@ class Visits:
         self._learned = state["learned"].copy()
         self.counts = {name: state["counts"][name].copy() for name in self.counts}
         self._sums = {name: state["sums"][name].copy() for name in self._sums}
+        if self.traces is not None:
+            self.traces.load_state_dict(state["traces"])
 
 
 def mean(sums: FloatArray, counts: IntArray) -> FloatArray:

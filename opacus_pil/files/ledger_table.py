@@ -58,6 +58,11 @@ class LedgerTable:
         self.columns: tuple[str, ...] = tuple(schema.names)
         self._text_ids = schema.field("instance_id").type == pa.string()
 
+    @property
+    def text_ids(self) -> bool:
+        """Whether ids are texts; else they are integers."""
+        return self._text_ids
+
     def __len__(self) -> int:
         """Return the number of rows, read from the file's footer."""
         return int(pq.read_metadata(self.path).num_rows)

@@ -6,7 +6,7 @@ that a certificate covers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from ..demo import head, logistic
 from ..demo.forgetting import Trained
 from ..demo.task import exposure_order, forget_sets
 from ..evaluation import evaluate_splits
+from ..evaluation.ensemble import Trial
 from ..unlearning import CertifiedPlan, UnlearningEngine
+from .settings import Settings
 from .trials import without_notices
 
 _SEARCH = 20_000  # steps; more than any sensible run, so that the worst case is found too
@@ -135,6 +137,30 @@ def _forget(
             }
         )
     return rows
+
+
+def certified_config(
+    dataset: str, *, settings: Settings, seed: int, kind: str = "certified"
+) -> dict[str, Any]:
+    """Return the configuration of `certified_claim`."""
+    return {
+        "kind": kind, "dataset": dataset, "seed": seed, "recipe": settings.recipe,
+        "steps": settings.certified.steps, "epsilons": settings.certified.epsilons,
+        "set_sizes": settings.certified.set_sizes,
+    }  # fmt: skip
+
+
+def ten_class_config(dataset: str, *, settings: Settings, seed: int) -> dict[str, Any]:
+    """Return the configuration of `ten_class_claim`."""
+    return certified_config(dataset, settings=settings, seed=seed, kind="certified, ten classes")
+
+
+# Heads that claim (d) is tested on: name -> trial and its configuration. Another head is a line
+# here: a trial whose result has `rows` as above.
+HEADS: Mapping[str, tuple[Trial, Callable[..., dict[str, Any]]]] = {
+    "logistic, 3 against 8": (certified_claim, certified_config),
+    "ten classes, one output each": (ten_class_claim, ten_class_config),
+}
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,21 @@ _STYLE = {
     "grid.color": "#E4E4E4", "legend.frameon": False, "legend.fontsize": 8,
     "text.parse_math": False,
 }  # fmt: skip
-_KINDS = {"quantile": "sets at quantiles of P", "random": "random sets", "top": "top deciles"}
+_KINDS = {"quantile": "sets at quantiles of P", "random": "random sets", "top": "tops of scores"}
+
+
+def _sets(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the forget sets of all trainings of a condition."""
+    return [one for training in entry["trainings"] for one in training["forget_sets"]]
 
 
 def times_figure(entries: Sequence[Mapping[str, Any]], *, definition: str) -> Figure:
     """Draw time to unlearn against the mean log privacy loss, one panel per condition."""
     figure, panels = _panels(entries)
     for entry, axes in zip(entries, panels, strict=True):
-        last = max(entry["forget_sets"][0]["steps"], 1) / entry["steps_per_epoch"]
+        last = max(_sets(entry)[0]["steps"], 1) / entry["steps_per_epoch"]
         for number, (kind, label) in enumerate(_KINDS.items()):
-            sets = [one for one in entry["forget_sets"] if one["kind"] == kind]
+            sets = [one for one in _sets(entry) if one["kind"] == kind]
             if not sets:
                 continue
             x = np.array([one["log_privacy_loss"] for one in sets])
@@ -50,7 +55,7 @@ def gaps_figure(entries: Sequence[Mapping[str, Any]], *, budget: str) -> Figure:
     figure, panels = _panels(entries)
     for entry, axes in zip(entries, panels, strict=True):
         for number, (kind, label) in enumerate(_KINDS.items()):
-            sets = [one for one in entry["forget_sets"] if one["kind"] == kind]
+            sets = [one for one in _sets(entry) if one["kind"] == kind]
             if sets:
                 axes.plot(
                     [one["log_privacy_loss"] for one in sets],
@@ -66,7 +71,6 @@ def gaps_figure(entries: Sequence[Mapping[str, Any]], *, budget: str) -> Figure:
 
 def scores_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw every score's rank correlation with the gaps of instances, with its interval."""
-    entries = [entry for entry in entries if entry["scores"]]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(2.6 * len(entries) + 1.8, 4.2), layout="constrained")
         panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
@@ -89,49 +93,81 @@ def scores_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def tops_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the gap of every score's hardest instances, with its interval."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.6 * len(entries) + 1.8, 4.2), layout="constrained")
+        panels = figure.subplots(1, len(entries), squeeze=False, sharey=True)[0]
+        for entry, axes in zip(entries, panels, strict=True):
+            found = entry["top_sets"]["scores"]
+            for place, (name, one) in enumerate(found.items()):
+                value = one["gap"]["value"]
+                colour = COLOURS[0 if name in entry["top_sets"]["proxies"] else 1]
+                if None not in value.values():
+                    axes.plot([value["low"], value["high"]], [place] * 2, lw=1.5, color=colour)
+                    axes.plot(value["value"], place, "o", ms=5, color=colour)
+            axes.set_yticks(range(len(found)), list(found))
+            axes.set_title(f"{entry['model']}, {entry['name']}")
+            axes.set_xlabel(f"gap after {entry['top_sets']['after_epochs']} epochs")
+        panels[0].invert_yaxis()
+    return figure
+
+
 def barriers_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the loss barriers on the forget set against the mean log privacy loss."""
     figure, panels = _panels(entries)
     for entry, axes in zip(entries, panels, strict=True):
-        sets = [one for one in entry["forget_sets"] if one["kind"] != "top"]
+        sets = [one for one in _sets(entry) if one["kind"] != "top"]
         x = [one["log_privacy_loss"] for one in sets]
         for number, pair in enumerate(("original", "unlearned")):
-            y = [one["barriers"][pair]["forget"] for one in sets]
-            axes.plot(
-                x, y, color=COLOURS[number], marker=MARKERS[number], ls="none", ms=5,
-                label=f"{pair} to oracle",
-            )  # fmt: skip
+            style: dict[str, Any] = {
+                "color": COLOURS[number], "marker": MARKERS[number], "ls": "none", "ms": 5,
+            }  # fmt: skip
+            heights = [one["barriers"][pair]["forget"] for one in sets]
+            axes.plot(x, [h["chord"] for h in heights], label=f"{pair} to oracle", **style)
+            axes.plot(x, [h["above_ends"] for h in heights], mfc="none", **style)
         axes.set_title(f"{entry['model']}, {entry['name']}")
-    _labels(figure, panels, "loss barrier on the forget set (nats)")
+    _labels(figure, panels, "loss barrier on the forget set (nats; hollow: above both ends)")
     return figure
 
 
-def certified_figure(found: Mapping[str, Any]) -> Figure:
-    """Draw certified steps beside the worst case's, for every forget set and target."""
-    rows = [row for row in found["rows"] if row["steps_worst_case"] is not None]
+def certified_figure(heads: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw certified steps beside the worst case's, for every head, forget set and target."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        names = list(dict.fromkeys((row["set"], row["size"]) for row in rows))
-        for number, (name, size) in enumerate(names):
-            chosen = [row for row in rows if (row["set"], row["size"]) == (name, size)]
-            axes.plot(
-                [row["steps_worst_case"] for row in chosen],
-                [np.nan if row["steps"] is None else row["steps"] for row in chosen],
-                color=COLOURS[number % 6], marker=MARKERS[number % 6], ls="none",
-                label=f"{name}, {size} instances",
-            )  # fmt: skip
-        top = max((row["steps_worst_case"] for row in rows), default=1)
-        axes.plot([0, top], [0, top], color="#777777", lw=1, ls="--", label="equal")
-        axes.set_xlabel("certified steps, worst case")
-        axes.set_ylabel("certified steps, per-instance caps")
-        axes.legend()
+        figure = Figure(figsize=(3.4 * len(heads) + 0.4, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(heads), squeeze=False)[0]
+        for axes, (head, found) in zip(panels, heads.items(), strict=True):
+            rows = [row for row in found["rows"] if row["steps_worst_case"] is not None]
+            _steps_against_worst(axes, rows, title=head)
+        entries: dict[str, Any] = {}
+        for axes in panels:
+            handles, labels = axes.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        figure.supxlabel("certified steps, worst case", fontsize=9)
+        figure.supylabel("certified steps, per-instance caps", fontsize=9)
+        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4)
     return figure
+
+
+def _steps_against_worst(axes: Any, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Draw one head's plans, a marker for each kind of forget set."""
+    names = list(dict.fromkeys((row["set"], row["size"]) for row in rows))
+    for number, (name, size) in enumerate(names):
+        chosen = [row for row in rows if (row["set"], row["size"]) == (name, size)]
+        axes.plot(
+            [row["steps_worst_case"] for row in chosen],
+            [np.nan if row["steps"] is None else row["steps"] for row in chosen],
+            color=COLOURS[number % 6], marker=MARKERS[number % 6], ls="none",
+            label=f"{name}, {size}",
+        )  # fmt: skip
+    top = max((row["steps_worst_case"] for row in rows), default=1)
+    axes.plot([0, top], [0, top], color="#777777", lw=1, ls="--", label="equal")
+    axes.set_title(title, fontsize=9)
 
 
 def _panels(entries: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[Any]]:
     with matplotlib.rc_context(_STYLE):
-        wide = min(len(entries), 3)
+        wide = 2 if len(entries) == 4 else min(len(entries), 3)
         tall = -(-len(entries) // wide)
         size = (max(3.1 * wide + 0.4, 6.5), max(2.6 * tall + 0.5, 4.0))
         figure = Figure(figsize=size, layout="constrained")
@@ -148,7 +184,7 @@ def _labels(figure: Figure, panels: Sequence[Any], ylabel: str) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4)
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=2)
 
 
 def _draw_line(
@@ -157,9 +193,9 @@ def _draw_line(
     """Draw a fitted line over the range of the sets it is about."""
     if line["slope"] is None:
         return
-    x = [one["log_privacy_loss"] for one in entry["forget_sets"] if one["kind"] != "top"]
+    x = [one["log_privacy_loss"] for one in _sets(entry) if one["kind"] != "top"]
     ends = np.linspace(min(x), max(x), 50)
     y = scale * (line["intercept"] + line["slope"] * ends)
     inside = (y >= 0) & (y <= high)
-    label = "line, top deciles left out"
+    label = "line, tops left out"
     axes.plot(ends[inside], y[inside], color="#555555", lw=1, label=label)

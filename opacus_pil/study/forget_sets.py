@@ -1,4 +1,4 @@
-"""Which instances are forgotten together: quantiles of privacy loss, random ones, top deciles."""
+"""Which instances are forgotten together: quantiles of privacy loss, random ones, tops, folds."""
 
 from __future__ import annotations
 
@@ -45,16 +45,18 @@ def random_sets(count: int, *, sets: int, size: int, seed: int) -> list[ForgetSe
     ]
 
 
-def top_sets(scores: Mapping[str, FloatArray]) -> list[ForgetSet]:
-    """Return the tenth of the instances that each score calls hardest, earlier rows first in ties.
+def top_sets(scores: Mapping[str, FloatArray], *, size: int) -> list[ForgetSet]:
+    """Return the `size` instances that each score calls hardest, earlier rows first in ties.
 
-    Two scores with the same top decile give equal sets, whose trainings are done once.
+    Two scores with the same top give equal sets, whose trainings are done once.
     """
     return [
-        ForgetSet(
-            f"top decile of {name}",
-            "top",
-            np.sort(np.argsort(-values, kind="stable")[: max(len(values) // 10, 1)]),
-        )
+        ForgetSet(name, "top", np.sort(np.argsort(-values, kind="stable")[:size]))
         for name, values in scores.items()
     ]
+
+
+def folds(count: int, *, parts: int, seed: int) -> list[IntArray]:
+    """Return a random partition of `count` instances, each part ascending."""
+    order = np.random.default_rng([seed, 1]).permutation(count)  # not that of the random sets
+    return [np.sort(part) for part in np.array_split(order, parts)]

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .._validate import FloatArray
+from .._validate import FloatArray, IntArray
 from ..evaluation import time_to_unlearn
 from .forget_sets import ForgetSet
 from .settings import Settings
 
 STATISTICS = ("confidence", "accuracy")
+HEIGHTS = ("chord", "above_ends")  # of a loss barrier
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,25 @@ class SetMeasure:
     """One forget set, measured.
 
     Attributes:
+        forget: The set.
         entry: What study.json says about it.
         steps: Steps of the records, shape (records,).
-        curves: Statistic -> mean over the runs, shape (records,).
+        curves: Confidence of each member, the mean over the runs, shape (records, members).
+        targets: The same of the oracles, shape (members,).
         gaps: "confidence" and "loss" -> distance of each member's mean over the runs from its mean
             over the oracles, shape (records, members).
     """
 
+    forget: ForgetSet
     entry: dict[str, Any]
     steps: FloatArray
-    curves: Mapping[str, FloatArray]
+    curves: FloatArray
+    targets: FloatArray
     gaps: Mapping[str, FloatArray]
+
+    def record(self, step: int) -> int:
+        """Return the last record that is not after a step."""
+        return int(np.searchsorted(self.steps, step, side="right")) - 1
 
 
 def measure_set(
@@ -42,9 +51,13 @@ def measure_set(
     oracles: Sequence[Mapping[str, Any]],
     runs: Sequence[Mapping[str, Any]],
     log_privacy_loss: FloatArray,
+    distance: FloatArray,
     scores: Mapping[str, FloatArray],
 ) -> SetMeasure:
     """Put one forget set's trials together.
+
+    A set's distance is the mean of its members', which bounds the shift of their sum as well as
+    norms alone can.
 
     *Confidence* is the mean probability of the true class, a smooth relative of accuracy. Time to
     unlearn is read off the mean curve of the runs, and from each run by itself.
@@ -62,7 +75,9 @@ def measure_set(
     }
     means = {name: curve.mean(axis=(0, 2)) for name, curve in curves.items()}
     targets = {name: values.mean(axis=1) for name, values in retrained.items()}
-    gaps = np.abs(curves["confidence"].mean(axis=0) - retrained["confidence"].mean(axis=0))
+    member_curves = curves["confidence"].mean(axis=0)
+    member_targets = retrained["confidence"].mean(axis=0)
+    gaps = np.abs(member_curves - member_targets)
     in_loss = _stack(runs, "curve_loss").mean(axis=0) - _stack(oracles, "loss")[:, rows].mean(
         axis=0
     )
@@ -84,7 +99,10 @@ def measure_set(
         "kind": forget.kind,
         "size": len(rows),
         "steps": int(steps[-1]),
+        "record_every": int(steps[1] - steps[0]) if len(steps) > 1 else 1,
+        "last_start": int(steps[max(len(steps) - settings.stay, 0)]),
         "log_privacy_loss": float(log_privacy_loss[rows].mean()),
+        "log_distance": float(np.log(distance[rows].mean())),
         "scores": {name: _finite(values[rows].mean()) for name, values in scores.items()},
         "original": _levels(original, rows, kept),
         "unlearned": _mean([_levels(run, rows, kept) for run in runs]),
@@ -100,23 +118,25 @@ def measure_set(
         "time_to_unlearn": times,
         "barriers": {
             pair: {
-                split: float(np.mean([run["barriers"][pair][split] for run in runs]))
+                split: {
+                    height: float(np.mean([run["barriers"][pair][split][height] for run in runs]))
+                    for height in HEIGHTS
+                }
                 for split in ("forget", "test")
             }
             for pair in ("original", "unlearned")
         },
     }
-    return SetMeasure(entry, steps, means, {"confidence": gaps, "loss": np.abs(in_loss)})
+    return SetMeasure(
+        forget, entry, steps, member_curves, member_targets,
+        {"confidence": gaps, "loss": np.abs(in_loss)},
+    )  # fmt: skip
 
 
-def gaps_of_random_sets(
-    measures: Sequence[SetMeasure], sets: Sequence[ForgetSet], *, step: int
-) -> tuple[np.ndarray, dict[str, FloatArray]]:
-    """Return rows of all random sets and their distances from the oracles after so many steps."""
-    chosen = [(s, m) for s, m in zip(sets, measures, strict=True) if s.kind == "random"]
-    rows = np.concatenate([s.rows for s, _ in chosen])
-    return rows, {
-        name: np.concatenate([m.gaps[name][_record(m.steps, step)] for _, m in chosen])
+def gaps_at(measures: Sequence[SetMeasure], *, step: int) -> tuple[IntArray, dict[str, FloatArray]]:
+    """Return rows of these sets and their distances from the oracles after so many steps."""
+    return np.concatenate([one.forget.rows for one in measures]), {
+        name: np.concatenate([one.gaps[name][one.record(step)] for one in measures])
         for name in ("confidence", "loss")
     }
 

@@ -18,9 +18,10 @@ from ..files.container import write_atomic
 from ..plots import to_png
 from ..report import Illustration, Section, write_report
 from . import figures
-from .certified import certified_claim, judged
-from .condition import Bench, run_condition
+from .certified import HEADS, judged
+from .condition import run_condition
 from .settings import Settings, study_settings
+from .training import Bench
 from .words import CLAIMS, verdicts
 
 TRIALS, FIGURES = "trials", "figures"
@@ -86,27 +87,21 @@ def run_study(
     torch.set_num_threads(1)  # steps this small lose more to threads than they gain
     try:
         bench = Bench(settings, folder / TRIALS, number, processes, progress, say)
-        sweeps = [run_condition(condition, bench=bench) for condition in settings.conditions]
-        (certified,) = bench.run(
-            certified_claim,
-            [
-                {
-                    "kind": "certified", "dataset": dataset, "seed": number,
-                    "recipe": settings.recipe, "steps": settings.certified.steps,
-                    "epsilons": settings.certified.epsilons,
-                    "set_sizes": settings.certified.set_sizes,
-                }
-            ],
-            "logistic, certified",
-        )  # fmt: skip
+        conditions = [run_condition(condition, bench=bench) for condition in settings.conditions]
+        certified = {}
+        for name, (trial, config) in HEADS.items():
+            (found,) = bench.run(
+                trial, [config(dataset, settings=settings, seed=number)], f"{name}, certified"
+            )
+            certified[name] = judged(found)
         summary = {
             "version": __version__,
             "dataset": dataset,
             "form": form,
             "seed": number,
             "settings": settings.as_dict(),
-            "conditions": [sweep.entry for sweep in sweeps],
-            "certified": judged(certified),
+            "conditions": conditions,
+            "certified": certified,
         }
         summary["verdicts"] = verdicts(summary, definition=_definition(settings))
         _write(folder, summary, definition=_definition(settings))
@@ -174,7 +169,8 @@ def _figures(
         "barriers": (
             Illustration(
                 figures.barriers_figure(entries),
-                "Loss barrier on the forget set between two models and their retrained oracles.",
+                "Loss barrier on the forget set between two models and their retrained oracles, "
+                "above the chord (filled) and above the larger end (hollow).",
                 "Scatter plots of loss barriers against log privacy loss, one per condition.",
             ),
             ("c",),
@@ -189,16 +185,24 @@ def _figures(
             ("d",),
         ),
     }
-    if any(entry["scores"] for entry in entries):
-        found["scores"] = (
-            Illustration(
-                figures.scores_figure(entries),
-                "Rank correlation of each score with the gap of the instances of random forget "
-                "sets; bars are 95 % bootstrap intervals over instances.",
-                "Points with intervals for each difficulty score.",
-            ),
-            ("b", "b, top decile"),
-        )
+    found["scores"] = (
+        Illustration(
+            figures.scores_figure(entries),
+            "Rank correlation of each score with the gap of the instances of random forget sets; "
+            "bars are 95 % bootstrap intervals over trainings and instances.",
+            "Points with intervals for each difficulty score.",
+        ),
+        ("b",),
+    )
+    found["tops"] = (
+        Illustration(
+            figures.tops_figure(entries),
+            "Gap of each score's hardest instances, forgotten together; bars are 95 % bootstrap "
+            "intervals over trainings and instances.",
+            "Points with intervals for each difficulty score.",
+        ),
+        ("b, top sets",),
+    )
     return found
 
 
@@ -218,18 +222,21 @@ def _sections(
 
 
 _METHOD = """\
-Each condition trains a network once on all instances, with full passes for every instance's \
-gradient norm before each epoch. From these norms, held through the epoch, and the noise (a \
-nominal one where training has none) comes each instance's privacy loss: a Rényi divergence \
-summed over the steps, an estimate and no guarantee. Forget sets are groups at quantiles of this \
-loss, random groups, and the top decile of each score. Each is forgotten by fine-tuning on the \
-others, with the same steps as in training, and compared with models retrained without it from \
-the same start.
+Each condition trains a network several times, each time on a split, from a start and with batches \
+of its own, with full passes for every instance's gradient norm before each epoch. From these \
+norms, clipped at their median and held through the epoch, and the noise (a nominal one where \
+training has none) comes each instance's privacy loss: a Rényi divergence summed over the steps, \
+an estimate and no guarantee. Variants are the loss without a clip, the shift that is left where \
+an epoch shrinks it by a tenth, and the divergence in runs without the instance (five folds). \
+Forget sets are groups at quantiles of this loss, random groups, and the instances that each score \
+calls hardest, all of one size. Each is forgotten by fine-tuning on the others, with the same \
+steps as in training, and compared with models retrained without it from the same start.
 
 Confidence is the mean probability of the true class. Time to unlearn is the first step from \
 which the mean confidence of the runs stays within a tolerance of the oracles'. Hardness of an \
 instance is the distance of its confidence from the oracles' after a fixed budget; scores are \
-compared on the instances of random forget sets, in whose choice no score had a part.
+compared on the instances of random forget sets, in whose choice no score had a part, and by the \
+sets of their hardest.
 
-YES, NO and UNDECIDED are what 95 % bootstrap intervals say; they describe these sets and \
-instances of one training, not other trainings."""
+YES, NO and UNDECIDED are what 95 % bootstrap intervals over trainings and, within them, sets or \
+instances say. A few trainings show roughly how much trainings differ, no more."""

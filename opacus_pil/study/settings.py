@@ -11,7 +11,7 @@ from typing import Any
 from .. import _validate as check
 
 MODELS = ("cnn", "mlp", "both")
-RECIPE = 1  # raise it when `training.py` or `trials.py` compute something else
+RECIPE = 2  # raise it when `noisy_steps.py` or `trials.py` compute something else
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,6 @@ class Condition:
             any, else a nominal value (label `estimate` in either case).
         weight_decay: As in torch.optim.SGD.
         epochs: Of training.
-        complete: All forget sets and seeds; else quantile sets and fewer seeds.
-        top_sets: A complete condition also forgets the top decile of each score.
         step_size: Learning rate of training and of fine-tuning.
     """
 
@@ -37,8 +35,6 @@ class Condition:
     nominal_noise_std: float
     weight_decay: float = 0.0
     epochs: int = 20
-    complete: bool = False
-    top_sets: bool = False
     step_size: float = 0.3
 
     def __post_init__(self) -> None:
@@ -54,19 +50,22 @@ class Sizes:
     """How much of everything.
 
     Attributes:
+        trainings: Independent ones of each condition: split, start, batches and noise of their own.
+        folds: Runs without a part of the instances, for what held-out runs say.
         train, test: Images.
         batch_size: Expected, drawn by independent coins.
-        set_size: Members of a quantile or random forget set.
+        set_size: Members of a forget set.
         set_ends: Upper ends of the quantile sets, as fractions of the ranks by privacy loss.
         random_sets: Disjoint random forget sets.
-        seeds: Oracles, and unlearning runs, per forget set of a complete condition.
-        few_seeds: The same elsewhere.
+        seeds: Oracles, and unlearning runs, per forget set.
         unlearning_epochs: Of fine-tuning.
         records_per_epoch: Points of the forgetting curve.
         budgets: Epochs of fine-tuning after which the gap to the oracles is measured.
         barrier_rows: Test images that a loss barrier is measured on.
     """
 
+    trainings: int
+    folds: int
     train: int
     test: int
     batch_size: int
@@ -74,7 +73,6 @@ class Sizes:
     set_ends: tuple[float, ...]
     random_sets: int
     seeds: int
-    few_seeds: int
     unlearning_epochs: int
     records_per_epoch: int = 4
     budgets: tuple[int, ...] = (1, 5)
@@ -112,8 +110,12 @@ class Settings:
     certified: Certified
     order: float = 2.0  # Rényi order of the privacy loss
     other_order: float = 8.0  # to see whether the ranking depends on it
-    tolerances: tuple[float, ...] = (0.05, 0.1)  # of accuracy and of confidence
+    clip: str = "median"  # rule that gives the bound of the clipped privacy loss
+    decay_per_epoch: float = 0.9  # of the contracted loss
+    tolerances: tuple[float, ...] = (0.05, 0.1, 0.2)  # of accuracy and of confidence
     stay: int = 4  # records in a row
+    level: float = 0.9  # of the prediction intervals
+    margin: float = 0.05  # of rank correlation: as good as the best proxy
     early_epochs: int = 2  # window of GraNd and EL2N
     resamples: int = 2000
     recipe: int = field(default=RECIPE)
@@ -127,27 +129,9 @@ _ENDS = (0.05, 0.25, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0)
 
 
 def _conditions(model: str) -> tuple[Condition, ...]:
-    """SGLD and plain SGD in full; other noise, weight decay and stopping point with fewer sets.
-
-    A training of the CNN takes five times that of the MLP: it gets fewer of everything.
-    """
-    noise, cheap = 0.01, model == "mlp"
-    noisy = Condition("sgld", model, noise, noise, complete=True, top_sets=cheap)
-    plain = replace(noisy, name="sgd", noise_std=0.0)
-    small = replace(plain, complete=False, top_sets=False)
-    found = (
-        noisy,
-        plain,
-        replace(small, name="sgd, 5 epochs", epochs=5),
-        Condition("sgld, twice the noise", model, 2 * noise, 2 * noise),
-    )
-    if not cheap:
-        return found
-    return (
-        *found,
-        Condition("sgld, half the noise", model, noise / 2, noise / 2),
-        replace(small, name="sgd, weight decay", weight_decay=2e-3),
-    )
+    """SGLD and plain SGD; the privacy loss of the latter is at a nominal noise."""
+    noisy = Condition("sgld", model, 0.01, 0.01)
+    return noisy, replace(noisy, name="sgd", noise_std=0.0)
 
 
 def study_settings(dataset: str, *, model: str = "both", form: str = "full") -> Settings:
@@ -162,35 +146,29 @@ def study_settings(dataset: str, *, model: str = "both", form: str = "full") -> 
     check.choice("form", form, ("full", "quick", "smallest"))
     models = ("cnn", "mlp") if model == "both" else (model,)
     found = [c for kind in models for c in _conditions(kind)]
-    if dataset == "mnist5k":
-        sizes = Sizes(
-            train=2000, test=1000, batch_size=64, set_size=100, set_ends=_ENDS, random_sets=4,
-            seeds=3, few_seeds=2, unlearning_epochs=20,
-        )  # fmt: skip
-    else:
-        sizes = Sizes(
-            train=1200, test=500, batch_size=64, set_size=60, set_ends=_ENDS, random_sets=4,
-            seeds=3, few_seeds=2, unlearning_epochs=20,
-        )  # fmt: skip
+    train, test, size = (2000, 1000, 100) if dataset == "mnist5k" else (1200, 500, 60)
+    sizes = Sizes(
+        trainings=3, folds=5, train=train, test=test, batch_size=64, set_size=size,
+        set_ends=_ENDS, random_sets=4, seeds=2, unlearning_epochs=20,
+    )  # fmt: skip
     certified = Certified(epsilons=(0.1, 0.5, 1.0, 2.0), set_sizes=(1, 10))
     whole = Settings(dataset, form, sizes, tuple(found), certified)
     if form == "full":
         return whole
-    few = tuple(replace(c, top_sets=False) for c in found if c.complete)
     sizes = replace(
-        sizes, train=600, test=300, batch_size=32, set_size=30, random_sets=2,
-        seeds=2, unlearning_epochs=8, set_ends=(0.05, 0.5, 0.75, 0.85, 0.95, 1.0),
+        sizes, trainings=2, train=600, test=300, batch_size=32, set_size=30, random_sets=2,
+        seeds=1, unlearning_epochs=8, set_ends=(0.05, 0.5, 0.75, 0.85, 0.95, 1.0),
         barrier_rows=200,
     )  # fmt: skip
     certified = Certified(epsilons=(0.5, 1.0), set_sizes=(10,))
     if form == "quick":
-        short = tuple(replace(c, epochs=10) for c in few)
+        short = tuple(replace(c, epochs=10) for c in found)
         return replace(whole, sizes=sizes, conditions=short, certified=certified)
     sizes = replace(
-        sizes, train=200, test=100, set_size=10, set_ends=(0.05, 0.5, 1.0), random_sets=1,
-        seeds=1, unlearning_epochs=2, budgets=(1,), barrier_rows=50,
+        sizes, folds=2, train=200, test=100, set_size=10, set_ends=(0.05, 0.5, 1.0),
+        random_sets=1, unlearning_epochs=2, budgets=(1,), barrier_rows=50,
     )  # fmt: skip
-    short = tuple(replace(c, epochs=3) for c in few)
+    short = tuple(replace(c, epochs=3) for c in found)
     return replace(
         whole, sizes=sizes, conditions=short, stay=2, resamples=200,
         certified=Certified(epsilons=(1.0,), set_sizes=(10,), steps=120),

@@ -1,4 +1,4 @@
-"""The three kinds of trials: the original training, an oracle, and an unlearning run.
+"""The kinds of trials: the original training, one without a fold, an oracle, an unlearning run.
 
 Each is a function of its configuration and of finished trials that the configuration names by key.
 """
@@ -16,8 +16,9 @@ import torch.nn as nn
 from torch.utils.data import TensorDataset
 
 from .. import datasets
+from .._validate import FloatArray
 from ..capture.sweep import sweep
-from ..evaluation import loss_barrier
+from ..evaluation import last_layer_features, last_layer_leverage, loss_barrier
 from ..evaluation.difficulty import DifficultyTracker
 from ..evaluation.ensemble import read_trial
 from .noisy_steps import losses_and_correct, make_model, run_steps
@@ -117,13 +118,14 @@ def original(config: Mapping[str, Any]) -> dict[str, Any]:
     """Train on everything; full passes before every epoch and after the last one.
 
     Returns also `norms`, shape (epochs, instances): those that are held through each epoch; and
-    `scores`, every difficulty score from the batches and the same passes.
+    `scores`, every difficulty score from the batches and the same passes, and the leverage at the
+    end.
     """
     task = _Task(config)
     module = task.fresh()
     rows = TensorDataset(task.images, task.labels)
     early = config["early_epochs"] * config["steps_per_epoch"]
-    tracker = DifficultyTracker(len(rows), early_steps=early)
+    tracker = DifficultyTracker(len(rows), early_steps=early, traces=True)
     norms: list[torch.Tensor] = []
 
     def look() -> None:
@@ -142,8 +144,38 @@ def original(config: Mapping[str, Any]) -> dict[str, Any]:
         **task.state(module),
         "norms": torch.stack(norms[:-1]),
         "last_norms": norms[-1],
-        "scores": tracker.scores(),
+        "scores": {**tracker.scores(), "leverage": _leverage(module, task.images)},
     }
+
+
+def _leverage(module: nn.Module, images: torch.Tensor) -> FloatArray:
+    """Return every row's leverage, with a ridge that leaves ranks almost as they are."""
+    features = last_layer_features(module, images)
+    return last_layer_leverage(features, ridge=1e-3 * float((features**2).sum(axis=1).mean()))
+
+
+def held_out(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Train from the start without a fold, looking at its rows before every epoch.
+
+    Returns also `norms`, shape (epochs, members of the fold), ascending rows.
+    """
+    task = _Task(config)
+    module = task.fresh()
+    fold = config["forget_set"]
+    rows = TensorDataset(task.images, task.labels)
+    norms: list[torch.Tensor] = []
+
+    def look() -> None:
+        found = sweep(module, rows, criterion=nn.CrossEntropyLoss(), indices=fold)
+        norms.append(torch.from_numpy(found.norms))
+
+    def after_step(step: int, _drawn: torch.Tensor, _outputs: torch.Tensor) -> None:
+        if step % config["steps_per_epoch"] == 0:
+            look()
+
+    look()
+    task.steps(module, forget=fold, epochs=config["epochs"], after_step=after_step)
+    return {**task.state(module), "norms": torch.stack(norms[:-1])}
 
 
 def oracle(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +218,7 @@ def unlearning(config: Mapping[str, Any], *, folder: str) -> dict[str, Any]:
     splits = {"forget": (x, y), "test": (task.test[0][:count], task.test[1][:count])}
     barriers = {
         name: {
-            split: line.barrier
+            split: {"chord": line.barrier, "above_ends": line.above_ends}
             for split, line in loss_barrier(
                 model, retrained, splits=splits, criterion=nn.CrossEntropyLoss()
             ).items()

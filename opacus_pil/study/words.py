@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .claims import BARRIER, REFERENCE
+from .claims import BARRIER
+from .prediction import PREDICTORS
+from .training import REFERENCE
 
 CLAIMS = {
     "a": "time to unlearn grows with the logarithm of the privacy loss",
+    "a, predicted": "ln(distance / threshold) / ln(1 / contraction) steps, fitted in other "
+    "trainings, predict it",
     "a, gap": "the gap to the oracles after a fixed budget grows with log privacy loss",
     "b": "privacy loss ranks difficulty at least as well as each proxy",
-    "b, top decile": "its top decile is harder than those of the proxies",
+    "b, top sets": "the instances it calls hardest are harder to forget than those of the proxies",
     "c": "loss barriers to the oracles grow with the privacy loss",
     "d": "per-instance budgets certify the same ε with fewer steps than the worst case",
 }
@@ -22,17 +26,17 @@ def verdicts(summary: Mapping[str, Any], *, definition: str) -> list[dict[str, s
     rows = []
     for entry in summary["conditions"]:
         rows += _condition(entry, definition)
-    found = summary["certified"]
-    ratio = found["median_ratio"]
-    rows.append(
-        {
-            "claim": "d",
-            "condition": f"logistic, {summary['dataset']} 3 against 8",
-            "reproduced": found["reproduced"],
-            "numbers": f"fewer steps in {found['fewer']} of {found['compared']} plans, more in "
-            f"{found['more']}; median ratio {'–' if ratio is None else format(ratio, '.2f')}",
-        }
-    )
+    for name, found in summary["certified"].items():
+        ratio = found["median_ratio"]
+        rows.append(
+            {
+                "claim": "d",
+                "condition": f"{name}, {summary['dataset']}",
+                "reproduced": found["reproduced"],
+                "numbers": f"fewer steps in {found['fewer']} of {found['compared']} plans, more in "
+                f"{found['more']}; median ratio {'–' if ratio is None else format(ratio, '.2f')}",
+            }
+        )
     order = list(CLAIMS)
     return sorted(rows, key=lambda row: order.index(row["claim"]))
 
@@ -53,6 +57,10 @@ def _condition(entry: Mapping[str, Any], definition: str) -> list[dict[str, str]
             f" rank correlation {_estimate(time['spearman'])}",
         }
     ]
+    rows += [
+        _predicted(entry["prediction"][predictor][definition], f"{name}: from {predictor}", entry)
+        for predictor in PREDICTORS
+    ]
     gaps = entry["gap_against_log_privacy_loss"]
     budget = list(gaps)[-2]
     rows.append(
@@ -66,47 +74,82 @@ def _condition(entry: Mapping[str, Any], definition: str) -> list[dict[str, str]
     )
     barriers = entry["barriers_against_log_privacy_loss"]
     for pair in ("original", "unlearned"):
-        one = barriers[f"{pair} to oracle, forget"]
-        rows.append(
-            {
-                "claim": "c",
-                "condition": f"{name}: {pair} to oracle",
-                "reproduced": one["reproduced"],
-                "numbers": f"{one['barriers']} of {time['sets']} sets above {BARRIER:g} nats, the "
-                f"highest {one['largest']:.3f}; rank correlation {_estimate(one['spearman'])}",
-            }
-        )
-    for statistic, found in (entry["scores"] or {}).items():
-        rows += _scores(found, f"{name}: gap in {statistic}")
+        for height, one in barriers[f"{pair} to oracle, forget"].items():
+            rows.append(
+                {
+                    "claim": "c",
+                    "condition": f"{name}: {pair} to oracle, {_HEIGHTS[height]}",
+                    "reproduced": one["reproduced"],
+                    "numbers": f"{one['barriers']} of {one['sets']} sets above {BARRIER:g} nats, "
+                    f"the highest {one['largest']:.3f}; rank correlation "
+                    f"{_estimate(one['spearman'])}",
+                }
+            )
+    rows += [
+        _scores(found, f"{name}: gap in {statistic}")
+        for statistic, found in entry["scores"].items()
+    ]
+    rows += _tops(entry["top_sets"], name)
     return rows
 
 
-def _scores(found: Mapping[str, Any], name: str) -> list[dict[str, str]]:
-    own = found["scores"][REFERENCE]["spearman"]
-    others = [k for k in found["scores"] if k != REFERENCE and k not in found["variants"]]
-    best = max(others, key=lambda key: found["scores"][key]["spearman"]["value"] or -1.0)
-    easier = found["easier_top_than"]
-    harder = found["harder_top_than"]
-    return [
-        {
-            "claim": "b",
-            "condition": name,
-            "reproduced": found["reproduced"],
-            "numbers": f"rank correlation {_estimate(own)}; better than "
-            f"{_names(found['better_than'])}; worse than {_names(found['worse_than'])}; best proxy "
-            f"{best} {_estimate(found['scores'][best]['spearman'])}"
-            + "".join(
-                f"; {k} {_estimate(found['scores'][k]['spearman'])}" for k in found["variants"]
-            ),
-        },
-        {
-            "claim": "b, top decile",
-            "condition": name,
-            "reproduced": "no" if easier else ("yes" if harder else "undecided"),
-            "numbers": f"harder than those of {_names(harder)}; easier than {_names(easier)}; "
-            f"undecided for {len(others) - len(harder) - len(easier)} of {len(others)}",
-        },
+_HEIGHTS = {"chord": "above the chord", "above_ends": "above both ends"}
+
+
+def _predicted(
+    found: Mapping[str, Any] | None, name: str, entry: Mapping[str, Any]
+) -> dict[str, str]:
+    row = {"claim": "a, predicted", "condition": name}
+    if found is None:
+        numbers = "the pilots show no rate: fewer than three are reached neither at once nor never"
+        return {**row, "reproduced": "undecided", "numbers": numbers}
+    rates = [
+        None if c is None else c ** entry["steps_per_epoch"] for c in found["contraction_per_step"]
     ]
+    return {
+        **row,
+        "reproduced": found["reproduced"],
+        "numbers": f"{found['covered']} of {found['sets']} held-out sets inside the "
+        f"{100 * found['level']:.0f} % interval, which is {100 * found['width']:.0f} % of the run "
+        f"wide; tops of scores {found['top_covered']} of {found['top_sets']}; contraction per "
+        "epoch " + " / ".join(_number(rate) for rate in rates),
+    }
+
+
+def _scores(found: Mapping[str, Any], name: str) -> dict[str, str]:
+    scores, best = found["scores"], found["best_proxy"]
+    return {
+        "claim": "b",
+        "condition": name,
+        "reproduced": found["reproduced"],
+        "numbers": f"rank correlation {_estimate(scores[REFERENCE]['spearman'])}; better than "
+        f"{_names(found['better_than'])}; worse than {_names(found['worse_than'])}; best proxy "
+        f"{best} {_estimate(scores[best]['spearman'])}, lead over it "
+        f"{_estimate(scores[best]['reference_minus_this'])}"
+        + ("" if found["within_margin"] else f", not within {found['margin']:g}")
+        + "".join(f"; {k} {_estimate(scores[k]['spearman'])}" for k in found["variants"]),
+    }
+
+
+def _tops(found: Mapping[str, Any], name: str) -> list[dict[str, str]]:
+    rows = []
+    for label, harder in found["harder_than"].items():
+        easier = found["easier_than"][label]
+        one = {key: score[label] for key, score in found["scores"].items()}
+        hardest = max(found["proxies"], key=lambda key: one[key]["value"]["value"])
+        form = ".2f" if label == "gap" else ".0f"
+        rows.append(
+            {
+                "claim": "b, top sets",
+                "condition": f"{name}: {label}",
+                "reproduced": "no" if easier else ("yes" if harder else "undecided"),
+                "numbers": f"{_estimate(one[REFERENCE]['value'], form)}; harder than those of "
+                f"{_names(harder)}; easier than {_names(easier)}; hardest of a proxy "
+                f"{hardest} {_estimate(one[hardest]['value'], form)}, lead over it "
+                f"{_estimate(one[hardest]['reference_minus_this'], form)}",
+            }
+        )
+    return rows
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
@@ -133,5 +176,5 @@ def _interval(ends: Any, form: str = ".2f") -> str:
     return "" if ends is None else f"[{_number(ends[0], form)}, {_number(ends[1], form)}]"
 
 
-def _estimate(found: Mapping[str, Any]) -> str:
-    return f"{_number(found['value'])} [{_number(found['low'])}, {_number(found['high'])}]"
+def _estimate(found: Mapping[str, Any], form: str = ".2f") -> str:
+    return f"{_number(found['value'], form)} {_interval([found['low'], found['high']], form)}"

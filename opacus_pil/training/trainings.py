@@ -6,6 +6,7 @@ trains nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from .kernel import TrainingKernel
 from .policies import NormPolicy
 from .task import Task
 from .training import Training
+
+_LOG = logging.getLogger(__name__)
 
 
 class Trainings:
@@ -171,6 +174,8 @@ class Trainings:
         if caps is not None:
             caps.kernel = training.clipping_at
         self._all.append(training)
+        known = account.per_instance.num_instances
+        _LOG.info("accounting for %d instances by norm_policy=%r", known, policy.name)
 
     def require_same_rows(self, dataset: Any) -> None:
         """Raise where caps or budgets of an account would be those of other rows.

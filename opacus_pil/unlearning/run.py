@@ -6,6 +6,7 @@ check. The steps themselves are `steps/`.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from .steps.running import Stretch, take_steps
 from .twin import twin_of
 
 _KIND = "unlearning run"
+_LOG = logging.getLogger(__name__)
 
 Look = Callable[[int, nn.Module], Any]
 
@@ -240,6 +242,8 @@ class Run:
             hashes = {"model_before": before, "model_after": after}
             self._require_certified(plan, moved=before != after)
         self._move_state(after)
+        _LOG.info("forgot %d instances by %s in %d steps: %s", len(plan.forget_set), plan.method,
+                  self._done, plan.status)  # fmt: skip
         kinds = {CertifiedPlan: CertifiedResult, RetrainPlan: RetrainedResult}
         kind: Any = kinds.get(type(plan), UncertifiedResult)
         result: UnlearningResult = kind(

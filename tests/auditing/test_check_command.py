@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opacus_pil.check_command import check_script
 from opacus_pil.cli import main
+from opacus_pil.commands.check import check_script
 
 SCRIPTS = Path(__file__).parent / "scripts"
 BROKEN = Path(__file__).parents[2] / "benchmarks" / "audit_scripts" / "digits.py"

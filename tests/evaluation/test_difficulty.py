@@ -39,7 +39,8 @@ class ByHand:
         })  # fmt: skip
 
     def scores(self):
-        result = {name: np.full(self.size, np.nan) for name in DIFFICULTY_SCORES}
+        names = set(DIFFICULTY_SCORES) - {"loss_trace_iqr", "leverage", "held_out_loss"}
+        result = {name: np.full(self.size, np.nan) for name in names}
         for row, (looks, norms) in enumerate(zip(self.looks, self.norms, strict=True)):
             for name in ("margin", "area_under_margin", "loss", "c_score"):
                 if looks:
@@ -447,5 +448,7 @@ def test_unusable_sources_are_refused():
 
 
 def test_one_table_names_every_score():
-    assert set(difficulty_scores(DifficultyTracker(1, early_steps=0))) == set(DIFFICULTY_SCORES)
+    tracker = DifficultyTracker(1, early_steps=0, traces=True)
+    others = {"leverage", "held_out_loss"}  # of no training's own batches
+    assert set(difficulty_scores(tracker)) == set(DIFFICULTY_SCORES) - others
     assert set(DIFFICULTY_SCORES.values()) == {1, -1}

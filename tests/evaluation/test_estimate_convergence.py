@@ -49,7 +49,7 @@ def test_sampled_steps_are_those_of_the_accountant():
     found = estimated_privacy_losses(
         measured, noise_std=0.8, sample_rate=0.1, steps_per_checkpoint=7
     )
-    assert (found <= expected * (1 + NODES)).all()
+    assert (found.values <= expected * (1 + NODES)).all()
     np.testing.assert_allclose(found, expected, rtol=0.02)  # a level of 2,048 is 1 % of the norm
 
 
@@ -72,17 +72,37 @@ def test_several_runs_and_checkpoints_are_composed_by_the_theorem():
 
 def test_norms_of_zero_lose_nothing_and_larger_norms_lose_more():
     measured = np.array([[[0.0, 1.0, 2.0]], [[0.0, 1.0, 2.0]]])
-    found = estimated_privacy_losses(measured, noise_std=1.0, sample_rate=0.1)
+
+    def losses(part, rate=0.1):
+        return estimated_privacy_losses(part, noise_std=1.0, sample_rate=rate).values
+
+    found = losses(measured)
     assert found[0] == 0.0
     assert 0 < found[1] < found[2]
-    assert (
-        estimated_privacy_losses(0 * measured, noise_std=1.0, sample_rate=0.1).tolist() == [0] * 3
-    )
-    assert estimated_privacy_losses(measured, noise_std=1.0, sample_rate=0.0).tolist() == [0] * 3
+    assert losses(0 * measured).tolist() == losses(measured, rate=0.0).tolist() == [0] * 3
     some = measured.copy()
     some[1] = 0.0  # one trajectory without gradients
-    less = estimated_privacy_losses(some, noise_std=1.0, sample_rate=0.1)
-    assert (less[1:] < found[1:]).all()
+    assert (losses(some)[1:] < found[1:]).all()
+
+
+def test_a_clipping_bound_is_that_of_the_norms_and_the_result_says_where_it_came_from():
+    measured = norms(5)
+    how = {"noise_std": 2.0, "sample_rate": 0.2}
+    free = estimated_privacy_losses(measured, **how)
+    known = estimated_privacy_losses(measured, **how, max_grad_norm=0.9)
+    by_hand = estimated_privacy_losses(np.minimum(measured, 0.9), **how)
+    np.testing.assert_array_equal(known.values, by_hand.values)
+    assert (known.values <= free.values * (1 + NODES)).all()  # chords of two grids
+    assert free.max_grad_norm is None
+    assert known.max_grad_norm == 0.9
+    assert any("not clipped" in reason for reason in free.reasons)
+    ruled = estimated_privacy_losses(measured, **how, max_grad_norm="median")
+    assert ruled.max_grad_norm == np.median(measured)
+    assert any("private" in reason for reason in ruled.reasons)
+    assert not any("private" in reason for reason in known.reasons)
+    assert {one.guarantee for one in (free, known, ruled)} == {"estimate"}
+    with pytest.raises(ValueError, match="median"):
+        estimated_privacy_losses(measured, **how, max_grad_norm="mean")
 
 
 def rows(result, varied):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from opacus_pil.errors import UnsupportedError
-from opacus_pil.evaluation import evaluate, loss_barrier
+from opacus_pil.evaluation import LossBarrier, evaluate, loss_barrier
 
 
 def seeded(make):
@@ -193,3 +193,23 @@ def test_other_architectures_and_coarse_grids_are_refused(split):
         loss_barrier(nn.Linear(4, 3), nn.Linear(4, 2), **arguments)
     with pytest.raises(ValueError, match="points"):
         loss_barrier(nn.Linear(4, 3), nn.Linear(4, 3), points=10, **arguments)
+
+
+def line(*losses):
+    return LossBarrier(0.0, tuple(np.linspace(0.0, 1.0, len(losses)).tolist()), losses)
+
+
+def test_above_the_larger_end_is_what_descent_has_to_climb():
+    assert line(0.0, 2.0, 1.0).above_ends == 1.0
+    assert line(1.0, 2.0, 0.0).above_ends == 1.0
+    assert line(0.0, 0.9, 1.0).above_ends == 0.0  # above the chord, and no ridge
+    assert line(0.0, np.inf, 1.0).above_ends == np.inf
+    assert np.isnan(line(0.0, 1.0, np.nan).above_ends)
+
+
+def test_above_the_ends_is_never_more_than_above_the_chord(split):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        first, second = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in "ab")
+        found = loss_barrier(first, second, splits={"s": split}, criterion=nn.CrossEntropyLoss())
+        assert 0.0 <= found["s"].above_ends <= found["s"].barrier

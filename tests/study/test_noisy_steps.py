@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pil.accounting import sampled_gaussian_rdp
 from opacus_pil.study.noisy_steps import make_model, noise_multiplier, run_steps
-from opacus_pil.study.privacy import privacy_losses
+from opacus_pil.study.privacy import contracted_losses, privacy_losses, ties_broken
 from opacus_pil.study.settings import Condition, study_settings
 
 SIZE, BATCH, STEPS, SEED = 60, 12, 20, 3
@@ -126,9 +126,8 @@ def test_a_condition_accounts_for_the_noise_it_has():
 
 def test_privacy_losses_are_the_sum_over_steps_rounded_up():
     norms = np.array([[0.01, 0.5, 3.0, 40.0], [0.01, 0.1, 9.0, 1e-5]])
-    found = privacy_losses(
-        norms, steps_per_epoch=7, noise_multiplier=2.0, sample_rate=0.1, order=2.0
-    )
+    how = {"steps_per_epoch": 7, "noise_multiplier": 2.0, "sample_rate": 0.1, "order": 2.0}
+    found = privacy_losses(norms, **how).values
     exact = 7 * sum(
         sampled_gaussian_rdp(
             np.maximum(row, 1e-3), noise_multiplier=2.0, sample_rate=0.1, orders=[2.0]
@@ -140,13 +139,36 @@ def test_privacy_losses_are_the_sum_over_steps_rounded_up():
     # divergence log(1 + q² (exp(s²/z²) − 1)) grows with an elasticity of at most 2 s²/z² · 1.02.
     assert (found[:3] <= exact[:3] * 1.03 ** np.maximum(1.0, norms[:, :3].max(0) ** 2 / 4)).all()
     assert (np.diff(found[:4]) > 0).all()
+    clipped = privacy_losses(norms, **how, max_grad_norm=1.0)
+    same = privacy_losses(np.minimum(norms, 1.0), **how)
+    np.testing.assert_array_equal(clipped.values, same.values)
+    assert clipped.guarantee == "estimate"
+    ruled = privacy_losses(norms, **how, max_grad_norm="median")
+    assert ruled.max_grad_norm == np.median(norms)
+    assert any("median" in reason for reason in ruled.reasons)
+
+
+def test_contracted_losses_are_the_recursion_over_all_steps():
+    norms = np.array([[0.01, 0.5, 3.0], [0.2, 0.1, 9.0]])
+    found = contracted_losses(norms, steps_per_epoch=5, decay_per_epoch=0.9, max_grad_norm=2.0)
+    total = np.zeros(3)
+    for row in np.repeat(norms, 5, axis=0):
+        total = 0.9 ** (1 / 5) * total + np.minimum(row / 2.0, 1.0)
+    np.testing.assert_allclose(found.values, total, rtol=1e-12)  # ten steps, an ulp or two each
+    assert found.guarantee == "estimate"
+
+
+def test_ties_are_broken_by_the_second_loss_alone():
+    first, second = np.array([2.0, 1.0, 2.0, 2.0]), np.array([5.0, 9.0, 4.0, 6.0])
+    assert ties_broken(first, second).tolist() == [2.0, 0.0, 1.0, 3.0]
 
 
 def test_the_three_forms_shrink_and_unknown_ones_are_refused():
     full, quick, smallest = (
         study_settings("digits", form=form) for form in ("full", "quick", "smallest")
     )
-    assert len(full.conditions) > len(quick.conditions) == len(smallest.conditions)
+    assert len(full.conditions) == len(quick.conditions) == len(smallest.conditions) == 4
+    assert full.sizes.trainings > quick.sizes.trainings
     assert full.sizes.train > quick.sizes.train > smallest.sizes.train
     with pytest.raises(ValueError, match="form"):
         study_settings("digits", form="huge")

@@ -40,7 +40,7 @@ def test_all_files_are_there_and_readable_by_the_owner_only(study):
         "figures", "report.html", "study.json", "trials"
     ]  # fmt: skip
     assert {p.stem for p in (study / "figures").iterdir()} == {
-        "time", "gap", "scores", "barriers", "certified"
+        "time", "gap", "scores", "tops", "barriers", "certified"
     }  # fmt: skip
     for path in study.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
@@ -54,7 +54,12 @@ def test_every_claim_has_a_verdict_with_its_numbers(study):
     assert [c["name"] for c in summary["conditions"]] == ["sgld", "sgd"]
     for condition in summary["conditions"]:
         assert condition["guarantee"] == "estimate"  # nothing here is a bound
-    for row in summary["certified"]["rows"]:
+        assert len(condition["trainings"]) == 2
+        for training in condition["trainings"]:
+            assert training["guarantee"] == "estimate"
+            assert any("median" in reason for reason in training["reasons"]["clipped privacy loss"])
+            assert {one["size"] for one in training["forget_sets"]} == {10}
+    for row in summary["certified"]["logistic, 3 against 8"]["rows"]:
         if row["certified"] and row["steps_worst_case"] is not None:
             assert row["steps"] <= row["steps_worst_case"]
 
@@ -64,7 +69,7 @@ def test_the_report_loads_nothing_and_says_that_it_is_private(study):
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
     assert "private" in page.lower()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
 
 
 def test_the_same_command_goes_on_and_trains_nothing_again(study, capsys):

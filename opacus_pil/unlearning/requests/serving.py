@@ -11,6 +11,7 @@ bits.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 import secrets
@@ -41,6 +42,7 @@ from .queue import Request, RequestQueue
 from .served import Served
 from .server import Batch, Server
 
+_LOG = logging.getLogger(__name__)
 _KIND = "served model"
 # What lies in the folder for the sake of a model: served states, runs in progress, and what a
 # write leaves behind that was killed.
@@ -271,6 +273,8 @@ class Serving:
     def _serve_batch(self, batch: Batch, plan: UnlearningPlan, service: Service) -> None:
         server = service.server
         server.run(batch)
+        _LOG.info("batch %d: %d requests, %d steps", batch.number, len(batch.request_ids),
+                  batch.steps)  # fmt: skip
         with self._state.whole_or_not():  # the file says what is served, and says: the old one
             try:
                 done = self._run(batch, plan, checkpoint_every=service.checkpoint_every)

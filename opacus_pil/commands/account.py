@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OpacusPilError
+from ..errors import OpacusPilError
 
 _EXAMPLE = """module = "train:make_model"
 dataset = "train:training_data"
@@ -65,7 +65,7 @@ def add_account_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Account for a described training; return the exit code."""
-    from .replaying import described_run, replay
+    from ..replaying import described_run, replay
 
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None and out.exists() and not arguments.force:

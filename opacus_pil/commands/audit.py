@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .errors import OpacusPilError
+from ..errors import OpacusPilError
 
 EPILOG = """example:
   opacus-pil audit run.toml --out audit
@@ -54,8 +54,8 @@ def add_audit_command(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Audit a described training; return the exit code."""
-    from .auditing.audit import audit
-    from .replaying import described_run
+    from ..auditing.audit import audit
+    from ..replaying import described_run
 
     folder = Path(arguments.out)
     files = folder / "audit.json", folder / "audit.html"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import OpacusPilError
+from ..errors import OpacusPilError
 
 EPILOG = """example:
   opacus-pil check --delta 1e-5 train.py -- --epochs 3
@@ -107,7 +107,7 @@ def check_script(
         OpacusPilError: The script failed, or ended with an exit code that is not 0.
         ValueError: There is no such file.
     """
-    from .auditing.watching import watch
+    from ..auditing.watching import watch
 
     path = Path(script)
     if not path.is_file():

@@ -1,0 +1,1 @@
+"""The commands of `opacus-pil`: arguments in, words and an exit code out, one file each."""

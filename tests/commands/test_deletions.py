@@ -1,0 +1,229 @@
+"""plan, forget, requests and ledger, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opacus_pil.certificates import read_certificate, verify_certificate
+from opacus_pil.cli import main
+
+RUN = """
+import numpy as np, torch
+from torch.utils.data import DataLoader, TensorDataset
+from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
+
+SIZE = 40
+
+def trained():
+    torch.manual_seed(0)
+    x = torch.randn(SIZE, 5)
+    x = x / x.norm(dim=1, keepdim=True)
+    data = TensorDataset(x, (x[:, :1] > 0).float())
+    module = torch.nn.Linear(5, 1, bias=False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3)
+    names = [f"patient-{k:03}" for k in range(SIZE)]
+    engine = PerInstancePrivacyEngine(
+        norm_policy="capped", caps=np.linspace(0.05, 1.0, SIZE), instance_ids=names
+    )
+    criterion = torch.nn.BCEWithLogitsLoss()
+    module, optimizer, loader = engine.make_private(
+        module=module, optimizer=optimizer, data_loader=DataLoader(data, batch_size=SIZE),
+        noise_multiplier=1.0, max_grad_norm=1.0, criterion=criterion,
+    )
+    for _ in range(60):
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(module(x), y).backward()
+            optimizer.step()
+    return engine, module, optimizer, data
+
+def unlearning(**options):
+    engine, module, optimizer, data = trained()
+    return UnlearningEngine(
+        module, optimizer=optimizer, dataset=data, privacy_engine=engine, feature_norm=1.0,
+        progress=False, **options,
+    )
+
+def queued():
+    return unlearning(requests="requests")
+
+def nothing():
+    return 3
+"""
+GOAL = ["--epsilon", "2", "--delta", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "my_deletions.py").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def asked(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    code = main(list(argv))
+    return code, capsys.readouterr().out
+
+
+def test_a_plan_says_what_it_takes(capsys) -> None:
+    code, text = asked(
+        capsys, "plan", "my_deletions:unlearning", "--ids", "patient-003", *GOAL, "--max-steps",
+        "900", "--json",
+    )  # fmt: skip
+    plan = json.loads(text)
+    assert code == 0
+    assert plan["status"] == "certified"
+    assert plan["ids"] == ["patient-003"]
+    assert plan["epsilon"] <= 2.0
+    assert plan["assumptions"]
+
+
+def test_requirements_and_options_are_tables(capsys) -> None:
+    code, text = asked(capsys, "plan", "my_deletions:unlearning", "--requirements", "langevin")
+    assert code == 0
+    assert "met" in text
+    code, text = asked(
+        capsys, "plan", "my_deletions:unlearning", "--rows", "3", *GOAL, "--options",
+        "--max-steps", "900",
+    )  # fmt: skip
+    assert code == 0
+    assert "noisy_finetuning" in text
+
+
+def test_forget_leaves_weights_state_plan_and_a_certificate_that_holds(capsys, folder) -> None:
+    argv = ["forget", "my_deletions:unlearning", "--ids", "patient-003", *GOAL, "--max-steps",
+            "900", "--out", "done"]  # fmt: skip
+    code, text = asked(capsys, *argv)
+    assert code == 0, text
+    assert "certified" in text
+    names = {path.name for path in (folder / "done").iterdir()}
+    assert {"model.pt", "engine.pt", "certificate.json", "plan.txt"} <= names
+    assert all((folder / "done" / name).stat().st_mode & 0o077 == 0 for name in names)
+    assert "unlearning.pt" not in names  # the run's own file is gone
+    assert verify_certificate(read_certificate(folder / "done" / "certificate.json")).holds
+    assert set(torch.load(folder / "done" / "model.pt", weights_only=True)) == {"weight"}
+    code = main(argv)
+    assert code == 2
+    assert "a deletion done" in capsys.readouterr().err
+
+
+def test_an_interrupted_deletion_goes_on_by_the_same_command(
+    capsys, folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opacus_pil.unlearning.run import Run
+
+    taken = Run._step
+
+    def interrupted(self, number):
+        found = taken(self, number)
+        if self._done == 20:
+            raise KeyboardInterrupt
+        return found
+
+    argv = ["forget", "my_deletions:unlearning", "--rows", "3", "--delta", "0.01", "--method",
+            "langevin", "--steps", "30", "--out", "done"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", interrupted)
+        assert main(argv) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert (folder / "done" / "unlearning.pt").exists()
+    assert not (folder / "done" / "model.pt").exists()
+    seen = []
+
+    def counted(self, number):
+        seen.append(number)
+        return taken(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_step", counted)
+        assert main(argv) == 0
+    assert len(seen) == 10
+
+
+def test_requests_are_submitted_served_listed_and_asked(capsys) -> None:
+    who = ["--request", "case-1", "--ids", "patient-003"]
+    code, text = asked(capsys, "requests", "submit", "my_deletions:queued", *who)
+    assert (code, "queued" in text) == (0, True)
+    assert "case-1" in asked(capsys, "requests", "list", "requests", "--state", "queued")[1]
+    code, text = asked(
+        capsys, "requests", "serve", "my_deletions:queued", *GOAL, "--max-steps", "900", "--json"
+    )
+    assert code == 0
+    (served,) = json.loads(text)
+    assert served["state"] == "done"
+    assert served["result"]["certificate_file"]
+    text = asked(capsys, "requests", "status", "requests", "case-1")[1]
+    assert all(state in text for state in ("queued", "running", "done"))
+    assert json.loads(asked(capsys, "requests", "status", "requests", "--json")[1])["done"] == 1
+
+
+def test_a_ledger_is_asked_for_the_top_for_one_and_by_a_column(capsys) -> None:
+    import sys
+
+    sys.path.insert(0, ".")
+    try:
+        from my_deletions import SIZE, trained  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(".")
+    engine, *_ = trained()
+    group = ["even" if k % 2 == 0 else "odd" for k in range(SIZE)]
+    engine.per_instance.to_parquet("ledger.parquet", delta=0.01, columns={"group": group})
+    rows = json.loads(asked(capsys, "ledger", "ledger.parquet", "--top", "3", "--json")[1])
+    assert [row["instance_id"] for row in rows] == ["patient-039", "patient-038", "patient-037"]
+    assert "patient-005" in asked(capsys, "ledger", "ledger.parquet", "--id", "patient-005")[1]
+    text = asked(capsys, "ledger", "ledger.parquet", "--by", "group")[1]
+    assert "even" in text
+    assert "odd" in text
+    assert "bound" in asked(capsys, "ledger", "ledger.parquet")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["plan", "my_deletions:nothing", "--rows", "1", *GOAL], "return an UnlearningEngine"),
+        (["plan", "my_deletions:unlearning", *GOAL], "--ids or --rows"),
+        (["plan", "my_deletions:absent", "--rows", "1", *GOAL], "absent"),
+        (["plan", "my_deletions:unlearning", "--ids", "eve", *GOAL], "eve"),
+        (["requests", "list", "nowhere"], "nowhere"),
+        (["ledger", "nowhere.parquet"], "nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, argv, words) -> None:
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["plan", "forget", "requests", "ledger"])
+def test_help_shows_an_example(capsys, command) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"opacus-pil {command}" in capsys.readouterr().out.split("example:")[1]
+
+
+def test_the_log_is_quiet_until_it_is_asked_for(capsys, caplog) -> None:
+    argv = ["forget", "my_deletions:unlearning", "--rows", "3", "--steps", "2", "--method",
+            "finetuning"]  # fmt: skip
+    assert main([*argv, "--out", "quiet", "--quiet"]) == 0
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("", "")
+    with caplog.at_level("INFO", logger="opacus_pil"):
+        assert main(["--log", "info", *argv, "--out", "told", "--quiet"]) == 0
+    assert any("forgot 1 instances by finetuning in 2 steps" in one for one in caplog.messages)
+
+
+def test_words_are_completed_where_the_shell_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argcomplete
+
+    seen = []
+    monkeypatch.setattr(argcomplete, "autocomplete", seen.append)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    (parser,) = seen
+    assert "requests" in parser.format_help()

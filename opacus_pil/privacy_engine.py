@@ -279,6 +279,44 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             kernels=self.accountant.history, norms=norms,
         )  # fmt: skip
 
+    def write_report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        delta: float,
+        test: Any = None,
+        public: bool = False,
+    ) -> None:
+        """Write the run as a page: one HTML file that loads nothing from outside, mode 0600.
+
+        Who is exposed (sortable, by id, with charts), upper numbers beside lower ones, why the
+        label is what it is, constants, versions, and what each number means.
+
+        Args:
+            path: Target file; the old one stays whole until the new one is complete.
+            delta: In (0, 1).
+            test: What was measured: an `Audit`, or a list of lower bounds; or a data set that was
+                not trained on, for the loss beside that of the training instances.
+            public: Constants only: no value of an instance, no distribution, no ranking, no
+                fingerprint, no measurement. The page is then made of what is public by assumption
+                (N, steps, noise, rate) and may be shown.
+
+        Raises:
+            ValueError, UnsupportedError: δ outside (0, 1), make_private was not called yet, or a
+                data set that no loss of the training can be computed on. Nothing is written.
+            ImportError: An extra is missing; install `report`.
+            OSError: The folder is missing or not writable.
+
+        Privacy: unless `public` the page shows values that no ε covers, and says so at its top.
+        """
+        from .report import write_page  # an optional extra
+        from .training.reported import Run, public_report, run_report
+
+        spent = self.get_per_instance_epsilon(delta)
+        run = Run(self.account, self._trainings, self.get_epsilon(delta), delta)
+        report = public_report(run) if public else run_report(run, spent, test=test)
+        write_page(path, report)
+
     def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
         """Return one ledger of all instances of a distributed training, in order of the data set.
 

@@ -313,7 +313,9 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         from .training.reported import Run, public_report, run_report
 
         spent = self.get_per_instance_epsilon(delta)
-        run = Run(self.account, self._trainings, self.get_epsilon(delta), delta)
+        with np.errstate(divide="ignore"):  # Opacus's PRV takes log(1 - q) of full batches
+            worst_case = self.get_epsilon(delta)
+        run = Run(self.account, self._trainings, worst_case, delta)
         report = public_report(run) if public else run_report(run, spent, test=test)
         write_page(path, report)
 

@@ -15,7 +15,7 @@ _READING = """How to read it
   worst case    steps if every member were as exposed as the mechanism allows; retrain: from scratch
   reached at    step from which the set's accuracy stays within .05 of models retrained without it.
                 0: it was there before the first step, since easy images are recognised by models
-                that never saw them. That is no proof of anything: accuracy cannot see what ε bounds."""
+                that never saw them. It proves nothing: accuracy cannot see what ε bounds."""
 
 
 def as_text(summary: Mapping[str, Any]) -> str:

@@ -10,25 +10,83 @@ from typing import Any
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+from tests.site_pages import DOCS, generated
+
+# Each trains something; the page about heads also unlearns it.
+pytestmark = pytest.mark.slow
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.M | re.S)
 
 
-@pytest.mark.slow
-def test_the_page_about_heads_runs_and_ends_with_a_verified_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (DOCS / "certified_heads.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert len(blocks) >= 5
-    monkeypatch.chdir(tmp_path)  # the queue's folder
+def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
+    """Run a page's blocks in order; return the names they leave and what they printed."""
+    text = generated.filled((DOCS / page).read_text(encoding="utf-8"))
+    blocks = BLOCK.findall(text)
+    assert blocks
+    monkeypatch.chdir(folder)  # for what it writes
     names: dict[str, Any] = {}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(
-            compile("import torch\ntorch.manual_seed(0)\n" + "\n".join(blocks), "docs", "exec"),
-            names,
-        )
-    assert "langevin" in printed.getvalue()
+    code = "import torch\ntorch.manual_seed(0)\n" + "\n".join(blocks)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, page, "exec"), names)
+    return names, printed.getvalue()
+
+
+def test_the_page_about_heads_ends_with_a_verified_certificate(tmp_path, monkeypatch) -> None:
+    names, printed = run("certified_heads.md", tmp_path, monkeypatch)
+    assert "langevin" in printed
     assert names["report"].holds
     assert names["report"].covers
     assert names["engine"].per_instance.guarantee == "bound"
+
+
+def test_the_page_for_opacus_users_does_what_it_says(tmp_path, monkeypatch) -> None:
+    names, _ = run("opacus_user.md", tmp_path, monkeypatch)
+    assert names["bound"].guarantee == "bound"
+    # "everybody still shares the worst case", and then they part.
+    spent = names["spent"]
+    assert spent.guarantee == "estimate"
+    assert 0 < spent.ties < len(spent)
+    assert (tmp_path / "run.pt").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_page_about_deletions_serves_both_requests(tmp_path, monkeypatch) -> None:
+    names, printed = run("deletion_requests.md", tmp_path, monkeypatch)
+    assert [request.state for request in names["served"]] == ["done", "done"]
+    assert set(names["unlearning"].forgotten) == {7, 42, 43}
+    assert re.search(r"^dp_sgd +not possible", printed, flags=re.M)  # at this ε, as it says
+
+
+def test_the_page_for_auditors_finds_a_correct_training_consistent(tmp_path, monkeypatch) -> None:
+    names, _ = run("auditor.md", tmp_path, monkeypatch)
+    assert names["check"].verdict == "consistent"
+    assert 0 < names["bound"].epsilon <= names["bound"].ceiling
+
+
+def test_the_page_for_researchers_compares_with_retraining(tmp_path, monkeypatch) -> None:
+    names, printed = run("researcher.md", tmp_path, monkeypatch)
+    assert names["spent"].guarantee == "output_specific"
+    assert set(names["gaps"]) == {"forget", "retain", "test"}
+    assert "value=nan" not in printed  # a ranking, not 1,200 ties
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # Lightning's wish
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # of Lightning's own use of torch
+@pytest.mark.filterwarnings("ignore:.*The number of training batches.*")  # six: fewer than logs
+def test_the_page_about_integrations_runs_and_verifies_what_it_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)  # where the certificate is written
+    names: dict[str, Any] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n".join(blocks), "docs", "exec"), names)
+    assert names["exposed"].guarantee == "bound"
+    assert names["done"].steps <= 50
+    assert (tmp_path / "patient-117.json").exists()
+    assert names["engine"].per_instance.steps == 5
+    assert names["lightning_engine"].per_instance.guarantee == "output_specific"
+    assert "epsilon" in printed.getvalue()

@@ -38,6 +38,8 @@ ROOMS = (
     "training",
     "privacy_engine",
     "unlearning",
+    "sklearn",
+    "integrations",
     "evaluation",
     "replaying",
     "image_files",

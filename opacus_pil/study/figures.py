@@ -133,30 +133,36 @@ def barriers_figure(entries: Sequence[Mapping[str, Any]]) -> Figure:
 
 def certified_figure(heads: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw certified steps beside the worst case's, for every head, forget set and target."""
-    rows = [
-        {**row, "set": f"{head}: {row['set']}"}
-        for head, found in heads.items()
-        for row in found["rows"]
-        if row["steps_worst_case"] is not None
-    ]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        names = list(dict.fromkeys((row["set"], row["size"]) for row in rows))
-        for number, (name, size) in enumerate(names):
-            chosen = [row for row in rows if (row["set"], row["size"]) == (name, size)]
-            axes.plot(
-                [row["steps_worst_case"] for row in chosen],
-                [np.nan if row["steps"] is None else row["steps"] for row in chosen],
-                color=COLOURS[number % 6], marker=MARKERS[number % 6], ls="none",
-                label=f"{name}, {size} instances",
-            )  # fmt: skip
-        top = max((row["steps_worst_case"] for row in rows), default=1)
-        axes.plot([0, top], [0, top], color="#777777", lw=1, ls="--", label="equal")
-        axes.set_xlabel("certified steps, worst case")
-        axes.set_ylabel("certified steps, per-instance caps")
-        axes.legend()
+        figure = Figure(figsize=(3.4 * len(heads) + 0.4, 3.9), layout="constrained")
+        panels = figure.subplots(1, len(heads), squeeze=False)[0]
+        for axes, (head, found) in zip(panels, heads.items(), strict=True):
+            rows = [row for row in found["rows"] if row["steps_worst_case"] is not None]
+            _steps_against_worst(axes, rows, title=head)
+        entries: dict[str, Any] = {}
+        for axes in panels:
+            handles, labels = axes.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        figure.supxlabel("certified steps, worst case", fontsize=9)
+        figure.supylabel("certified steps, per-instance caps", fontsize=9)
+        figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4)
     return figure
+
+
+def _steps_against_worst(axes: Any, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Draw one head's plans, a marker for each kind of forget set."""
+    names = list(dict.fromkeys((row["set"], row["size"]) for row in rows))
+    for number, (name, size) in enumerate(names):
+        chosen = [row for row in rows if (row["set"], row["size"]) == (name, size)]
+        axes.plot(
+            [row["steps_worst_case"] for row in chosen],
+            [np.nan if row["steps"] is None else row["steps"] for row in chosen],
+            color=COLOURS[number % 6], marker=MARKERS[number % 6], ls="none",
+            label=f"{name}, {size}",
+        )  # fmt: skip
+    top = max((row["steps_worst_case"] for row in rows), default=1)
+    axes.plot([0, top], [0, top], color="#777777", lw=1, ls="--", label="equal")
+    axes.set_title(title, fontsize=9)
 
 
 def _panels(entries: Sequence[Mapping[str, Any]]) -> tuple[Figure, list[Any]]:

@@ -24,6 +24,7 @@ from .commands.audit import add_audit_command
 from .commands.check import add_check_command, parted
 from .commands.forget import add_forget_command, add_plan_command
 from .commands.ledger import add_ledger_command
+from .commands.report import add_report_command
 from .commands.requests import add_requests_command
 from .errors import OpacusPilError
 
@@ -138,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add_forget_command(commands)
     add_requests_command(commands)
     add_ledger_command(commands)
+    add_report_command(commands)
     return parser
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Literal, Self, overload
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from opacus import PrivacyEngine
@@ -32,6 +33,7 @@ from .capture.shards import Shard
 from .capture.sweep import Sweep
 from .errors import UnsupportedError
 from .exposure import PerInstanceEpsilon
+from .exposure.persons import of_persons
 from .files.fingerprint import Fingerprint
 from .training import checkpoint
 from .training import worst_case_accountant as worst_case_accountant  # registers itself with Opacus
@@ -103,6 +105,9 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         history: As in PerInstanceAccountant: log levels, so that `per_instance.group_rdp` works.
         instance_ids: Shape (instances,), your own ids of the data set's rows, texts or integers, in
             their order. With ids every call that names instances takes ids, and rows by `rows=`.
+        groups: Shape (instances,), whose row each one is, texts or integers, where a person has
+            several. Per-instance results are then per person, by the group bound of all their rows
+            (a log is kept for it, as with `history`), and calls that name instances take persons.
         fingerprint: Your own name for the data set's contents (a version, a file's checksum), where
             they are not in memory and cannot be read here; see `dataset_fingerprint`.
 
@@ -134,11 +139,12 @@ class PerInstancePrivacyEngine(PrivacyEngine):
         budget: Any = None,
         history: bool = False,
         instance_ids: npt.ArrayLike | None = None,
+        groups: npt.ArrayLike | None = None,
         fingerprint: str | None = None,
     ) -> None:
         terms = Terms.checked(
             norm_policy, refresh_every=refresh_every, orders=orders, levels=levels, caps=caps,
-            budget=budget, history=history, instance_ids=instance_ids,
+            budget=budget, history=history, instance_ids=instance_ids, groups=groups,
         )  # fmt: skip
         super().__init__(accountant=accountant, secure_mode=secure_mode)
         self.account = Account(self.accountant, terms, caps=caps)
@@ -256,10 +262,62 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             TypeError, ValueError: δ outside (0, 1), or an instance that is not there or named
                 twice.
         """
-        norms = self.account.charger.norms.seen
-        return PerInstanceEpsilon.of(
-            self.per_instance, delta=delta, rows=self.account.positions(indices, rows), norms=norms
-        )
+        norms, ids = self.account.charger.norms.seen, self.instance_ids
+        if not ids.grouped:
+            chosen = self.account.positions(indices, rows)
+            return PerInstanceEpsilon.of(self.per_instance, delta=delta, rows=chosen, norms=norms)
+        if rows is not None or self.account.shard is not None:
+            raise UnsupportedError(
+                "Expected persons in one process, since rows have groups, got "
+                f"{'rows' if rows is not None else 'several processes'}. Name persons, or read "
+                "single rows off per_instance."
+            )
+        persons = list(ids.members) if indices is None else list(np.asarray(indices).tolist())
+        self.account.positions(persons, None)
+        return of_persons(
+            self.per_instance, delta=delta, members={p: ids.members[p] for p in persons},
+            kernels=self.accountant.history, norms=norms,
+        )  # fmt: skip
+
+    def write_report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        delta: float,
+        test: Any = None,
+        public: bool = False,
+    ) -> None:
+        """Write the run as a page: one HTML file that loads nothing from outside, mode 0600.
+
+        Who is exposed (sortable, by id, with charts), upper numbers beside lower ones, why the
+        label is what it is, constants, versions, and what each number means.
+
+        Args:
+            path: Target file; the old one stays whole until the new one is complete.
+            delta: In (0, 1).
+            test: What was measured: an `Audit`, or a list of lower bounds; or a data set that was
+                not trained on, for the loss beside that of the training instances.
+            public: Constants only: no value of an instance, no distribution, no ranking, no
+                fingerprint, no measurement. The page is then made of what is public by assumption
+                (N, steps, noise, rate) and may be shown.
+
+        Raises:
+            ValueError, UnsupportedError: δ outside (0, 1), make_private was not called yet, or a
+                data set that no loss of the training can be computed on. Nothing is written.
+            ImportError: An extra is missing; install `report`.
+            OSError: The folder is missing or not writable.
+
+        Privacy: unless `public` the page shows values that no ε covers, and says so at its top.
+        """
+        from .report import write_page  # an optional extra
+        from .training.reported import Run, public_report, run_report
+
+        spent = self.get_per_instance_epsilon(delta)
+        with np.errstate(divide="ignore"):  # Opacus's PRV takes log(1 - q) of full batches
+            worst_case = self.get_epsilon(delta)
+        run = Run(self.account, self._trainings, worst_case, delta)
+        report = public_report(run) if public else run_report(run, spent, test=test)
+        write_page(path, report)
 
     def gather_per_instance(self, *, dst: int | None = None) -> PerInstanceAccountant | None:
         """Return one ledger of all instances of a distributed training, in order of the data set.
@@ -631,7 +689,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
                 shard.
             rows: Rows in their place.
         """
-        named = self.account.rows(indices, rows)
+        named = self.account.rows(indices, rows, persons=False)
         trackers = [training.tracker for training in self.trainings]
         for tracker in trackers:
             tracker.set_explicit(named)

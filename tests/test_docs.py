@@ -67,3 +67,26 @@ def test_the_page_for_researchers_compares_with_retraining(tmp_path, monkeypatch
     assert names["spent"].guarantee == "output_specific"
     assert set(names["gaps"]) == {"forget", "retain", "test"}
     assert "value=nan" not in printed  # a ranking, not 1,200 ties
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")  # Lightning's wish
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # of Lightning's own use of torch
+@pytest.mark.filterwarnings("ignore:.*The number of training batches.*")  # six: fewer than logs
+def test_the_page_about_integrations_runs_and_verifies_what_it_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)  # where the certificate is written
+    names: dict[str, Any] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n".join(blocks), "docs", "exec"), names)
+    assert names["exposed"].guarantee == "bound"
+    assert names["done"].steps <= 50
+    assert (tmp_path / "patient-117.json").exists()
+    assert names["engine"].per_instance.steps == 5
+    assert names["lightning_engine"].per_instance.guarantee == "output_specific"
+    assert "epsilon" in printed.getvalue()

@@ -6,6 +6,7 @@ Knows ids and row numbers; no data.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ class InstanceIds:
 
     Args:
         ids: Shape (rows,), texts or integers. None: the rows are the ids.
+        groups: Shape (rows,), texts or integers: whose row each one is, where a person has several.
+            Whatever asks "which instances" then takes persons, and means all of their rows.
 
     Raises:
         TypeError: Something else than texts or integers.
@@ -33,14 +36,31 @@ class InstanceIds:
     (array([2, 0]), ['bob'])
     """
 
-    def __init__(self, ids: npt.ArrayLike | None = None) -> None:
+    def __init__(
+        self, ids: npt.ArrayLike | None = None, *, groups: npt.ArrayLike | None = None
+    ) -> None:
         self._ids = None if ids is None else _checked(ids)
+        self._groups = None if groups is None else _named("groups", groups)
         self._place: dict[Any, int] = {}
 
     @property
     def given(self) -> bool:
         """Whether the caller gave ids."""
         return self._ids is not None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the caller said whose rows are whose."""
+        return self._groups is not None
+
+    @cached_property
+    def members(self) -> dict[Any, IntArray]:
+        """Person -> rows, ascending; persons in the order in which they first come."""
+        assert self._groups is not None
+        found: dict[Any, list[int]] = {}
+        for row, name in enumerate(self._groups.tolist()):
+            found.setdefault(name, []).append(row)
+        return {name: np.array(rows, dtype=np.int64) for name, rows in found.items()}
 
     @property
     def array(self) -> npt.NDArray[Any] | None:
@@ -54,17 +74,25 @@ class InstanceIds:
                 f"Expected instance_ids to have one id per row of the data set ({size}), got "
                 f"{len(self._ids)}. Pass them in the order of its rows."
             )
+        if self._groups is not None and len(self._groups) != size:
+            raise ValueError(
+                f"Expected groups to say whose row each of {size} is, got {len(self._groups)}. "
+                "Pass one name per row, in the order of the data set."
+            )
 
     def rows(
-        self, ids: Any = None, *, rows: Any = None, size: int | None = None, name: str = "indices"
-    ) -> IntArray:
+        self, ids: Any = None, *, rows: Any = None, size: int | None = None, name: str = "indices",
+        persons: bool = True,
+    ) -> IntArray:  # fmt: skip
         """Return the rows that a caller names, by ids or by `rows`, each once.
 
         Args:
-            ids: Ids, or a boolean mask over all rows; rows where no ids were given.
+            ids: Ids, or a boolean mask over all rows; rows where no ids were given; persons where
+                rows have groups.
             rows: Rows in their place.
             size: Of the data set; needed where no ids were given.
             name: How the argument is called.
+            persons: Where rows have groups, take persons; else single rows are meant all the same.
 
         Raises:
             TypeError: Neither or both; or another kind of values.
@@ -78,7 +106,11 @@ class InstanceIds:
         assert total is not None
         if rows is not None:
             return check.index_array("rows", rows, size=total)
-        if self._ids is None or np.asarray(ids).dtype == np.bool_:
+        if np.asarray(ids).dtype == np.bool_:
+            return check.index_array(name, ids, size=total)
+        if self._groups is not None and persons:
+            return self._rows_of_persons(ids, name)
+        if self._ids is None:
             return check.index_array(name, ids, size=total)
         return self._found(ids, name)
 
@@ -87,6 +119,20 @@ class InstanceIds:
         found = np.asarray(rows, dtype=np.int64)
         chosen: list[Any] = (found if self._ids is None else self._ids[found]).tolist()
         return chosen
+
+    def _rows_of_persons(self, persons: Any, name: str) -> IntArray:
+        wanted = _plain(persons, name)
+        unknown = [one for one in wanted if one not in self.members]
+        if unknown or len(set(wanted)) < len(wanted):
+            problem = f"nobody called {unknown[0]!r}" if unknown else "one of them twice"
+            raise ValueError(
+                f"Expected {name} to be persons of groups=, each once, got {problem}. Rows are "
+                "passed by rows=."
+            )
+        found: IntArray = np.concatenate(
+            [np.empty(0, dtype=np.int64), *(self.members[one] for one in wanted)]
+        )
+        return found
 
     def _found(self, ids: Any, name: str) -> IntArray:
         assert self._ids is not None
@@ -112,18 +158,24 @@ def _plain(ids: Any, name: str) -> list[Any]:
     return [item.item() if isinstance(item, np.generic) else item for item in ids]
 
 
-def _checked(ids: npt.ArrayLike) -> npt.NDArray[Any]:
+def _named(name: str, ids: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return names of rows, texts or integers."""
     array = np.array(ids)
     if array.dtype.kind == "O" and all(isinstance(item, str) for item in array.ravel()):
         array = array.astype(np.str_)  # pandas' texts
     if array.dtype.kind not in "iuU" or array.ndim != 1:
-        raise TypeError(check.expected("instance_ids", "to be a vector of integers or texts", ids))
+        raise TypeError(check.expected(name, "to be a vector of integers or texts", ids))
+    return array
+
+
+def _checked(ids: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = _named("instance_ids", ids)
     values, counts = np.unique(array, return_counts=True)
     if len(values) != len(array):
         twice = values[counts > 1][0].item()
         raise ValueError(
             f"Expected instance_ids without repetition, got {twice!r} {int(counts.max())} times. "
-            "A person with several rows needs an id per row."
+            "A person with several rows needs an id per row, and groups= to say whose they are."
         )
     if array.dtype.kind == "U" and "" in values:
         raise ValueError("Expected instance_ids to be texts with a letter at least, got ''.")

@@ -1,4 +1,4 @@
-"""The audit's report page: one HTML file whose first screen answers three questions.
+"""The audit as a page of the report family: verdict, exposure, upper beside lower, what ran.
 
 Is the claimed ε true, who is exposed, what can be shown to others. Computes nothing: privacy
 numbers that bound from above are rounded up, lower bounds down.
@@ -6,78 +6,208 @@ numbers that bound from above are rounded up, lower bounds down.
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__
-from ..files.container import write_atomic
-from ..files.pages import template
+from ..report import Exposed, Report, Table, render_page, write_page
+from ..report.numbers import down, plain, up
+from ..report.page import listed
+from ..unlearning import UnlearningResult
+from ..unlearning.reported import claims_of, request_of
 
 _VERDICTS = {
     "consistent": "Nothing was found against the claim, by tests that could have found twice as "
-    "much. That is evidence, not proof.",
-    "red flag": "The claim does not hold for what ran. Do not rely on it; find the fault.",
-    "no power": "Nothing can be concluded: these tests could not have found twice the claim.",
+    "much: evidence, not proof",
+    "red flag": "The claim does not hold for what ran: do not rely on it, find the fault",
+    "no power": "Nothing can be concluded: these tests could not have found twice the claim",
 }
+_TONES = {"consistent": "good", "red flag": "bad", "no power": "careful"}
 _SHOW = (
     "Show the claim with its neighbouring relation and δ, this verdict with its level, the "
-    "conformance table and the hash of the model. What it rests on is listed below. Do not show "
-    "values of single records: no ε covers them."
+    "conformance table and the hash of the model; not values of single records: no ε covers them."
 )
+_RELATION = {"pairs": "one record exchanged", "canaries": "one record more or less"}
 
 
-def write_page(audit: Any, path: str | os.PathLike[str]) -> None:
+def write(
+    audit: Any, path: str | os.PathLike[str], *, results: Sequence[UnlearningResult] = ()
+) -> None:
     """Write the page, mode 0600, whole or not at all.
 
+    Args:
+        audit: An Audit.
+        path: Target file.
+        results: What was forgotten since, oldest first.
+
     Raises:
-        ImportError: jinja2 is missing.
+        ImportError: An extra is missing.
         OSError: The folder is missing or not writable.
     """
-    write_atomic(path, page(audit).encode("utf-8"), private=True)
+    write_page(path, report_of(audit, results=results))
 
 
-def page(audit: Any) -> str:
+def page(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> str:
     """Return the page.
 
     Privacy: it shows the spread of private values; of single records only what the audit keeps.
     """
-    found = audit.to_json()
-    return template("audit.html.j2").render(
-        version=__version__,
-        audit=found,
-        meaning=_VERDICTS[audit.verdict],
-        show=_SHOW,
-        most=found["upper"]["most_exposed"],
-        relation={"pairs": "one record exchanged", "canaries": "one record more or less"},
-        up=_up,
-        down=_down,
-        number=_number,
+    return render_page(report_of(audit, results=results))
+
+
+def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report:
+    """Return an audit, and what was forgotten since, as plain records of the report."""
+    claim, upper = audit.claim, audit.upper
+    steps = ", ".join(f"{n:,} steps of noise {plain(z)} at rate {plain(q)}"
+                      for z, q, n in claim.runs)  # fmt: skip
+    because = f": {listed(audit.reasons)}" if audit.reasons else ""
+    most = audit.exposed[0] if audit.exposed else None
+    known = audit.records is not None
+    requests = [request_of(result) for result in results]
+    return Report(
+        title=f"Privacy audit: {audit.verdict}",
+        subtitle=f"{audit.sizes['rows']:,} training records, by opacus_pil {__version__}; "
+        "an audit never proves privacy",
+        verdict=(
+            ("Is the claimed ε true?",
+             f"{audit.verdict.capitalize()}. {_VERDICTS[audit.verdict]}{because}."),
+            ("Who is exposed?", _who(audit, most)),
+            ("What can be shown?", _SHOW),
+        ),
+        tone=_TONES[audit.verdict],
+        facts=(
+            (f"claimed ε at δ = {plain(claim.delta)}", up(claim.epsilon)),
+            ("largest lower bound", down(max((b.epsilon for b in audit.lower), default=None))),
+            ("most exposed record (Rényi)", up(None if most is None else most.epsilon)),
+            ("median record (Rényi)", up(audit.spread["median"])),
+        ),
+        exposed=Exposed.of(upper, named=known),
+        evidence=tuple(_evidence(audit, most, known=known)),
+        reasons=tuple(upper.reasons),
+        requests=tuple(requests),
+        claims=claims_of(results, titles=[request.title for request in requests]),
+        constants=(
+            ("claim", f"{steps}; δ = {plain(claim.delta)}; neighbours: {claim.neighbours}"),
+            ("test", _design(audit.design)),
+            ("model, SHA-256", str(audit.hashes["model"])),
+            ("scores, SHA-256", str(audit.hashes["scores"] or "none")),
+            ("seconds", ", ".join(f"{k} {plain(v)}" for k, v in audit.seconds.items())),
+            ("opacus_pil", __version__),
+        ),
+        limits=(
+            *audit.notes,
+            *(() if known else ("Single records are left out of this page; ask for per_record.",)),
+        ),
+    )  # fmt: skip
+
+
+def _who(audit: Any, most: Any) -> str:
+    """Say in a sentence who is exposed and what may be said about it."""
+    top = "–" if most is None else up(most.epsilon)
+    tight = ""
+    if most is not None and most.tight_epsilon is not None:
+        tight = f" (by loss distributions {up(most.tight_epsilon)})"
+    label = audit.upper.guarantee
+    caution = ": for ranking and planning, they can be too small" if label == "estimate" else ""
+    count = 0 if most is None else most.tied
+    return (
+        f"{count:,} of {audit.sizes['rows']:,} records stand at the top with Rényi ε {top}{tight}; "
+        f"half of all are at most {up(audit.spread['median'])}; labelled {label}{caution}."
     )
 
 
-def _up(value: Any) -> str:
-    """Print a number that bounds from above, rounded up."""
-    return _rounded(value, math.ceil)
+def _evidence(audit: Any, most: Any, *, known: bool) -> list[Table]:
+    """Return upper numbers, lower bounds, the attack, the exposed and the conformance."""
+    claim = audit.claim
+    relation = _RELATION.get(audit.design.kind, "nothing tested")
+    upper = (
+        ("claim, by loss distributions", up(claim.epsilon), "one record more or less"),
+        ("claim, by Rényi accounting", up(audit.worst_case_epsilon), "one record more or less"),
+        (f"claim, for {audit.design.kind}", up(audit.design.claimed_epsilon)
+         if audit.design.kind != "none" else "–", relation),
+    )  # fmt: skip
+    bounds = [
+        (bound.method, down(bound.epsilon), plain(bound.confidence), _assumed(bound),
+         plain(bound.ceiling), plain(bound.null_share), plain(p))
+        for bound, p in [*zip(audit.lower, audit.p_values, strict=True),
+                         *((bound, None) for bound in audit.shown)]
+    ]  # fmt: skip
+    found = [
+        Table(
+            caption="Upper: what the claim allows", head=("number", "ε at most", "relation"),
+            rows=upper, words=(2,),
+            note="Loss distributions are a tighter method than Rényi accounting: compare records, "
+            "which are accounted by Rényi, with the Rényi number only.",
+        ),
+        Table(
+            caption="Lower: what the tests saw",
+            head=("method", "ε at least", "confidence", "assumption", "ceiling", "null check",
+                  "p-value of the claim"),
+            rows=tuple(bounds), words=(3,),
+            note=_design(audit.design) + " A bound of 0 says only that this design saw nothing. "
+            "The null check is the share of permuted coins for which a bound is above 0. Bounds "
+            "without a p-value are shown, not in the verdict.",
+        ),
+    ]  # fmt: skip
+    if audit.attack is not None:
+        found.append(_attack(audit.attack))
+    if known and audit.exposed:
+        found.append(
+            Table(
+                caption="Most exposed records", head=("id", "row", "ε", "ε by loss distributions"),
+                rows=tuple(
+                    (str(e.instance_id), str(e.row), up(e.epsilon), up(e.tight_epsilon))
+                    for e in audit.exposed
+                ),
+            )
+        )  # fmt: skip
+    found.append(
+        Table(
+            caption="What ran, beside what was accounted",
+            head=("quantity", "state", "measured", "interval", "accounted", "reason"),
+            rows=tuple(
+                (check.what, check.state, plain(check.measured),
+                 "–" if check.low is None else f"{plain(check.low)} to {plain(check.high)}",
+                 plain(check.accounted), check.reason)
+                for check in audit.conformance.checks
+            ),
+            words=(1, 5),
+        )
+    )  # fmt: skip
+    return found
 
 
-def _down(value: Any) -> str:
-    """Print a number that bounds from below, rounded down."""
-    return _rounded(value, math.floor)
+def _assumed(bound: Any) -> str:
+    return f"{bound.assumption}, if {bound.condition}" if bound.condition else bound.assumption
 
 
-def _rounded(value: Any, rounds: Any) -> str:
-    if value is None:
-        return "–"
-    number = float(value)
-    if not math.isfinite(number):
-        return "∞" if number > 0 else "–"
-    if number == 0.0:
-        return "0"
-    unit = 10.0 ** (math.floor(math.log10(abs(number))) - 3)
-    return f"{rounds(number / unit) * unit:.6g}"
+def _design(design: Any) -> str:
+    """Say how membership was tested."""
+    if design.kind == "none":
+        return f"Nothing was tested: {design.why_none}."
+    weak = "" if design.powerful else (
+        " A training of twice the claimed ε would not have been seen either.")  # fmt: skip
+    return (
+        f"{design.units:,} {design.kind}, {_RELATION[design.kind]}; a correct training is a red "
+        f"flag with probability at most {plain(design.level)}.{weak}"
+    )
 
 
-def _number(value: Any) -> str:
-    """Print a measured number."""
-    return "–" if value is None else f"{float(value):.4g}"
+def _attack(attack: Any) -> Table:
+    auc = attack.auc
+    return Table(
+        caption=f"The attack: {attack.attack}, {attack.members} members and "
+        f"{attack.nonmembers} others",
+        head=("measure", "value", "interval"),
+        rows=(
+            ("AUC", plain(auc.value), f"{plain(auc.low)} to {plain(auc.high)}"),
+            *(
+                (f"true positives at {plain(100 * point.target)} % false ones",
+                 *(("–", point.note) if point.tpr is None else
+                   (plain(point.tpr.value),
+                    f"{plain(point.tpr.low)} to {plain(point.tpr.high)}")))
+                for point in attack.true_positives
+            ),
+        ),
+    )  # fmt: skip

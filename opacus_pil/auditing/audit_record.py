@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 from torch import nn
 
 from .. import __version__
-from ..accounting import PerInstanceEpsilon
 from ..atomic_file import atomic_file
-from ..unlearning import UnlearningEngine
+from ..exposure import PerInstanceEpsilon
+from ..unlearning import UnlearningEngine, UnlearningResult
 from .claim import Claim
 from .conformance import Conformance
 from .exposed import Exposed
@@ -112,15 +112,24 @@ class Audit:
             **{**named, **options},
         )  # fmt: skip
 
-    def write_report(self, path: str | os.PathLike[str]) -> None:
+    def write_report(
+        self, path: str | os.PathLike[str], *, results: Sequence[UnlearningResult] = ()
+    ) -> None:
         """Write the report page: one HTML file, mode 0600, that loads nothing from outside.
 
-        Raises:
-            ImportError: jinja2 is missing; install the extra `report`.
-        """
-        from .audit_page import write_page
+        Args:
+            path: Target file; the old one stays whole until the new one is complete.
+            results: What the audited model has forgotten since, oldest first.
 
-        write_page(self, path)
+        Raises:
+            ImportError: An extra is missing; install `report`.
+            OSError: The folder is missing or not writable.
+
+        Privacy: the page shows values that no ε covers, and says so at its top.
+        """
+        from .audit_page import write  # the optional extra
+
+        write(self, path, results=results)
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json`, mode 0600, whole or not at all."""

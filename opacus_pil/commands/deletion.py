@@ -61,6 +61,9 @@ def instances_of(arguments: argparse.Namespace, engine: Any) -> dict[str, Any]:
     if arguments.rows is not None:
         return {"rows": arguments.rows}
     ids = engine.instance_ids
+    if ids.grouped:
+        first = next(iter(ids.members))
+        return {"forget": [int(o) if isinstance(first, int) else o for o in arguments.ids]}
     if not ids.given:
         raise ValueError("Expected --rows, since this engine has no instance ids, got --ids.")
     known = ids.of([0])[0]

@@ -7,6 +7,7 @@ caller's word, by `given`, or an assumption.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -169,7 +170,7 @@ def dataset_fingerprint(dataset: Any, *, given: str | None = None) -> Fingerprin
         reading.how,
         rows="" if rows is None or len(rows) != length else without_order(rows),
         notes=tuple(dict.fromkeys(reading.notes)),
-        _old_rule=lambda: _sampled_sha256(dataset),
+        _old_rule=functools.partial(_sampled_sha256, dataset),
     )
 
 

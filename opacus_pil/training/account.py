@@ -98,8 +98,8 @@ class Account:
     @property
     def unbounded(self) -> bool:
         """Whether no ε holds for the worst case: noise-free steps, or a gradient without norm."""
-        noiseless = any(noise == 0 for noise, _, _ in self.opacus.history)
-        return noiseless or (self._charger is not None and self._charger.unbounded)
+        lost = self._charger is not None and self._charger.unbounded
+        return lost or any(noise == 0 for noise, _, _ in self.opacus.history)
 
     @property
     def findings(self) -> dict[str, int]:
@@ -117,27 +117,27 @@ class Account:
             return self.terms.policy
         return policy_of(DEFAULT if poisson_sampling else DEFAULT_OF_FIXED)
 
-    def rows(self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None) -> IntArray:
-        """Return the rows of the data set that a caller names, after a look whether they are here.
+    def rows(
+        self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None, *, persons: bool = True
+    ) -> IntArray:
+        """Return the rows that a caller names, as `InstanceIds.rows`; they must be here.
 
         Raises:
             TypeError, ValueError: Instances that are not there, or named twice.
         """
-        size = self.per_instance.num_instances
-        if self.shard is None:
-            return self.terms.ids.rows(indices, rows=rows, size=size)
-        found = self.terms.ids.rows(indices, rows=rows, size=self.shard.num_instances)
-        self.shard.positions(found)
+        holder = self.per_instance if self.shard is None else self.shard
+        found = self.terms.ids.rows(indices, rows=rows, size=holder.num_instances, persons=persons)
+        if self.shard is not None:
+            self.shard.positions(found)
         return found
 
     def positions(
         self, indices: npt.ArrayLike | None, rows: npt.ArrayLike | None
     ) -> IntArray | None:
         """Return the places in the ledger of the instances that a caller names; None: all."""
-        if indices is None and rows is None:
-            return None
-        found = self.rows(indices, rows)
-        return found if self.shard is None else self.shard.positions(found)
+        everyone = indices is None and rows is None
+        found = None if everyone else self.rows(indices, rows)
+        return found if found is None or self.shard is None else self.shard.positions(found)
 
     def gathered(self, *, dst: int | None) -> PerInstanceAccountant | None:
         """Return one ledger of all shards; see `PerInstancePrivacyEngine.gather_per_instance`."""

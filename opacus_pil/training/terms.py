@@ -59,20 +59,26 @@ class Terms:
         budget: Any,
         history: bool,
         instance_ids: npt.ArrayLike | None,
+        groups: npt.ArrayLike | None = None,
     ) -> Self:
         """Return the terms that these arguments of an engine ask for.
 
         Raises:
             TypeError, ValueError: Arguments that do not fit each other.
         """
-        ids = InstanceIds(instance_ids)
+        ids = InstanceIds(instance_ids, groups=groups)
+        if groups is not None and budget is not None:
+            raise ValueError(
+                "Expected groups or budget, got both. A budget limits rows, and a person's rows "
+                "together may exceed it: leave one out."
+            )
         policy = policy_of(
             DEFAULT if norm_policy is None else norm_policy,
             refresh_every=refresh_every, caps=caps, budget=budget,
         )  # fmt: skip
         return cls(
             policy, norm_policy is not None, tuple(check.orders(orders).tolist()),
-            check.integer("levels", levels, low=2), budget, history, ids,
+            check.integer("levels", levels, low=2), budget, history or groups is not None, ids,
         )  # fmt: skip
 
     @property

@@ -7,7 +7,8 @@ about other runs nothing is proved, so nothing can be written.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -46,6 +47,29 @@ class UnlearningResult(abc.ABC):
     @abc.abstractmethod
     def epsilon(self) -> float | None:
         """ε of the certificate at the plan's δ, or None."""
+
+    def write_report(
+        self, path: str | os.PathLike[str], *, gap: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the deletion's evidence as a page: one HTML file that loads nothing, mode 0600.
+
+        Plan, what ran, the certificate with its assumptions or "no claim", how close the model came
+        to retrained ones, and what all this does not show.
+
+        Args:
+            path: Target file; the old one stays whole until the new one is complete.
+            gap: `evaluation.oracle_gap` of this model; None: it was not measured.
+
+        Raises:
+            ImportError: An extra is missing; install `report`.
+            TypeError: `gap` holds something else; nothing is written.
+            OSError: The folder is missing or not writable.
+
+        Privacy: ids, numbers of steps and measurements depend on the forgotten data.
+        """
+        from .reported import write_deletion  # the optional extra
+
+        write_deletion(self, path, gap=gap)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from opacus_pil.auditing.audit_page import page
 from opacus_pil.auditing.membership_test import margin_of
 from opacus_pil.cli import main
 from tests.auditing.runs import digits, private, train
+from tests.report.runs import Page, certified, uncertified
 
 RATE = 1 / 10
 STEPS = 20
@@ -212,13 +213,22 @@ def test_the_documented_names_are_those_of_the_file(found):
 
 def test_the_first_screen_answers_three_questions(found):
     html = page(found)
-    first = html[: html.index("<h2>")]
+    first = html[: html.index("<h2 ")]
     for question in ("Is the claimed ε true?", "Who is exposed?", "What can be shown?"):
         assert question in first
     assert "no power" in first
-    assert "badge estimate" in first
+    assert "labelled estimate" in first
     assert "http" not in html.replace("http-equiv", "")
+    assert 'id="rows"' not in html  # single records only where they were asked for
     assert "This file is private." in html
+
+
+def test_what_was_forgotten_since_joins_the_page(found, tmp_path):
+    found.write_report(tmp_path / "audit.html", results=[certified(), uncertified()])
+    text = Page((tmp_path / "audit.html").read_text(encoding="utf-8")).text
+    assert "Forgetting, request by request" in text
+    assert text.index("certified") < text.index("none: nothing is certified")
+    assert "Forgetting" not in Page(page(found)).text
 
 
 def test_an_unlearning_engine_comes_with_the_audited_model(found):

@@ -53,6 +53,9 @@ def queued():
 
 def nothing():
     return 3
+
+def privacy():
+    return trained()[0]
 """
 GOAL = ["--epsilon", "2", "--delta", "0.01"]
 
@@ -190,6 +193,7 @@ def test_a_ledger_is_asked_for_the_top_for_one_and_by_a_column(capsys) -> None:
         (["plan", "my_deletions:unlearning", "--ids", "eve", *GOAL], "eve"),
         (["requests", "list", "nowhere"], "nowhere"),
         (["ledger", "nowhere.parquet"], "nowhere"),
+        (["report", "my_deletions:nothing", "--delta", "0.1", "--out", "x"], "PerInstancePrivacy"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, argv, words) -> None:
@@ -199,7 +203,18 @@ def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, argv, words) -> 
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["plan", "forget", "requests", "ledger"])
+def test_a_page_is_written_and_not_over_another(capsys, folder) -> None:
+    argv = ["report", "my_deletions:privacy", "--delta", "0.01", "--out", "page.html"]
+    assert main(argv) == 0
+    page = folder / "page.html"
+    assert "patient-039" in page.read_text(encoding="utf-8")
+    assert page.stat().st_mode & 0o077 == 0
+    assert main(argv) == 2
+    assert main([*argv, "--public", "--force"]) == 0
+    assert "patient-039" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", ["plan", "forget", "requests", "ledger", "report"])
 def test_help_shows_an_example(capsys, command) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -67,7 +67,7 @@ def test_every_claim_has_a_verdict_with_its_numbers(study):
 def test_the_report_loads_nothing_and_says_that_it_is_private(study):
     page = (study / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the family's own, which loads nothing
     assert "private" in page.lower()
     assert page.count("data:image/png;base64,") == 6
 

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, made from a summary and sections of figures.
+"""The page of a demo or study: made from a summary and sections of figures.
 
 Knows the keys of `summary.json` and how to say what each number claims. Computes no privacy number:
 a missing one stays missing, and shown ones are rounded up.
@@ -13,40 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from . import _validate as check
-from .files.container import write_atomic
-from .files.pages import template
-from .plots import rounded_up, to_png
+from .. import _validate as check
+from ..files.container import write_atomic
+from ..plots import rounded_up, to_png
+from .templates import rendered
+from .words import LABELS, NONE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-NONE = "–"
-
-# Label -> (name in words, what it claims). The order is from the strongest claim to the weakest.
-LABELS = {
-    "bound": (
-        "guarantee, before the run",
-        "Holds for the mechanism before it runs, whatever happens in the run: the sensitivities "
-        "were constants, enforced caps or budgets.",
-    ),
-    "expectation_bound": (
-        "guarantee over the randomness of training",
-        "Bounds the divergence between training with and without the instance, as an expectation "
-        "over independent trainings; the number is its upper confidence value.",
-    ),
-    "output_specific": (
-        "statement about this run only",
-        "Exact or capped sensitivities summed along the run that happened. It describes this model "
-        "and was not a promise before the run.",
-    ),
-    "estimate": (
-        "estimate, no guarantee",
-        "Computed from stale or partial measurements. Use it for ranking and planning only: it can "
-        "be smaller than the true privacy loss.",
-    ),
-}
 
 _TASK_KEYS = (
     "name", "dataset", "num_instances", "delta", "worst_case_epsilon", "per_instance_epsilon",
@@ -109,7 +83,7 @@ def render_report(
         sections: Text and figures, in reading order.
 
     Returns:
-        HTML, self-contained: style inline, figures as base64 PNG, no script.
+        HTML, self-contained: style and the family's script inline, figures as base64 PNG.
 
     Raises:
         ValueError: A missing key (named with its place), an unknown label, a value outside its
@@ -124,14 +98,7 @@ def render_report(
         if section.task is not None and section.task not in names:
             raise ValueError(check.expected("section.task", f"to be one of {names}", section.task))
     shown = [_section(section) for section in sections]
-    return template("report.html.j2").render(
-        title=title,
-        version=__version__,
-        tasks=tasks,
-        sections=shown,
-        labels=LABELS,
-        used={task["guarantee"] for task in tasks} | ({"bound"} if tasks else set()),
-    )
+    return rendered("summary.html.j2", title=title, tasks=tasks, sections=shown)
 
 
 def write_report(

@@ -1,0 +1,267 @@
+"""What a deletion's page says: plan, what ran, certificate or none, gap to retrained models.
+
+Puts results into the report's plain records. Computes no privacy number: ε and assumptions are the
+certificate's own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from scipy import stats
+
+from .. import __version__
+from ..certificates import Certificate
+from ..report import Claim, Report, Request, Table, write_page
+from ..report.numbers import plain, up
+from ..report.page import pairs
+from .methods import METHOD
+from .plan import CertifiedPlan, PredictedPlan, RetrainPlan, UnlearningPlan
+
+_MOST_IDS = 50
+_LEVEL = 0.95
+_MEASUREMENT = (
+    "Being close to retrained models is evidence of forgetting, never proof: other tests may tell "
+    "the models apart."
+)
+
+
+class Ran(Protocol):
+    """What a result says of a run; `UnlearningResult` is one."""
+
+    @property
+    def plan(self) -> UnlearningPlan:
+        """What was asked for."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that ran."""
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What the run satisfies."""
+
+    @property
+    def epsilon(self) -> float | None:
+        """Its ε."""
+
+
+def write_deletion(
+    result: Ran,
+    path: str | os.PathLike[str],
+    *,
+    gap: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the page of one deletion; see `UnlearningResult.write_report`."""
+    write_page(path, deletion_report(result, gap=gap))
+
+
+def deletion_report(
+    result: Ran, *, gap: Mapping[str, Any] | None = None
+) -> Report:  # fmt: skip
+    """Return one deletion as plain records of the report."""
+    plan = result.plan
+    request = request_of(result, gap=gap)
+    size = f"{len(plan.forget_set):,} instance{'s' if len(plan.forget_set) != 1 else ''}"
+    return Report(
+        title=f"Deletion of {size}: {request.claim}",
+        subtitle=f"Evidence of one request, by opacus_pil {__version__}",
+        verdict=(
+            ("Was it forgotten?", _forgotten(result)),
+            ("What did it cost?",
+             f"{result.steps:,} steps of {plan.method} ran, where retraining from scratch takes "
+             f"{plan.steps_retrain:,}."),
+            ("What may be claimed?", _may_be_claimed(result, measured=bool(gap))),
+        ),
+        tone="good" if _certified(result) or _retrained(result) else "careful",
+        requests=(request,),
+        claims=claims_of([result], titles=[request.title]),
+        constants=_constants(result),
+        limits=_limits(result, measured=bool(gap)),
+    )  # fmt: skip
+
+
+def request_of(result: Ran, *, gap: Mapping[str, Any] | None = None) -> Request:
+    """Return one deletion as a part of a report.
+
+    Args:
+        result: What ran.
+        gap: Split name -> SplitGap of `evaluation.oracle_gap`; None: not measured.
+
+    Raises:
+        TypeError: `gap` is no mapping of such gaps.
+    """
+    plan = result.plan
+    names = [str(one) for one in (plan.ids or plan.forget_set.tolist())]
+    more = f" and {len(names) - _MOST_IDS:,} more" if len(names) > _MOST_IDS else ""
+    facts = pairs(
+        forgotten=", ".join(names[:_MOST_IDS]) + more,
+        instances=f"{len(plan.forget_set):,}",
+        method=plan.method,
+        plan=plan.status,
+        why_these_steps=plan.reason,
+        steps_planned=f"{plan.steps:,}",
+        steps_run=f"{result.steps:,}",
+        **{"steps,_retraining": f"{plan.steps_retrain:,}"},
+        **_of_certificate(result),
+        interval_of_the_prediction="{:,.0f} to {:,.0f} steps".format(*plan.interval)
+        if isinstance(plan, PredictedPlan) and plan.interval is not None else None,
+        requests_served_before=f"{plan.requests_served:,}",
+    )  # fmt: skip
+    notes = list(plan.reasons)
+    if not METHOD[plan.method].noisy and result.steps and not _retrained(result):
+        notes.append(
+            "These steps add no noise: every retained instance's privacy loss is infinite now."
+        )
+    return Request(
+        title=f"{plan.method}, {len(plan.forget_set):,} instances",
+        claim=_claim(result),
+        facts=facts,
+        tables=(_gaps(gap),) if gap else (),
+        notes=tuple(notes),
+    )
+
+
+def _of_certificate(result: Ran) -> dict[str, str]:
+    plan = result.plan
+    if not isinstance(plan, CertifiedPlan) or not _certified(result):
+        return {"ε": "none: nothing is certified"}
+    worst = plan.steps_worst_case
+    return {
+        "steps,_worst_case": "not known" if worst is None else f"{worst:,}",
+        "ε_reached": f"{up(result.epsilon)} at δ = {up(plan.delta, digits=3)}",
+        "ε_asked_for": plain(plan.target_epsilon),
+    }
+
+
+def claims_of(results: Sequence[Ran], *, titles: Sequence[str]) -> tuple[Claim, ...]:
+    """Return the certificates of results, in their order; those without one have none."""
+    return tuple(
+        Claim(
+            title=title,
+            kind=type(result.certificate).__name__,
+            statement=_statement(result),
+            assumptions=tuple(result.certificate.assumptions),
+        )
+        for result, title in zip(results, titles, strict=True)
+        if result.certificate is not None
+    )
+
+
+def _delta(plan: UnlearningPlan) -> float | None:
+    return plan.delta if isinstance(plan, CertifiedPlan | RetrainPlan) else None
+
+
+def _certified(result: Ran) -> bool:
+    return result.certificate is not None
+
+
+def _retrained(result: Ran) -> bool:
+    return isinstance(result.plan, RetrainPlan)
+
+
+def _claim(result: Ran) -> str:
+    if _certified(result):
+        return "certified"
+    if _retrained(result):
+        return "no claim needed: retrained"
+    return "no claim"
+
+
+def _statement(result: Ran) -> str:
+    two_sided = result.certificate is not None and result.certificate.two_sided
+    both = "in both directions" if two_sided else "in one direction"
+    return (
+        f"After {result.steps:,} steps the model is ({up(result.epsilon)}, "
+        f"{up(_delta(result.plan), digits=3)})-indistinguishable from one that was trained without "
+        f"the forgotten instances, {both}, if every assumption holds."
+    )
+
+
+def _forgotten(result: Ran) -> str:
+    if _certified(result):
+        return _statement(result)
+    if _retrained(result):
+        return "The model was trained again without the forgotten instances: none of them was read."
+    return "Nothing is proved: no certificate covers what ran, so there is no ε."
+
+
+def _may_be_claimed(result: Ran, *, measured: bool) -> str:
+    if _certified(result):
+        return "The sentence above with its assumptions, and the certificate file as its evidence."
+    if _retrained(result):
+        return "That this model was trained without them; not what was chosen with them at hand."
+    if measured:
+        return "How close the model came to retrained ones on the splits below; no guarantee."
+    return "That these steps ran; neither a guarantee nor how close they came to retraining."
+
+
+def _gaps(gap: Mapping[str, Any]) -> Table:
+    """Return the gap to retrained models, split by split, with the spread of the retrained."""
+    rows = []
+    for split, found in gap.items():
+        for name in ("accuracy", "loss"):
+            one = getattr(found, name, None)
+            oracle = getattr(one, "oracle", None)
+            if one is None or oracle is None:
+                raise TypeError(
+                    f"Expected gap to map a split to its SplitGap, got gap[{split!r}]="
+                    f"{type(found).__name__}. Pass evaluation.oracle_gap(...)."
+                )
+            rows.append(
+                (f"{name}, {split}", plain(one.value), plain(oracle.mean),
+                 _signed(one.difference), _interval(oracle), str(oracle.count))
+            )  # fmt: skip
+    return Table(
+        caption="Measured beside models retrained without the forget set",
+        head=("statistic, split", "unlearned", "retrained, mean", "gap", "another retrained model",
+              "retrained models"),
+        rows=tuple(rows),
+        note=f"“Another retrained model” is where one more would lie with {_LEVEL:.0%} (Student's "
+        f"t, which takes them as normal). {_MEASUREMENT}",
+    )  # fmt: skip
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}".replace("-", "−")
+
+
+def _interval(oracle: Any) -> str:
+    """Return the prediction interval of one more retrained model."""
+    if oracle.std is None or oracle.count < 2:
+        return "unknown"
+    times = float(stats.t.ppf(0.5 + _LEVEL / 2, oracle.count - 1))
+    half = times * oracle.std * math.sqrt(1.0 + 1.0 / oracle.count)
+    return f"{plain(oracle.mean - half)} to {plain(oracle.mean + half)}"
+
+
+def _constants(result: Ran) -> tuple[tuple[str, str], ...]:
+    plan = result.plan
+    found = pairs(
+        method=plan.method,
+        strength=None if plan.strength is None else plain(plan.strength),
+        expected_batch_size=plain(plan.batch_size),
+        number_of_steps_fixed_beforehand="yes" if plan.fixed_length else "no",
+        opacus_pil=__version__,
+        **{"plan_made_for_(digest)": plan.basis or None},
+    )
+    hashes = [(when, getattr(result, f"model_{when}", None)) for when in ("before", "after")]
+    return found + tuple((f"model {when}, SHA-256", one) for when, one in hashes if one)
+
+
+def _limits(result: Ran, *, measured: bool) -> tuple[str, ...]:
+    found = [
+        "Copies of the data, of earlier models, checkpoints and logs: whoever had them still can "
+        "read what was in them.",
+        "What the number of steps gives away: it depends on the forget set.",
+    ]
+    if _certified(result):
+        found.append("Anything, where an assumption of the certificate does not hold.")
+    else:
+        found.append("A privacy guarantee for the forgotten instances: there is no certificate.")
+    if not measured:
+        found.append("How close the model is to retrained ones: it was not measured here.")
+    return tuple(found)

@@ -1,0 +1,71 @@
+"""A deletion's page says what ran and claims what the result claims, or that there is no claim."""
+
+from __future__ import annotations
+
+import stat
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from opacus_pil.evaluation import oracle_gap
+from opacus_pil.evaluation.gap import Metrics
+from opacus_pil.unlearning.reported import deletion_report
+from tests.report.runs import CERTIFICATE, HOSTILE, Page, certified, retrained, uncertified
+
+
+def written(result, path, **options) -> Page:
+    result.write_report(path, **options)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_certified_deletion_says_epsilon_assumptions_and_hashes(tmp_path) -> None:
+    result = certified()
+    page = written(result, tmp_path / "r.html")
+    shown = deletion_report(result).claims[0].statement
+    number = float(shown.split("(")[1].split(",")[0])
+    assert result.epsilon <= number <= result.epsilon * (1 + 1e-3)
+    assert "ε reached" in page.text
+    for sentence in CERTIFICATE.assumptions:
+        assert page.text.count(sentence) == 1
+    for words in ("a" * 64, "b" * 64, "12 steps of dp_sgd ran", "takes 300", "taken for granted",
+                  "not measured here", "Copies of the data"):  # fmt: skip
+        assert words in page.text
+    assert "img" not in page.tags
+    assert HOSTILE.split(" {{")[0] in page.text  # as text
+
+
+@pytest.mark.parametrize("make", [uncertified, retrained])
+def test_without_a_certificate_there_is_no_epsilon_and_no_certificate(make, tmp_path) -> None:
+    page = written(make(), tmp_path / "r.html")
+    assert "none: nothing is certified" in page.text
+    assert "indistinguishable" not in page.text.split("What each number means")[0]
+    assert not [v for _, name, v in page.attributes if (name, v) == ("id", "certificates")]
+    assert ("badge certified" in str(page.attributes)) is False
+    assert "no claim" in page.text
+    if make is uncertified:
+        assert "every retained instance's privacy loss is infinite" in page.text
+        assert "5 to 20 steps" in page.text
+    else:
+        assert "none of them was read" in page.text
+
+
+def test_the_gap_to_retrained_models_has_its_prediction_interval(tmp_path) -> None:
+    oracles = [{"forget": Metrics(accuracy=right, loss=loss)}
+               for right, loss in ((0.80, 0.5), (0.84, 0.6), (0.85, 0.7))]  # fmt: skip
+    gap = oracle_gap({"forget": Metrics(accuracy=0.9, loss=0.4)}, oracles=oracles)
+    page = written(uncertified(), tmp_path / "r.html", gap=gap)
+    values = np.array([0.80, 0.84, 0.85])
+    half = stats.t.ppf(0.975, 2) * values.std(ddof=1) * np.sqrt(4 / 3)
+    low, high = values.mean() - half, values.mean() + half
+    assert f"accuracy, forget 0.9 0.83 +0.07 {low:.4g} to {high:.4g} 3" in page.text
+    assert "never proof" in page.text
+    single = oracle_gap({"forget": Metrics(accuracy=0.9, loss=0.4)}, oracles=oracles[:1])
+    assert "unknown" in written(uncertified(), tmp_path / "s.html", gap=single).text
+
+
+def test_another_gap_is_refused_and_nothing_is_written(tmp_path) -> None:
+    with pytest.raises(TypeError, match="Expected gap to map a split"):
+        certified().write_report(tmp_path / "r.html", gap={"forget": 0.1})
+    assert not list(tmp_path.iterdir())

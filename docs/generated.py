@@ -40,7 +40,11 @@ ROOMS = (
     "accounting",
     "certificates",
     "plots",
+    "sklearn",
 )
+
+# Modules without a façade, each for a framework of its own.
+FRAMEWORKS = ("huggingface", "lightning")
 
 
 def exported(facade: Path) -> dict[str, str]:
@@ -75,6 +79,12 @@ def room_page(room: str) -> str:
         "      show_root_heading: false\n      show_root_toc_entry: false\n\n"
         f"`from {package} import …`\n\n{documented(package, names)}\n"
     )
+
+
+def frameworks_page() -> str:
+    """Return the page of the reference about other people's loops: all that is public there."""
+    modules = "\n\n".join(f"::: opacus_pil.integrations.{name}" for name in FRAMEWORKS)
+    return f"# integrations\n\n[How to use them](../integrations.md).\n\n{modules}\n"
 
 
 def front_page() -> str:
@@ -283,6 +293,7 @@ def pages() -> dict[str, str]:
     found = {"changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
     found["commands.md"] = commands_page()
     found["api/opacus_pil.md"] = front_page()
+    found["api/integrations.md"] = frameworks_page()
     for room in ROOMS:
         found[f"api/{room}.md"] = room_page(room)
     for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):

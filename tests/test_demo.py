@@ -138,7 +138,8 @@ def test_the_terminal_table_shows_what_is_certified_and_what_is_not(demo, tasks)
     text = as_text(demo.summary)
     assert "[estimate]" in text
     assert "[bound]" in text
-    network, logistic_lines = text.split("\n\n")
+    network, logistic_lines, reading = text.split("\n\n")
+    assert "reached at" in reading
     assert sum(" no " in line for line in network.splitlines()[-3:]) == 3
     for entry in tasks["logistic"]["forget_sets"]:
         assert str(entry["steps"]) in logistic_lines

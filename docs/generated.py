@@ -1,24 +1,28 @@
 """Pages and tables of the site that are made from what they speak of, when the site is built.
 
-Knows the table of labels, the sentences of certificates, the façades of the rooms, the notebooks
-and the changelog; mkdocs calls `on_files` and `on_page_markdown`. Knows no formula, and writes
-nothing into the repository: what is generated cannot be out of date.
+Knows the table of labels, the sentences of certificates, the façades of the rooms, the commands,
+the notebooks and the changelog; mkdocs calls `on_files` and `on_page_markdown`. Knows no formula,
+and writes nothing into the repository: what is generated cannot be out of date.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import html
+import io
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from opacus_pil import cli
 from opacus_pil.certificates import sentences
 from opacus_pil.training import evidence
 
@@ -36,7 +40,11 @@ ROOMS = (
     "accounting",
     "certificates",
     "plots",
+    "sklearn",
 )
+
+# Modules without a façade, each for a framework of its own.
+FRAMEWORKS = ("huggingface", "lightning")
 
 
 def exported(facade: Path) -> dict[str, str]:
@@ -71,6 +79,12 @@ def room_page(room: str) -> str:
         "      show_root_heading: false\n      show_root_toc_entry: false\n\n"
         f"`from {package} import …`\n\n{documented(package, names)}\n"
     )
+
+
+def frameworks_page() -> str:
+    """Return the page of the reference about other people's loops: all that is public there."""
+    modules = "\n\n".join(f"::: opacus_pil.integrations.{name}" for name in FRAMEWORKS)
+    return f"# integrations\n\n[How to use them](../integrations.md).\n\n{modules}\n"
 
 
 def front_page() -> str:
@@ -112,6 +126,36 @@ def notebook_page(text: str) -> str:
 
 # {name:format} in a sentence, after `_plain`
 _NUMBER = re.compile(r"\\\{((?:\w|\\_)+):[^}]*\}")
+
+
+def help_of(*command: str) -> str:
+    """Return what `opacus-pil COMMAND --help` prints, 90 columns wide."""
+    before, out = os.environ.get("COLUMNS"), io.StringIO()
+    os.environ["COLUMNS"] = "90"  # argparse looks there
+    try:
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            cli.main([*command, "--help"])
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return out.getvalue()
+
+
+def command_pages(*command: str) -> Iterator[tuple[str, str]]:
+    """Yield each command and its help, a command before its actions."""
+    text = help_of(*command)
+    yield " ".join(("opacus-pil", *command)), text
+    actions = re.search(r"\{([\w,-]+)\}\s+\.\.\.", text)
+    for action in actions[1].split(",") if actions else ():
+        yield from command_pages(*command, action)
+
+
+def commands_page() -> str:
+    """Return the page about the commands: what each prints for --help."""
+    sections = [f"## {name}\n\n```text\n{text.strip()}\n```" for name, text in command_pages()]
+    return "# Commands\n\nWhat `--help` says.\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _plain(words: str) -> str:
@@ -247,7 +291,9 @@ def filled(markdown: str) -> str:
 def pages() -> dict[str, str]:
     """Return every page that has no file of its own: name -> Markdown."""
     found = {"changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")}
+    found["commands.md"] = commands_page()
     found["api/opacus_pil.md"] = front_page()
+    found["api/integrations.md"] = frameworks_page()
     for room in ROOMS:
         found[f"api/{room}.md"] = room_page(room)
     for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):

@@ -191,6 +191,13 @@ class TestBuilt:
             assert words(command) in pages["index.html"].words
         assert f"[{opacus_pil.__version__}]" in pages["changelog.html"].words
 
+    def test_every_command_is_on_the_page_of_commands(self, pages: dict[str, Page]) -> None:
+        page = pages["commands.html"].words
+        names = [name for name, _ in generated.command_pages()]
+        assert {"opacus-pil", "opacus-pil verify", "opacus-pil requests submit"} <= set(names)
+        for name in names:
+            assert f"usage: {name} " in page
+
 
 # --- what generates it ----------------------------------------------------------------------------
 

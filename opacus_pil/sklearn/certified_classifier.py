@@ -245,7 +245,8 @@ class CertifiedClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             CertificateError: Out of reach in so many steps; fit again without these rows.
             ValueError: Somebody who is not there, or is forgotten already.
-            In each case nothing has changed.
+
+        In each case nothing has changed.
         """
         check_is_fitted(self)
         if rows is not None and ids is None:

@@ -82,7 +82,7 @@ class CertifiedClassifier(ClassifierMixin, BaseEstimator):
         engine_: The `PerInstancePrivacyEngine`, with both ledgers.
         unlearning_: The `UnlearningEngine`; for a durable queue of requests see
             docs/certified_heads.md.
-        n_features_in_, feature_names_in_: As in scikit-learn.
+        scikit-learn's own too: `n_features_in_`, `feature_names_in_`.
 
     Public rows: without `public` or `public_size` every cap is 1, the worst case, and X is only
         divided by `feature_scale`. Nothing becomes unsafe; a deletion takes more steps, since a

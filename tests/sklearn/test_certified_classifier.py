@@ -232,6 +232,8 @@ def test_a_deletion_is_certified_verified_and_erased(fitted, tmp_path):
     assert done.delta == DELTA
     assert done.steps > 0
     assert done.epsilon == done.certificate.epsilon(delta=DELTA, steps=done.steps)
+    # What the certificate counts is what was asked for, read off Opacus's optimizer in float32.
+    assert done.certificate.noise_std == pytest.approx(fitted.noise_std, rel=1e-6)
     assert not np.array_equal(fitted.decision_function(X), before)
     report = done.verify(model=fitted, ids=[40, 41])
     assert report.holds

@@ -22,6 +22,7 @@ from .. import _validate as check
 from .._validate import FloatArray
 from ..capture.row_losses import LossOf
 from ..evaluation.attack import attack_summary
+from ..exposure import PerInstanceEpsilon
 from ..replaying.described_run import sample_rate_of
 from ..replaying.replay import replay
 from ..replaying.row_norms import each_step
@@ -148,7 +149,7 @@ def audit(
     clock.stop("upper")
     run = trajectories(checkpoints, steps=steps)[0]
     claim = Claim(_runs(noise_multiplier, rate, account.steps), delta=delta)
-    spent = account.get_epsilon(delta)
+    spent = PerInstanceEpsilon.of(account, delta=delta, rows=None, norms=None)
     top = most_exposed(account, spent, count=check.integer("exposed", exposed, low=0))
     clock.stop("tight")
     saved = run.places[-1].read()

@@ -1,4 +1,7 @@
-"""Tutorials run from the first cell to the last, and are stored without output."""
+"""Tutorials run from the first cell to the last, and are stored without output.
+
+Every notebook of the folder is found by itself; a new one needs no line here.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from nbclient import NotebookClient
 pytestmark = pytest.mark.slow  # starts a kernel and runs whole notebooks
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+NOTEBOOKS = sorted(
+    (ROOT / "tutorials").glob("*.ipynb"), key=lambda path: int(path.stem.split("_")[0])
+)
 
 
 def _load(path: Path) -> nbformat.NotebookNode:
@@ -33,8 +38,18 @@ class _ThisInterpreter(AsyncKernelManager):
         ]  # fmt: skip
 
 
-def test_there_are_tutorials() -> None:
-    assert NOTEBOOKS
+def test_tutorials_are_numbered_and_no_number_is_taken_twice() -> None:
+    numbers = [int(path.stem.split("_")[0]) for path in NOTEBOOKS]
+    assert numbers[:1] == [1]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_tutorial_begins_with_its_number_and_what_its_reader_will_have(path: Path) -> None:
+    first = _load(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith(f"# {path.stem.split('_')[0]}. ")
+    assert "at the end" in first.source.lower()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -57,11 +72,13 @@ def test_tutorial_uses_public_names_only(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_tutorial_runs(path: Path, tmp_path: Path) -> None:
     notebook = _load(path)
+    beside = tmp_path / "beside"  # where a reader's notebook lies
+    beside.mkdir()
     client = NotebookClient(
         notebook,
         timeout=300,
         kernel_manager_class=_ThisInterpreter,
-        resources={"metadata": {"path": str(tmp_path)}},
+        resources={"metadata": {"path": str(beside)}},
     )
     # An environment of its own: nothing is read from or written to the user's Jupyter folders.
     quiet = {
@@ -74,3 +91,4 @@ def test_tutorial_runs(path: Path, tmp_path: Path) -> None:
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
     assert [o.text for o in outputs if o.get("name") == "stderr"] == []  # no stray warning
     assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert list(beside.iterdir()) == []  # a tutorial leaves nothing beside itself

@@ -59,7 +59,7 @@ class Audit:
         reasons: Why, a half sentence each.
         claim: The steps as somebody accounted for them.
         worst_case_epsilon: ε of the claim by Rényi accounting on the account's orders.
-        upper: ε of every instance, with label and reasons.
+        upper: ε of every instance, with label and reasons; answers by id, `.top(10)`, `.plot()`.
         exposed: The most exposed ones, with a tight ε beside.
         lower: Bounds that take part in the verdict.
         shown: Bounds that assume independent canaries: beside it, never in it.

@@ -193,6 +193,10 @@ def test_json_keeps_single_records_to_itself_unless_asked(found, ordinary):
         **described(inside, kept, held_out=outside, split="random", per_record=True,
                     instance_ids=[f"p{i}" for i in range(300)])
     )  # fmt: skip
+    np.testing.assert_array_equal(told.upper.epsilon, found.upper.epsilon)
+    assert told.upper["p7"] == found.upper.epsilon[7]  # upper answers by the caller's ids
+    assert told.upper.top(1).epsilon[0] == told.upper.epsilon.max() == told.exposed[0].epsilon
+    assert told.upper.worst_case == told.worst_case_epsilon
     records = told.to_json()["records"]
     assert len(records) == 600
     assert sum(r["member"] for r in records) == 300

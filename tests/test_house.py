@@ -22,7 +22,7 @@ PACKAGE = "opacus_pil"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 # From the ground up. A room imports itself and rooms below it; what is in the root folder is one by
-# itself. A new file in a room needs no line here; README.md says what each room is for.
+# itself. A new file in a room needs no line here; CONTRIBUTING.md says what each room is for.
 ROOMS = (
     "errors",
     "atomic_file",

@@ -5,9 +5,11 @@ Knows transformers' Trainer and dict batches; what is charged is the engine's. N
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -17,6 +19,7 @@ from .. import _validate as check
 from ..capture.row_losses import LossOf
 from ..errors import UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
+from .nobody import know_nobody
 from .scalars import privacy_scalars
 
 _IGNORED = -100  # transformers' label of a token that is not learned
@@ -84,13 +87,17 @@ class PrivateTrainer(Trainer):
         delta: With it "epsilon" is logged with everything else: the worst case, which depends on
             public constants only.
         log_quantiles: Also log quantiles of the per-instance ε.
+        noise_seed: Seed of draws and noise, for experiments only: whoever knows it can remove the
+            noise. None: from the system's entropy, and not from torch's global generator, which
+            the Trainer seeds with args.seed, the same 42 for everybody by default.
         make_private_options: More arguments of `make_private`, such as grad_sample_mode.
         options: The Trainer's other arguments: model, train_dataset, data_collator, …
 
     Raises:
         UnsupportedError: Arguments under which a step is not the mechanism that is charged:
-            gradient accumulation, fp16, ghost clipping, several processes or devices, model_init,
-            label smoothing, a loss function of the Trainer's, compiled models, resuming.
+            gradient accumulation, fp16 and bf16, recomputed activations, ghost clipping, several
+            processes or devices, model_init, label smoothing, a loss function of the Trainer's,
+            compiled models, resuming.
 
     Learned position embeddings get one gradient for the whole batch unless positions are given per
         row: let the data set hold "position_ids", or freeze them.
@@ -103,19 +110,22 @@ class PrivateTrainer(Trainer):
     def __init__(
         self, *, args: TrainingArguments, privacy_engine: PerInstancePrivacyEngine,
         noise_multiplier: float, max_grad_norm: float | None = None, loss_of: LossOf = label_losses,
-        delta: float | None = None, log_quantiles: bool = False,
+        delta: float | None = None, log_quantiles: bool = False, noise_seed: int | None = None,
         make_private_options: Mapping[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         private_options = dict(make_private_options or {})
         _require_plain_steps(args, options, private_options)
         self._noise_multiplier = check.real("noise_multiplier", noise_multiplier, low=0.0)
         bound = args.max_grad_norm if max_grad_norm is None else max_grad_norm
+        if noise_seed is not None:
+            check.integer("noise_seed", noise_seed, low=0)
         self._clip_bound = check.real("max_grad_norm", bound, low=0.0, open_low=True)
         self._delta = None if delta is None else check.delta(delta)
         super().__init__(args=args, **options)
         self.privacy_engine = privacy_engine
         self.loss_of = loss_of
         self._log_quantiles = log_quantiles
+        self._noise_seed = noise_seed
         self._make_private_options = private_options
         self._private: tuple[Any, Any, DataLoader[Any]] | None = None
 
@@ -173,9 +183,10 @@ class PrivateTrainer(Trainer):
         """Call make_private, once."""
         if self._private is None:
             plain = super().get_train_dataloader()
+            coins, noise = own_generators(self._noise_seed, device=self.args.device)
             loader: DataLoader[Any] = DataLoader(
                 plain.dataset, batch_size=self.args.train_batch_size, collate_fn=plain.collate_fn,
-                num_workers=plain.num_workers, pin_memory=plain.pin_memory,
+                num_workers=plain.num_workers, pin_memory=plain.pin_memory, generator=coins,
             )  # fmt: skip
             self._private = self.privacy_engine.make_private(
                 module=self.model.train(),
@@ -184,8 +195,9 @@ class PrivateTrainer(Trainer):
                 noise_multiplier=self._noise_multiplier,
                 max_grad_norm=self._clip_bound,
                 loss_of=self.loss_of,
-                **self._make_private_options,
+                **{"noise_generator": noise, **self._make_private_options},
             )
+            know_nobody(self._private[2])
         return self._private
 
     def _step_of_nobody(self) -> torch.Tensor:
@@ -201,11 +213,19 @@ class PrivateTrainer(Trainer):
         """Log no norm of a gradient without noise."""
 
 
+def own_generators(
+    seed: int | None, *, device: torch.device | str = "cpu"
+) -> tuple[torch.Generator, torch.Generator]:
+    """Return a generator of draws and one of noise; without a seed from the system's entropy."""
+    entropy = secrets.randbits(128) if seed is None else seed
+    words = np.random.SeedSequence(entropy).generate_state(2, np.uint64)
+    coins, noise = torch.Generator(), torch.Generator(device)
+    return coins.manual_seed(int(words[0] >> 2)), noise.manual_seed(int(words[1] >> 2))
+
+
 def _is_empty(batch: Any) -> bool:
-    """Whether nobody was drawn: a batch without rows, or before there was one an empty list."""
-    if isinstance(batch, Mapping):
-        return any(torch.is_tensor(value) and not len(value) for value in batch.values())
-    return isinstance(batch, list) and not batch
+    """Whether nobody was drawn."""
+    return any(torch.is_tensor(value) and not len(value) for value in batch.values())
 
 
 def _require_plain_steps(
@@ -214,11 +234,16 @@ def _require_plain_steps(
     """Raise where a step of the Trainer would not be the mechanism that is charged."""
     wrong = {
         "gradient_accumulation_steps > 1": args.gradient_accumulation_steps > 1,
-        "fp16": args.fp16,
+        "fp16 or bf16": args.fp16 or args.bf16,
         "several devices or processes": args.n_gpu > 1 or args.world_size > 1,
         "auto_find_batch_size": args.auto_find_batch_size,
         "label_smoothing_factor": args.label_smoothing_factor > 0,
         "torch_compile": args.torch_compile,
+        "activations that are computed twice": any(
+            getattr(args, name, False)
+            for name in ("gradient_checkpointing", "activation_checkpointing")
+        ),
+        "use_liger_kernel": args.use_liger_kernel,
         "deepspeed or fsdp": bool(args.deepspeed) or bool(args.fsdp),
         "model_init": options.get("model_init") is not None,
         "compute_loss_func": options.get("compute_loss_func") is not None,

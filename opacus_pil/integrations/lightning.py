@@ -14,11 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import _validate as check
-from ..capture.collate import unwrapped
 from ..capture.row_losses import LossOf
 from ..errors import UnsupportedError
 from ..privacy_engine import PerInstancePrivacyEngine
-from .nobody import nobody
+from .nobody import know_nobody
 from .scalars import privacy_scalars
 
 
@@ -47,6 +46,9 @@ class PrivateTraining(LightningModule):
             accumulation or clipping by Lightning, other precision than 32 bits, several devices,
             resuming from a Lightning checkpoint, which holds no ledger.
         TypeError, ValueError: Of `make_private`; or no loss.
+
+    Noise comes from torch's global generator unless make_private_options has a "noise_generator":
+        `seed_everything` makes it known to whoever knows the seed.
 
     Privacy: quantiles of per-instance values are private data, whichever logger they go to; so is a
         training loss that a subclass logs.
@@ -82,6 +84,7 @@ class PrivateTraining(LightningModule):
             noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, loss_of=loss_of,
             **options,
         )  # fmt: skip
+        know_nobody(self._made[2])
         self.module = module
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -100,11 +103,7 @@ class PrivateTraining(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Return the mean of the named loss over the rows that were drawn; of nobody, 0."""
-        private, _, loader = self._made
-        if isinstance(batch, list) and not batch:  # nobody drawn, before a batch was seen
-            batch = nobody(loader.dataset, unwrapped(loader.collate_fn))
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
-        losses = self.privacy_engine.task.loss_of(private, batch)
+        losses = self.privacy_engine.task.loss_of(self._made[0], batch)
         return losses.sum() / max(len(losses), 1)
 
     def on_train_epoch_end(self) -> None:

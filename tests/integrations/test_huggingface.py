@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -22,6 +21,7 @@ from opacus_pil.integrations.huggingface import (
     PrivateTrainer,
     label_losses,
     next_token_losses,
+    own_generators,
     token_losses,
 )
 
@@ -59,31 +59,26 @@ def arguments(folder, **changes):
     return TrainingArguments(**(settings | changes))
 
 
-class SeedTheDraws(TrainerCallback):
-    """Put torch's generator where the loop by hand puts it."""
-
-    def on_train_begin(self, *_, **__):
-        torch.manual_seed(7)
-
-
 def trainer(folder, *, engine=None, module=None, changes=None, **options):
     module = model() if module is None else module
     settings = {
         "args": arguments(folder, **(changes or {})), "model": module, "train_dataset": rows(),
         "privacy_engine": engine or PerInstancePrivacyEngine(accountant="rdp"),
-        "noise_multiplier": 1.0, "max_grad_norm": 0.5, "callbacks": [SeedTheDraws()],
+        "noise_multiplier": 1.0, "max_grad_norm": 0.5, "noise_seed": 7,
         "optimizers": (torch.optim.SGD(module.parameters(), lr=0.1), None),
     }  # fmt: skip
     return PrivateTrainer(**(settings | options))
 
 
 def by_hand(engine, module, *, loss_of=label_losses, epochs=2):
+    coins, noise = own_generators(7)
     made, optimizer, loader = engine.make_private(
         module=module.train(), optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(rows(), batch_size=BATCH, collate_fn=default_data_collator),
-        noise_multiplier=1.0, max_grad_norm=0.5, loss_of=loss_of,
+        data_loader=DataLoader(
+            rows(), batch_size=BATCH, collate_fn=default_data_collator, generator=coins
+        ),
+        noise_multiplier=1.0, max_grad_norm=0.5, loss_of=loss_of, noise_generator=noise,
     )  # fmt: skip
-    torch.manual_seed(7)
     for _ in range(epochs):
         for batch in loader:
             optimizer.zero_grad()
@@ -109,6 +104,14 @@ def test_the_trainer_does_what_the_loop_by_hand_does(tmp_path, policy):
     assert engines[0].get_epsilon(DELTA) == engines[1].get_epsilon(DELTA)
     assert engines[0].per_instance.steps == 2 * math.ceil(ROWS / BATCH)
     assert first.guarantee == {"last_seen": "estimate", "full": "output_specific"}[policy]
+
+
+def test_the_trainers_seed_is_no_source_of_noise(tmp_path):
+    modules = [model(), model()]
+    for module in modules:  # the same args.seed, which the Trainer gives to torch
+        trainer(tmp_path, module=module, noise_seed=None, changes={"max_steps": 1}).train()
+    one, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in modules)
+    assert not torch.isclose(one, other).all()
 
 
 def test_dropout_lowers_the_label(tmp_path):
@@ -178,6 +181,8 @@ def test_logs_hold_epsilon_if_asked_and_nothing_of_a_gradient(tmp_path):
         ({"gradient_accumulation_steps": 2}, {}, "accumulation"),
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing"),
         ({"auto_find_batch_size": True}, {}, "auto_find"),
+        ({"bf16": True}, {}, "bf16"),
+        ({"activation_checkpointing": True}, {}, "computed twice"),
         ({}, {"compute_loss_func": lambda *_, **__: 0.0}, "compute_loss_func"),
         ({}, {"train_dataset": None}, "train_dataset"),
         ({}, {"make_private_options": {"grad_sample_mode": "ghost"}}, "ghost"),

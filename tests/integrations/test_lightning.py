@@ -53,6 +53,10 @@ def own_generators():
     return DataLoader(data(), batch_size=BATCH, generator=coins), {"noise_generator": noise}
 
 
+def of_dict(module, batch):
+    return nn.functional.cross_entropy(module(batch["x"]), batch["y"], reduction="none")
+
+
 def fit(module, **options):
     settings = {
         "max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False,
@@ -94,11 +98,7 @@ def test_lightning_does_what_the_loop_by_hand_does(policy):
 def test_dict_batches_are_trained_by_loss_of():
     rows = [{"x": x, "y": y} for x, y in data()]
     engine = PerInstancePrivacyEngine(accountant="rdp", norm_policy="full")
-
-    def loss_of(module, batch):
-        return nn.functional.cross_entropy(module(batch["x"]), batch["y"], reduction="none")
-
-    fit(private(engine, rows=rows, loss_of=loss_of))
+    fit(private(engine, rows=rows, loss_of=of_dict))
     assert engine.get_per_instance_epsilon(DELTA).guarantee == "output_specific"
 
 
@@ -108,22 +108,28 @@ def test_draws_of_nobody_are_steps_too():
 
     class Counting(PrivateTraining):
         def training_step(self, batch, batch_idx):
-            drawn.append(len(batch[0]) if batch else -1)
+            drawn.append(len(batch["y"]))
             return super().training_step(batch, batch_idx)
 
-    fit(private(engine, cls=Counting, batch=1, rows=TensorDataset(*data()[:4])), max_epochs=3)
+    rows = [{"x": x, "y": int(y)} for x, y in TensorDataset(*data()[:4])]
+    fit(private(engine, cls=Counting, batch=1, rows=rows, loss_of=of_dict), max_epochs=3)
     assert engine.per_instance.steps == len(drawn) == 12
-    assert {-1, 0} & set(drawn)  # nobody, before or after a first batch was seen
+    assert 0 in drawn  # (3/4)^4 of 12 in the mean
     assert np.isfinite(engine.get_per_instance_epsilon(DELTA).epsilon).all()
 
 
-def test_a_first_draw_of_nobody_has_no_shape_yet_and_is_a_step():
-    module = private()
-    module.trainer = None
-    loss = module.training_step([], 0)
-    loss.backward()
-    assert loss == 0.0
-    assert module.configure_optimizers().grad_samples[0].shape[0] == 0
+def test_a_first_draw_of_nobody_has_the_shape_of_a_batch():
+    rows = [{"x": x, "y": int(y)} for x, y in data()]
+    loader = private(rows=rows, loss_of=of_dict).train_dataloader()
+    empty = loader.collate_fn([])
+    assert {name: tuple(v.shape) for name, v in empty.items()} == {"x": (0, 4), "y": (0,)}
+
+
+def test_fixed_batches_are_accounted_without_amplification():
+    engine = PerInstancePrivacyEngine(accountant="rdp", norm_policy="participation")
+    fit(private(engine, make_private_options={"poisson_sampling": False}))
+    assert engine.per_instance.steps == 2 * ROWS // BATCH
+    assert engine.get_per_instance_epsilon(DELTA).guarantee == "output_specific"
 
 
 def test_epsilon_is_logged_if_asked_and_quantiles_only_then():

@@ -1,4 +1,4 @@
-"""The README is true: its examples run, its commands are the ones CI runs; CONTRIBUTING names every room."""
+"""The README is true: its examples run, and its commands are the ones that CI runs."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from .. import _validate as check
 from .._validate import FloatArray
 from ..capture.randomness import untouched_generators
 from ..errors import UnsupportedError
+from .frozen_features import FrozenFeatures
 from .one_vs_rest import OneVsRest, head_of
 
 _CHUNK = 1024
@@ -52,12 +53,18 @@ def caps_from_public_model(
         of max_grad_norm.
 
     Raises:
-        UnsupportedError: Another kind of model.
+        UnsupportedError: Another kind of model; features with erased rows.
         ValueError: Constants out of range, targets that are neither class numbers nor one-hot, or
             a row whose gradient is not finite.
 
     Source: pilots on MNIST, 1.5 × the residual at a model trained on public data + 0.02.
     """
+    if isinstance(dataset, FrozenFeatures) and dataset.erased.any():
+        raise UnsupportedError(
+            f"Expected the features that are trained on, got some of which {dataset.erased.sum()} "
+            "rows are erased: their caps would be others than training had. Keep the caps of "
+            "training, or compute them from the original rows."
+        )
     head = head_of(module)
     outputs = head.classes if isinstance(head, OneVsRest) else getattr(head, "out_features", 0)
     if head is None or (outputs != 1 and not isinstance(head, OneVsRest)):

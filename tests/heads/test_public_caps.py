@@ -11,7 +11,12 @@ from torch.nn.functional import one_hot
 from torch.utils.data import TensorDataset
 
 from opacus_pil import UnsupportedError
-from opacus_pil.heads import OneVsRestLoss, caps_from_public_model
+from opacus_pil.heads import (
+    FrozenFeatures,
+    OneVsRest,
+    OneVsRestLoss,
+    caps_from_public_model,
+)
 from tests.heads.models import CLASSES, WIDTH, binary, bounded, frozen, head, linear, raw
 
 
@@ -143,3 +148,14 @@ def test_targets_that_are_no_classes_and_features_that_are_no_numbers_are_refuse
         caps_from_public_model(
             head(), TensorDataset(broken, bounded().tensors[1]), max_grad_norm=1.0
         )
+
+
+def test_features_of_erased_rows_give_no_caps() -> None:
+    data = TensorDataset(torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]))
+    features = FrozenFeatures(data, nn.Identity(), progress=False)
+    head = OneVsRest(3, 3)
+    before = caps_from_public_model(head, features, max_grad_norm=[1.0] * 3)
+    features.erase([2])
+    with pytest.raises(UnsupportedError, match="1 rows are erased"):
+        caps_from_public_model(head, features, max_grad_norm=[1.0] * 3)
+    assert before.shape == (6, 3)

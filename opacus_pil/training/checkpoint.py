@@ -11,7 +11,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
@@ -308,8 +308,8 @@ def _position(kept: Kept, optimizer: DPOptimizer) -> dict[str, Any]:
             stacklevel=4,
         )
     return {
-        "kernel": asdict(training.kernel),
-        "kernels": [asdict(k) for k in kept.trainings.kernels],  # of earlier parts of the run
+        "kernel": training.kernel.plain(),
+        "kernels": [k.plain() for k in kept.trainings.kernels],  # of earlier parts of the run
         "sample_rate": float(training.sample_rate),
         "pass": left,
         "skipped": tracker.skipped + unused,
@@ -358,16 +358,17 @@ def _other_noise_only(saved: Mapping[str, Any], training: Training) -> bool:
     Raises:
         LedgerError: It had other constants.
     """
-    here = {**asdict(training.kernel), "accounted sample_rate": float(training.sample_rate)}
-    there = {**saved["kernel"], "accounted sample_rate": saved["sample_rate"]}
-    other = [name for name, value in there.items() if here.get(name) != value]
+    here = {**training.kernel.plain(), "accounted sample_rate": float(training.sample_rate)}
+    there = {**TrainingKernel(**saved["kernel"]).plain(),
+             "accounted sample_rate": saved["sample_rate"]}  # fmt: skip
+    other = [name for name in {**there, **here} if here.get(name) != there.get(name)]
     if not other:
         return False
     if other != ["noise_multiplier"]:
         name = other[0]
         raise LedgerError(
             f"Expected a checkpoint of a training with {name}={here.get(name)!r}, got "
-            f"{name}={there[name]!r}. Call make_private with the saved training's arguments; "
+            f"{name}={there.get(name)!r}. Call make_private with the saved training's arguments; "
             "schedules go on by themselves."
         )
     warnings.warn(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch.optim import Optimizer
 
 from .update import described_update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingKernel:
     """What stays fixed when instances leave: unlearning and oracles keep it, never re-derive it.
 
@@ -47,6 +48,21 @@ class TrainingKernel:
     def __post_init__(self) -> None:
         """Take a list, as files hold it, for a tuple."""
         object.__setattr__(self, "output_bounds", tuple(self.output_bounds))
+
+    def plain(self) -> dict[str, Any]:
+        """Return the constants for a file; what only some kernels have is left out of the others.
+
+        Files that earlier releases wrote are then equal to those of this one.
+        """
+        found = asdict(self)
+        if not self.output_bounds:
+            del found["output_bounds"]
+        return found
+
+    def __repr__(self) -> str:
+        """Return the constants in words; digests of plans are made of them."""
+        words = ", ".join(f"{name}={value!r}" for name, value in self.plain().items())
+        return f"{type(self).__name__}({words})"
 
     def update_by(self, optimizer: Optimizer) -> str:
         """Return how a step of such a training moves a model now, in the words of `update.py`."""

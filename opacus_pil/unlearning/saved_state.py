@@ -6,7 +6,6 @@ Knows what the state holds; not where it is kept (`requests/serving.py`) nor how
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -128,6 +127,6 @@ def _frame(state: TrainedState) -> dict[str, Any]:
     return {
         "num_instances": state.data.size,
         "batch_size": state.batch_size,
-        "kernel": None if private is None else asdict(private.kernel),
+        "kernel": None if private is None else private.kernel.plain(),
         "optimizer": type(state.optimizer).__name__,
     }

@@ -122,6 +122,7 @@ def run_trials(
         if found is None:
             open_[key] = config
         else:
+            _sweep_leftovers(root / key)
             results[key] = found
     quiet = None if progress else True
     total, done = len(results) + len(open_), len(results)
@@ -279,9 +280,17 @@ def _compute(trial: Trial, key: str, config: Mapping[str, Any], root: Path) -> s
         # Another sweep finished the same trial just now and swept our unfinished file away.
         if not target.exists():
             raise
-    for leftover in folder.glob(f".{_RESULT}.*"):  # of writers that were killed
-        leftover.unlink(missing_ok=True)
+    _sweep_leftovers(folder)
     return key
+
+
+def _sweep_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of writers that were killed, of a trial whose result is there.
+
+    One may be killed between its result and this: whoever finds the result sweeps once more.
+    """
+    for leftover in folder.glob(f".{_RESULT}.*"):
+        leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -277,6 +277,16 @@ def test_fifty_kills_lose_nothing_and_repeat_nothing(tmp_path):
     assert not list(folder.glob("*/.*"))  # nor is there litter
 
 
+def test_what_a_writer_left_that_was_killed_after_its_result_is_swept_by_the_next_sweep(tmp_path):
+    folder = tmp_path / "sweep"
+    first = sweep(folder, 2)
+    done = next(folder.glob("*/result.pt"))
+    litter = done.parent / ".result.pt.killed"
+    litter.write_bytes(b"half of it")
+    assert same(sweep(folder, 2), first)
+    assert not litter.exists()
+
+
 def test_a_result_that_is_not_ours_is_refused(tmp_path):
     key = trial_key(configs(1)[0], fingerprint={})
     (tmp_path / key).mkdir()

@@ -46,10 +46,10 @@ def of_persons(
     found, known = [], dict[tuple[bytes, ...], FloatArray]()
     for rows in members.values():
         # Rows with the same loss at every order stood on the same levels: computed once.
-        key = tuple(sorted(one.tobytes() for one in account.rdp(rows)))
+        each = account.rdp(rows)
+        key = tuple(sorted(one.tobytes() for one in each))
         if key not in known:
-            one = account.rdp(rows)[0] if len(rows) == 1 else account.group_rdp(rows)
-            known[key] = np.asarray(one)
+            known[key] = np.asarray(each[0] if len(rows) == 1 else account.group_rdp(rows))
         found.append(known[key])
     values = np.stack(found) if found else np.empty((0, len(account.orders)))
     epsilon, order = rdp_to_epsilon(values, orders=account.orders, delta=delta)

@@ -97,9 +97,10 @@ class CappedGlm:
             for name, value in constants.items()
         }
         run = cls(caps=limits, bounds=bounds, kind=kind, **found)
-        if kind == "unclipped" and not run.clip >= run.steepness * run.feature_norm:
+        longest = run.steepness * run.feature_norm + 1e-6  # Opacus adds as much to a norm
+        if kind == "unclipped" and not run.clip >= longest:
             raise CertificateError(
-                f"Expected max_grad_norm of at least {run.steepness * run.feature_norm:g}, which "
+                f"Expected max_grad_norm of at least {longest:g}, which "
                 f"no gradient reaches, got {run.clip:g}. Clipping such a loss is no contraction."
             )
         return run

@@ -113,7 +113,7 @@ class OfCappedGlm(abc.ABC):
         Args:
             caps: (members,) bounds of the members' gradient norms by their own records, in units
                 of max_grad_norm: loss_steepness·‖x‖/C. In [0, 1].
-            max_grad_norm: C, at least loss_steepness · feature_norm. > 0.
+            max_grad_norm: C, at least loss_steepness · feature_norm + 1e-6. > 0.
             loss_smoothness: Lipschitz constant of the loss's gradient in the outputs; softmax: 1/2.
             loss_steepness: Most that this gradient is long; softmax: √2.
             step_size, weight_decay, feature_norm, noise_multiplier, expected_batch_size,

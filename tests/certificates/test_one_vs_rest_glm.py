@@ -275,7 +275,10 @@ def test_unclipped_constants_are_those_of_the_theory():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_clip_that_softmax_reaches_is_refused(kind):
     reached = math.sqrt(2.0) * SHARED["feature_norm"]
-    for clip, fine in ((reached * 1.0001, True), (reached * 0.9999, False)):
+    for clip, fine in (
+        (reached * 1.0001, True), (reached + 1.1e-6, True),
+        (reached + 0.9e-6, False), (reached * 0.9999, False),
+    ):  # fmt: skip
         setting = UNCLIPPED | {"max_grad_norm": clip} | rate_of(kind)
         if fine:
             kind.unclipped_glm(**setting)

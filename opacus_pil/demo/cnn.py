@@ -26,7 +26,9 @@ WORDS = {
     "guarantee.",
     "forgetting": "A fixed budget of fine-tuning with the training's own noisy steps on the "
     "retained data. No certificate is claimed for a network; what is shown is measured against "
-    "models retrained without the forget set.",
+    "models retrained without the forget set. Where accuracy is theirs before the first step, "
+    "training with this much noise had learned nothing from the set that it would not know without "
+    "it; that is seen, not proved.",
 }
 
 
@@ -39,7 +41,7 @@ class Settings:
     noise_multiplier: float
     learning_rate: float
     max_grad_norm: float = 1.0
-    forget_size: int = 20
+    forget_size: int = 30
     unlearning_epochs: int = 5
     records_per_epoch: int = 4
 
@@ -80,10 +82,9 @@ def run_cnn(
     delta = 1.0 / len(train)
     order = exposure_order(engine.per_instance, delta)
     epoch = round(1.0 / engine.kernel.sample_rate)
+    sets = forget_sets(order, size=settings.forget_size, seed=seed, labels=train.labels.numpy())
     outcomes = {}
-    for number, (name, rows) in enumerate(
-        forget_sets(order, size=settings.forget_size, seed=seed).items(), start=1
-    ):
+    for number, (name, rows) in enumerate(sets.items(), start=1):
         outcomes[name] = forget_and_compare(
             trained,
             rows,
@@ -145,6 +146,7 @@ def _train(
         optimizer=private_optimizer,
         engine=engine,
         dataset=dataset,
+        tensors=dataset.tensors,
         test=(test.images, test.labels),
         criterion=criterion,
         make=make,

@@ -56,9 +56,9 @@ class Settings:
 SETTINGS = {
     "digits": Settings(
         sizes={"public": 50, "train": 227, "test": 80},
-        noise_std=0.06,
-        steps=600,
-        weight_decay=2e-3,
+        noise_std=0.1,
+        steps=200,
+        weight_decay=6e-3,
     ),
     "mnist5k": Settings(
         sizes={"public": 100, "train": 700, "test": 200},
@@ -79,10 +79,9 @@ def run_logistic(
     engine, train = trained.engine, parts["train"]
     delta = 1.0 / len(train)
     order = exposure_order(engine.per_instance, delta)
+    sets = forget_sets(order, size=settings.forget_size, seed=seed, labels=train.labels.numpy())
     outcomes = {}
-    for number, (name, rows) in enumerate(
-        forget_sets(order, size=settings.forget_size, seed=seed).items(), start=1
-    ):
+    for number, (name, rows) in enumerate(sets.items(), start=1):
         outcomes[name] = forget_and_compare(
             trained,
             rows,
@@ -168,6 +167,7 @@ def train_logistic(
         optimizer=private_optimizer,
         engine=engine,
         dataset=dataset,
+        tensors=dataset.tensors,
         test=tensors["test"],
         criterion=criterion,
         make=lambda _: _make(dataset, settings),

@@ -1,4 +1,4 @@
-"""Runs both tasks and leaves a finished folder, or none at all."""
+"""Runs the three tasks and leaves a finished folder, or none at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .. import _validate as check
 from ..accounting.ledger_rows import write_ledger
 from ..files.container import write_atomic
 from ..report import write_report
-from . import cnn, logistic
+from . import cnn, head, logistic
 from .task import TaskResult
 
 FILES = ("report.html", "summary.json", "ledger.parquet", "model.pt")
@@ -51,7 +51,7 @@ def run_demo(
     progress: bool = True,
     force: bool = False,
 ) -> DemoOutcome:
-    """Train, account, plan, unlearn, retrain and compare, on two tasks, and write four files.
+    """Train, account, plan, unlearn, retrain and compare, on three tasks, and write four files.
 
     Writes report.html, summary.json, ledger.parquet and model.pt into `out`, all mode 0600: they
     hold per-instance values. They appear together at the end; a run that fails leaves nothing.
@@ -77,6 +77,7 @@ def run_demo(
         data = datasets.load(dataset)
         common: dict[str, Any] = {"oracles": count, "seed": number, "progress": progress}
         tasks = [
+            head.run_head(data, settings=head.SETTINGS[dataset], **common),
             cnn.run_cnn(data, settings=cnn.SETTINGS[dataset], **common),
             logistic.run_logistic(data, settings=logistic.SETTINGS[dataset], **common),
         ]

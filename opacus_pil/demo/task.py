@@ -40,10 +40,26 @@ def exposure_order(accountant: PerInstanceAccountant, delta: float) -> np.ndarra
     return np.lexsort((accountant.rdp().sum(axis=1), epsilon))
 
 
-def forget_sets(order: np.ndarray, *, size: int, seed: int) -> dict[str, np.ndarray]:
-    """Return the easiest, random and the hardest `size` rows of an order by privacy loss."""
+def forget_sets(
+    order: np.ndarray, *, size: int, seed: int, labels: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return the easiest, random and the hardest `size` rows of an order by privacy loss.
+
+    With `labels` the hardest ones are of one class, the one whose hardest stand highest, as when
+    one person's images go: what a model knows of scattered images it knows from others like them.
+    """
     random = np.random.default_rng(seed).choice(order, size=size, replace=False)
-    chosen = {"easy": order[:size], "random": random, "hard": order[-size:]}
+    hardest = order[-size:]
+    if labels is not None:
+        ranks = np.empty(len(order))
+        ranks[order] = np.arange(len(order))
+        by_class = [order[labels[order] == one][-size:] for one in np.unique(labels)]
+        hardest = max(
+            (rows for rows in by_class if len(rows) == size),
+            key=lambda rows: float(ranks[rows].mean()),
+            default=hardest,
+        )
+    chosen = {"easy": order[:size], "random": random, "hard": hardest}
     return {name: np.sort(rows) for name, rows in chosen.items()}
 
 

@@ -105,6 +105,11 @@ class FrozenFeatures(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         """Return the features and the target of a row."""
         return self.features[row], self.targets[row]
 
+    def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the pairs of several rows in their order: what torch's loaders ask for batches."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return list(zip(self.features[index].unbind(), self.targets[index].unbind(), strict=True))
+
     @property
     def width(self) -> int:
         """Number of features."""

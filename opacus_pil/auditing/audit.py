@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import _validate as check
 from .._validate import FloatArray
+from ..accounting.shown import rounded_down
 from ..capture.row_losses import LossOf
 from ..evaluation.attack import attack_summary
 from ..exposure import PerInstanceEpsilon
@@ -303,7 +304,7 @@ def _verdict(
     shares = shares_of(tested.design.level, tested.lower)
     reasons = [
         f"membership is told better than the claim allows ({bound.method}: ε >= "
-        f"{bound.epsilon:.3g}, p-value of the claim {p:.2g})"
+        f"{rounded_down(bound.epsilon)}, p-value of the claim {p:.2g})"
         for bound, p, share in zip(tested.lower, tested.p_values, shares, strict=True)
         if p < share
     ]

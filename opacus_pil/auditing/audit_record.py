@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from .. import __version__
+from ..accounting.shown import quantiles_above, rounded_up
 from ..atomic_file import atomic_file
 from ..exposure import PerInstanceEpsilon
 from ..unlearning import UnlearningEngine, UnlearningResult
@@ -189,8 +189,8 @@ class Audit:
     def spread(self) -> dict[str, float]:
         """Quantiles of the instances' ε."""
         names = ("min", "q10", "median", "q90", "max")
-        values = np.quantile(self.upper.epsilon, [0.0, 0.1, 0.5, 0.9, 1.0])
-        return dict(zip(names, values.tolist(), strict=True))
+        values = quantiles_above(self.upper.epsilon, [0.0, 0.1, 0.5, 0.9, 1.0])
+        return dict(zip(names, values, strict=True))
 
     def _attack(self) -> dict[str, Any] | None:
         if self.attack is None:
@@ -215,20 +215,25 @@ class Audit:
         """Say claim, upper and lower numbers, conformance and verdict."""
         runs = ", ".join(f"{n} steps of noise {z:g} at rate {q:.4g}" for z, q, n in self.claim.runs)
         lines = [
-            f"claimed     ε = {self.claim.epsilon:.4g} at δ = {self.claim.delta:g} ({runs}), "
-            "one record more or less",
-            f"instances   {', '.join(f'{k} {v:.3g}' for k, v in self.spread.items())} "
+            f"claimed     ε = {rounded_up(self.claim.epsilon, digits=4)} at "
+            f"δ = {self.claim.delta:g} ({runs}), one record more or less",
+            f"instances   {', '.join(f'{k} {rounded_up(v)}' for k, v in self.spread.items())} "
             f"({self.upper.guarantee})",
         ]
         if self.exposed:
             most = self.exposed[0]
-            tight = "" if most.tight_epsilon is None else f", tight {most.tight_epsilon:.4g}"
-            lines.append(f"exposed     {most.tied} at the top with ε = {most.epsilon:.4g}{tight}")
+            tight = (
+                ""
+                if most.tight_epsilon is None
+                else f", tight {rounded_up(most.tight_epsilon, digits=4)}"
+            )
+            top = rounded_up(most.epsilon, digits=4)
+            lines.append(f"exposed     {most.tied} at the top with ε = {top}{tight}")
         if self.design.kind != "none":
             what = "exchanged" if self.design.kind == "pairs" else "more or less"
             lines.append(
                 f"tested      {self.design.units} {self.design.kind}, one record {what}: claimed "
-                f"ε = {self.design.claimed_epsilon:.4g}"
+                f"ε = {rounded_up(self.design.claimed_epsilon, digits=4)}"
             )
         lines += [
             f"lower       {bound}; p-value of the claim {p:.2g}"

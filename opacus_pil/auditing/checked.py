@@ -14,6 +14,7 @@ from typing import Any
 
 from scipy.stats import norm
 
+from ..accounting.shown import rounded_up
 from .canary_record import CanaryEvidence, CanaryRecord, evidence
 from .claim import Claim
 from .comparison import AGREES, DIFFERS, UNKNOWN, VIOLATES, Check, std_check
@@ -65,7 +66,8 @@ class TrainingCheck:
         counted = (runs or "nothing") + more
         lines = [
             f"{self.optimizer} ({self.mode})",
-            f"  claimed    ε = {self.epsilon:.4g} at δ = {self.delta:g} ({counted})",
+            f"  claimed    ε = {rounded_up(self.epsilon, digits=4)} at δ = {self.delta:g} "
+            f"({counted})",
         ]
         if self.evidence is None:
             lines.append(f"  canaries   none: {self.why_no_canaries}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _validate as check
+from ..accounting.shown import rounded_down
 
 ASSUMPTIONS = ("none", "independent by construction", "assumes independence")
 
@@ -73,8 +74,9 @@ class LowerBound:
         """Say the bound in one line."""
         under = f", if {self.condition}" if self.condition else ""
         return (
-            f"ε ≥ {self.epsilon:.3g} at δ = {self.delta:g} ({self.method}, {self.confidence:.0%}; "
-            f"assumption: {self.assumption}{under}; ceiling {self.ceiling:.3g})"
+            f"ε ≥ {rounded_down(self.epsilon)} at δ = {self.delta:g} "
+            f"({self.method}, {self.confidence:.0%}; assumption: {self.assumption}{under}; "
+            f"ceiling {self.ceiling:.3g})"
         )
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .. import _validate
 from .._validate import FloatArray
+from ..accounting.shown import rounded_up
 from ..errors import CertificateError
 from .assumptions import Assumption, assumption
 from .certificate import Certificate, OnProbe
@@ -174,10 +175,11 @@ class BestCertificate(Certificate):
             except CertificateError:
                 continue  # this member does not reach the target, or not sooner
         if least is None:
-            reached = "; ".join(
-                f"{name}: epsilon={member.epsilon(delta=delta, steps=max_steps):.6g}"
+            best = (
+                (name, member.epsilon(delta=delta, steps=max_steps))
                 for name, member in self._named()
             )
+            reached = "; ".join(f"{name}: epsilon={rounded_up(e, digits=6)}" for name, e in best)
             raise CertificateError(
                 f"Expected a target that one of the certificates reaches within "
                 f"max_steps={max_steps}, got epsilon={epsilon!r} at delta={delta!r}; the best are "

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from .. import __version__, _validate
+from ..accounting.shown import rounded_up
 from .certificate import Certificate
 from .certificate_record import DIRECTIONS, TOLERANCE, CertificateRecord, hashed_id, is_hex
 from .counted import Run, count_mismatch, counted, model_mismatch
@@ -184,7 +185,7 @@ def _epsilon(record: CertificateRecord, certificate: Certificate) -> list[Check]
     reached = max(own, claimed) <= target
     return [
         Check("epsilon", good, said),
-        Check("target", reached, f"asked for {record.target_epsilon:.10g}"),
+        Check("target", reached, f"asked for {rounded_up(record.target_epsilon, digits=10)}"),
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..accounting.shown import rounded_up
 from .certificate import Certificate
 from .certificate_record import DIRECTIONS, CertificateRecord
 from .methods import METHOD_WORDS
@@ -106,8 +107,9 @@ def statement_of(record: CertificateRecord, certificate: Certificate) -> tuple[s
         _history(record),
         f"The model then and its reference are, "
         f"{'in both directions' if both else 'in one direction, from model to reference'}, "
-        f"indistinguishable up to epsilon = {record.epsilon:.10g} at delta = {record.delta:.10g}; "
-        f"asked for was {record.target_epsilon:.10g}.",
+        f"indistinguishable up to epsilon = {rounded_up(record.epsilon, digits=10)} at delta = "
+        f"{rounded_up(record.delta, digits=10)}; "
+        f"asked for was {rounded_up(record.target_epsilon, digits=10)}.",
         f"Proved by: {type(certificate).__name__}, if what it assumes is true.",
         f"Written, as the file says, at {record.created} by opacus_pil "
         f"{record.software.get('opacus_pil', 'unknown')}.",

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..accounting.shown import quantiles_above, rounded_up
 from ..errors import OpacusPilError
 
 _EXAMPLE = """module = "train:make_model"
@@ -98,14 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _spread(values: Any) -> dict[str, float]:
     names = ("min", "q10", "median", "q90", "max")
-    return dict(zip(names, np.quantile(values, [0.0, 0.1, 0.5, 0.9, 1.0]).tolist(), strict=True))
+    return dict(zip(names, quantiles_above(values, [0.0, 0.1, 0.5, 0.9, 1.0]), strict=True))
 
 
 def _words(summary: dict[str, Any], out: Path | None) -> str:
-    spread = "  ".join(f"{k} {v:.4g}" for k, v in summary["per_instance_epsilon"].items())
+    spread = "  ".join(
+        f"{k} {rounded_up(v, digits=4)}" for k, v in summary["per_instance_epsilon"].items()
+    )
     lines = [
         f"{summary['rows']} instances, {summary['steps']} noisy steps, δ = {summary['delta']:g}",
-        f"  worst case    ε = {summary['worst_case_epsilon']:.4g}",
+        f"  worst case    ε = {rounded_up(summary['worst_case_epsilon'], digits=4)}",
         f"  per instance  {spread}",
         f"  label         {summary['guarantee']}",
         *(f"    - {reason}" for reason in summary["reasons"]),

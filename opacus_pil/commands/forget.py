@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..accounting.shown import rounded_up
 from ..errors import OpacusPilError
 from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, instances_of
 
@@ -122,7 +123,11 @@ def run_forget(arguments: argparse.Namespace) -> int:
     if result.certificate is not None:
         write_certificate(result.record(), path=out / "certificate.json", overwrite=True)
     _save_weights(out / "model.pt", result.module)  # last: it says that everything else is there
-    proved = "no claim" if result.epsilon is None else f"ε = {result.epsilon:.4g} certified"
+    proved = (
+        "no claim"
+        if result.epsilon is None
+        else f"ε = {rounded_up(result.epsilon, digits=4)} certified"
+    )
     say(f"{result.steps} steps, {proved}. Written to {out} (private: mode 0600).")
     return 0
 

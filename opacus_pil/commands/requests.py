@@ -10,6 +10,7 @@ import json
 import sys
 from typing import Any
 
+from ..accounting.shown import rounded_up
 from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, instances_of
 
 EPILOG = """example:
@@ -134,4 +135,5 @@ def _steps(result: dict[str, Any]) -> str:
     if "steps" not in result:
         return ""
     epsilon = result.get("epsilon")
-    return f"{result['steps']} steps" + ("" if epsilon is None else f", ε = {epsilon:.4g}")
+    proved = "" if epsilon is None else f", ε = {rounded_up(epsilon, digits=4)}"
+    return f"{result['steps']} steps{proved}"

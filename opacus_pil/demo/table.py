@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..plots import rounded_up
+from ..accounting.shown import rounded_up
 
 _READING = """How to read it
   mean ε       how much the model gives away about a member of the set: no worst case, its own
@@ -37,8 +37,8 @@ def _task(task: Mapping[str, Any]) -> str:
     lines = [
         f"{task['name']} on {task['dataset']}: {task['num_instances']} training instances, "
         f"test accuracy {task['test_accuracy']:.3f}",
-        f"  ε at δ = {task['delta']:.2g}: worst case {worst}{tight}; one instance {quantiles}  "
-        f"[{task['guarantee']}]",
+        f"  ε at δ = {rounded_up(task['delta'], digits=2)}: worst case {worst}{tight}; "
+        f"one instance {quantiles}  [{task['guarantee']}]",
     ]
     frame = pd.DataFrame([_row(entry) for entry in task["forget_sets"]])
     return "\n".join(lines) + "\n" + frame.to_string(index=False, col_space=_WIDTHS)

@@ -11,6 +11,7 @@ import torch
 
 from ..accounting import PerInstanceAccountant
 from ..accounting.ledger_rows import Columns, ledger_chunks
+from ..accounting.shown import quantiles_above, rounded_up
 from ..plots import (
     epsilon_against_steps,
     epsilon_histogram,
@@ -118,18 +119,14 @@ def task_result(
 
 
 def _distribution(values: np.ndarray) -> dict[str, float]:
-    """Quantiles that are values of instances, the higher neighbour: never below the true one."""
-
-    def quantile(q: float) -> float:
-        return float(np.quantile(values, q, method="higher"))
-
+    least, q10, median, q90, most = quantiles_above(values, [0.0, 0.1, 0.5, 0.9, 1.0])
     return {
-        "min": quantile(0.0),
-        "q10": quantile(0.1),
-        "median": quantile(0.5),
+        "min": least,
+        "q10": q10,
+        "median": median,
         "mean": float(values.mean()),
-        "q90": quantile(0.9),
-        "max": quantile(1.0),
+        "q90": q90,
+        "max": most,
     }
 
 
@@ -159,7 +156,7 @@ def _exposure(
         ("Least exposed instances", order[:_SHOWN]),
         ("Most exposed instances", order[-_SHOWN:][::-1].copy()),
     ):
-        captions = [f"{int(labels[row])}, ε {epsilon[row]:.3g}" for row in rows]
+        captions = [f"{int(labels[row])}, ε {rounded_up(epsilon[row])}" for row in rows]
         figures.append(
             Illustration(
                 image_grid(images[rows], captions=captions, title=title),

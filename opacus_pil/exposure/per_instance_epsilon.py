@@ -18,7 +18,7 @@ from .._validate import FloatArray, IntArray
 from ..accounting import PerInstanceAccountant
 from ..accounting import PerInstanceEpsilon as PlainEpsilon
 from ..accounting.rdp import rdp_to_epsilon
-from ..accounting.shown import rounded_up
+from ..accounting.shown import quantiles_above, rounded_up
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,7 +143,7 @@ class PerInstanceEpsilon(PlainEpsilon):
         """Say in a few lines who is exposed and what may be claimed."""
         if not len(self):
             return f"PerInstanceEpsilon(no instance, δ = {self.delta:g})"
-        shown = np.quantile(self.epsilon, [0.0, 0.5, 0.9, 1.0])
+        shown = quantiles_above(self.epsilon, [0.0, 0.5, 0.9, 1.0])
         least, median, high, most = (rounded_up(value) for value in shown)
         lines = [
             f"Per-instance ε of {len(self):,} instances at δ = {self.delta:.3g}: {self.guarantee}",

@@ -5,8 +5,7 @@ Knows an engine; no logger.
 
 from __future__ import annotations
 
-import numpy as np
-
+from ..accounting.shown import quantiles_above
 from ..privacy_engine import PerInstancePrivacyEngine
 
 _QUANTILES = {"median": 0.5, "q90": 0.9, "most": 1.0}
@@ -32,8 +31,7 @@ def privacy_scalars(
     found = {"epsilon": float(engine.get_epsilon(delta))}
     if quantiles:
         spent = engine.get_per_instance_epsilon(delta).epsilon
-        for name, level in _QUANTILES.items():
-            found[f"per_instance_epsilon_{name}"] = float(
-                np.quantile(spent, level, method="higher")  # rounded up, and inf stays inf
-            )
+        shown = quantiles_above(spent, list(_QUANTILES.values()))
+        for name, value in zip(_QUANTILES, shown, strict=True):
+            found[f"per_instance_epsilon_{name}"] = value
     return found

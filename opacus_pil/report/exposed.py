@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from .._validate import FloatArray
+from ..accounting.shown import quantiles_above
 from ..exposure import PerInstanceEpsilon
 from .numbers import up
 
@@ -119,12 +120,15 @@ class Exposed:
         charts = _charts(finite, size=len(spent), worst=spent.worst_case) if len(finite) else (
             None, None)  # fmt: skip
         shares = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
+        found: list[float | None] = [None] * len(shares)
+        if len(spent):
+            found = [*quantiles_above(spent.epsilon, list(shares.values()))]
         return cls(
             size=len(spent),
             guarantee=spent.guarantee,
             delta=up(spent.delta, digits=3),
             worst=up(spent.worst_case),
-            quantiles=tuple((name, up(_quantile(spent.epsilon, q))) for name, q in shares.items()),
+            quantiles=tuple(zip(shares, map(up, found), strict=True)),
             rows=rows,
             first=tuple(
                 (str(rows["id"][i]), _shown(rows["epsilon"][i]), str(rows["tied"][i]),
@@ -136,14 +140,6 @@ class Exposed:
             histogram=charts[0],
             distribution=charts[1],
         )  # fmt: skip
-
-
-def _quantile(values: FloatArray, share: float) -> float | None:
-    """Return the smallest value that at least this share does not exceed: never interpolated."""
-    if not len(values):
-        return None
-    ranked = np.sort(values)
-    return float(ranked[max(math.ceil(share * len(ranked)) - 1, 0)])
 
 
 def _shown(value: float | None) -> str:

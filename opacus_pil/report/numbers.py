@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from decimal import ROUND_FLOOR, Context, Decimal
 from typing import Any
 
-from ..accounting.shown import rounded_up
+from ..accounting.shown import rounded_down, rounded_up
 from .words import NONE
 
 
@@ -29,8 +28,7 @@ def down(value: Any, *, digits: int = 4) -> str:
         return NONE
     if math.isinf(float(value)):
         return "∞" if float(value) > 0 else NONE
-    number = Context(prec=digits, rounding=ROUND_FLOOR).plus(Decimal(repr(float(value))))
-    return "0" if number == 0 else f"{number:f}"
+    return rounded_down(float(value), digits=digits)
 
 
 def plain(value: Any) -> str:

@@ -68,7 +68,8 @@ def ten_class_claim(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _claimed(trained: Trained, settings: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    delta = 1.0 / len(trained.dataset)
+    size = len(trained.tensors[0])
+    delta = 1.0 / size
     order = exposure_order(trained.engine.per_instance, delta)
     rows = []
     for size in config["set_sizes"]:
@@ -76,7 +77,7 @@ def _claimed(trained: Trained, settings: Any, config: Mapping[str, Any]) -> dict
             rows += _forget(trained, members, name=name, delta=delta, config=config)
     return {
         "delta": delta,
-        "instances": len(trained.dataset),
+        "instances": size,
         "noise_std": settings.noise_std,
         "weight_decay": settings.weight_decay,
         "steps_retrain": settings.steps,

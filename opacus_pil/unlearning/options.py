@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn as nn
 
 from .. import _validate as check
+from ..accounting.shown import rounded_up
 from ..errors import OpacusPilError
 from .methods import METHOD, METHODS
 from .plan import CertifiedPlan, RetrainPlan, UnlearningPlan
@@ -76,7 +77,7 @@ class Options(tuple[Option, ...]):
         for one in self:
             steps = "-" if one.steps is None else str(one.steps)
             cost = "-" if one.cost is None else f"{one.cost:.1%}"
-            epsilon = "-" if one.epsilon is None else f"{one.epsilon:.3g}"
+            epsilon = "-" if one.epsilon is None else rounded_up(one.epsilon)
             score = "-" if math.isnan(one.score_change) else f"{one.score_change:+.3f}"
             lines.append(
                 f"{one.method:20}{one.status:17}{steps:>7}{cost:>9}{epsilon:>9}{score:>9}  "

@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import _validate as check
 from .._validate import IntArray
+from ..accounting.shown import rounded_up
 from ..certificates import Certificate, OnProbe
 from ..errors import CertificateError
 from .methods import METHOD
@@ -135,8 +136,8 @@ class CertifiedPlan(UnlearningPlan):
         worst = "not known" if self.steps_worst_case is None else str(self.steps_worst_case)
         return [
             f"  steps, worst case {worst}",
-            f"  epsilon           {self.epsilon:.4g} (asked for {self.target_epsilon:g}) "
-            f"at delta {self.delta:.3g}",
+            f"  epsilon           {rounded_up(self.epsilon, digits=4)} (asked for "
+            f"{self.target_epsilon:g}) at delta {rounded_up(self.delta)}",
             f"  certificate       {type(self.certificate).__name__}",
             f"  directions        {'both' if self.certificate.two_sided else 'one'}",
             *([f"  noise, first step {self.noise_burst:g} x"] if self.noise_burst != 1.0 else []),

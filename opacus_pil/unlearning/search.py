@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from ..accounting.shown import rounded_up
 from ..certificates import OnProbe
 
 _PATIENCE = 1.0  # seconds before the bar appears
@@ -27,7 +28,7 @@ def searching(*, progress: bool) -> Iterator[OnProbe]:
     with tqdm(desc="planning", unit=" ε", disable=disable, leave=False, delay=_PATIENCE) as bar:
 
         def looked(steps: int, epsilon: float) -> None:
-            bar.set_postfix_str(f"{steps} steps, ε {epsilon:.3g}", refresh=False)
+            bar.set_postfix_str(f"{steps} steps, ε {rounded_up(epsilon)}", refresh=False)
             bar.update()
 
         yield looked

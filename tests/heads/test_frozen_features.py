@@ -49,6 +49,18 @@ def test_a_row_is_what_the_network_makes_of_it_in_evaluation_mode():
     assert not found.features.requires_grad
 
 
+def test_a_batch_is_its_rows_in_their_order_twice_too_and_after_an_erasure():
+    found = features()
+    found.erase([2])
+    for rows in ([4, 0, 4, 2], [], list(range(SIZE))):
+        several = found.__getitems__(rows)
+        assert len(several) == len(rows)
+        for (x, y), row in zip(several, rows, strict=True):
+            assert torch.equal(x, found[row][0])
+            assert torch.equal(y, found[row][1])
+    assert not found.__getitems__([2])[0][0].any()
+
+
 def test_training_a_head_on_features_is_training_it_on_the_frozen_network():
     whole = frozen(head())
     data = features(network=whole[:-1])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from opacus_pil import CertificateError
+from opacus_pil.accounting.shown import rounded_up
 from opacus_pil.certificates import (
     CertificateRecord,
     verify_certificate,
@@ -154,7 +155,8 @@ def test_what_it_says_is_printed_in_generated_words(files, served, capsys) -> No
     _, out, _ = verify(capsys, files / "cert.json")
     assert "Forgotten: 2 instances, named by keyed hashes." in out
     assert "Before: 300 steps of training, and no earlier request." in out
-    assert f"epsilon = {served.record.epsilon:.10g} at delta = 0.01; asked for was 2." in out
+    shown = rounded_up(served.record.epsilon, digits=10)
+    assert f"epsilon = {shown} at delta = 0.01; asked for was 2." in out
     for sentence in served.plan.certificate.assumptions:
         assert f"  - {sentence}" in out.splitlines()
     code, out, _ = verify(capsys, files / "cert.json", "--json")

@@ -40,7 +40,8 @@ class PerInstanceEpsilon(PlainEpsilon):
             (Rényi, the same orders): never below any of `epsilon`. Opacus's own number for the same
             run (`engine.get_epsilon`, PRV by default) is tighter and not comparable with these.
         norms: Shape (n,), unclipped gradient norm that each instance was last seen with, inf or NaN
-            where it was not; orders those whose ε is equal. None: the policy measures none.
+            where it was not; orders those whose ε is equal, unseen ones last. None: the policy
+            measures none.
 
     Privacy: each value depends on private data; see the README before you show it to anyone.
 
@@ -155,7 +156,8 @@ class PerInstanceEpsilon(PlainEpsilon):
             lines.append(
                 f"  ties: {self.ties:,} share their ε with another; {most_tied:,} have the largest"
             )
-        lines += [f"  not stronger: {reason}" for reason in self.reasons]
+        why = "takes for granted" if self.guarantee == "bound" else "not stronger"
+        lines += [f"  {why}: {reason}" for reason in self.reasons]
         return "\n".join(lines)
 
     # --- inside -------------------------------------------------------------------------------
@@ -177,8 +179,9 @@ class PerInstanceEpsilon(PlainEpsilon):
 
     @cached_property
     def _ranked(self) -> IntArray:
-        """Places, the most exposed first."""
-        breaker = np.zeros(len(self)) if self.norms is None else np.nan_to_num(self.norms, nan=0.0)
+        """Places, the most exposed first; among equal ε those that were never seen are last."""
+        norms = np.zeros(len(self)) if self.norms is None else self.norms
+        breaker = np.where(np.isfinite(norms), norms, -1.0)
         order: IntArray = np.lexsort((np.arange(len(self)), -breaker, -self.epsilon))
         return order
 

@@ -57,6 +57,8 @@ def test_the_most_exposed_are_ordered_by_norm_where_their_loss_ties() -> None:
     assert np.isnan(table["norm"][2])  # never seen
     assert set(table["guarantee"]) == {"estimate"}
     # Without norms the order of the data set decides; nobody is hidden by it.
+    unseen = spent(norms=np.array([1.0, np.inf, 5.0, 9.0]))  # bob and cem share their ε
+    assert unseen.top(2)["instance_id"].tolist() == ["cem", "bob"]
     assert spent(norms=None).top(2)["instance_id"].tolist() == ["bob", "cem"]
     assert len(spent().top(99)) == 4
     with pytest.raises(ValueError, match="n"):

@@ -40,6 +40,14 @@ class _Words(string.Formatter):
         return format(value, format_spec)
 
 
+class _Gaps(string.Formatter):
+    """Sentences without their numbers."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Leave a number out."""
+        return "…"
+
+
 Value = float | int | Span | tuple[int, ...] | tuple[str, ...]
 
 
@@ -82,6 +90,12 @@ class Assumption:
     def sentence(self) -> str:
         """The words."""
         words = _Words().vformat(SENTENCES[self.code], (), dict(self.numbers))
+        return f"{self.of}: {words}" if self.of else words
+
+    @property
+    def without_numbers(self) -> str:
+        """The words with … for each number: what does not depend on who is forgotten."""
+        words = _Gaps().vformat(SENTENCES[self.code], (), dict(self.numbers))
         return f"{self.of}: {words}" if self.of else words
 
 

@@ -96,6 +96,7 @@ class Report:
         constants: (name, value) pairs: settings, versions, hashes.
         limits: What the page does not show, a sentence each.
         public: Constants only, so that the page may be shown.
+        depends: What on a public page depends on the data nevertheless, a sentence.
     """
 
     title: str
@@ -111,6 +112,7 @@ class Report:
     constants: tuple[tuple[str, str], ...] = ()
     limits: tuple[str, ...] = ()
     public: bool = False
+    depends: str = ""
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -35,8 +35,12 @@ LABELS = {
 TERMS = {
     "ε and δ": "A training is (ε, δ)-private for an instance if what can be seen of it is about "
     "equally likely with and without that instance: the probabilities differ by a factor of at "
-    "most e to the power ε, up to a probability δ. Smaller is more private. ε is in nats and is "
-    "rounded up here. A dash (–) means that there is no such number; it never means 0.",
+    "most e to the power ε, up to a probability δ. Smaller is more private. ε is a natural "
+    "logarithm and is rounded up here. A dash (–) means that there is no such number; it never "
+    "means 0.",
+    "Best guess": "ε in other words. One of two models is shown, by the toss of a coin: how often "
+    "the best guesser says rightly which it was, whatever else is known to them. A coin is right "
+    "in 50 %.",
     "N": "The number of private training instances. N is treated as public, like the sample rate, "
     "the noise, the clipping bound and the number of training steps.",
     "Neighbouring data sets": "Two data sets are neighbours if one instance is added or removed. "

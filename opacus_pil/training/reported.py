@@ -19,6 +19,7 @@ import opacus
 import torch
 
 from .. import __version__
+from ..accounting.best_guess import best_guess
 from ..capture.row_losses import moved_to
 from ..exposure import PerInstanceEpsilon
 from ..report import LABELS, Exposed, Report, Table
@@ -79,6 +80,7 @@ def public_report(run: Run) -> Report:
     Whether something was is the one word that depends on the run: an ε that does not hold is worse.
     A distribution of per-instance values, a ranking or a measurement is private and not here.
     """
+    _require_steps(run)
     delta = up(run.delta, digits=3)
     if run.against or run.unamplified:
         answer = (
@@ -88,7 +90,8 @@ def public_report(run: Run) -> Report:
     else:
         answer = (
             f"By Opacus's {_method(run)} accountant ε is {up(run.opacus_epsilon)} at δ = {delta} "
-            "for every instance, if the steps that ran were those that were accounted."
+            "for every instance, if the steps that ran were those that were accounted: "
+            f"{_guess(run)}."
         )
     return Report(
         title="Privacy of a training: its constants",
@@ -107,7 +110,42 @@ def public_report(run: Run) -> Report:
             "privacy is not included.",
         ),
         public=True,
+        depends="Whether an ε may be stated at all is the one thing that depends on the run.",
     )  # fmt: skip
+
+
+def _require_steps(run: Run) -> None:
+    """Refuse a page about no training: an ε of 0 says nothing about what comes.
+
+    Raises:
+        ValueError: No step was made.
+    """
+    if not run.account.per_instance.steps:
+        raise ValueError("Expected at least one step to report of, got none. Train first.")
+
+
+def _guess(run: Run) -> str:
+    """Say how often a guess is right at Opacus's ε."""
+    right = best_guess(run.opacus_epsilon, delta=run.delta)
+    return (
+        "whoever sees everything that was released guesses rightly in at most "
+        f"{up(100 * right)} % of all cases whether one of them was used, by the toss of a coin"
+    )
+
+
+def _how_private(run: Run, exposed: Exposed) -> str:
+    """Answer for everybody at once: by Opacus's accountant where its ε holds, else by Rényi."""
+    renyi = (
+        f"accounted as if every step had moved each instance by the whole clip bound, ε is "
+        f"{exposed.worst} at δ = {exposed.delta}, by Rényi accounting"
+    )
+    if run.against or run.unamplified:
+        return f"{renyi[0].upper()}{renyi[1:]}{_doubt(run)}."
+    return (
+        f"ε is {up(run.opacus_epsilon)} at δ = {exposed.delta} for everybody, by Opacus's "
+        f"{_method(run)} accountant, not comparable with the Rényi values of single instances, "
+        f"whose own worst case is {exposed.worst}: {_guess(run)}."
+    )
 
 
 def run_report(run: Run, spent: PerInstanceEpsilon, *, test: Any = None) -> Report:
@@ -124,6 +162,7 @@ def run_report(run: Run, spent: PerInstanceEpsilon, *, test: Any = None) -> Repo
     """
     if not len(spent):
         raise ValueError("Expected at least one instance to report of, got none.")
+    _require_steps(run)
     bounds = _bounds(test)
     measured = () if test is None or bounds is not None else (_losses(run, test),)
     exposed = Exposed.of(spent)
@@ -137,14 +176,13 @@ def run_report(run: Run, spent: PerInstanceEpsilon, *, test: Any = None) -> Repo
         f"opacus_pil {__version__}",
         verdict=(
             ("How private was this training?",
-             f"Accounted as if every step had moved each instance by the whole clip bound, ε is "
-             f"{exposed.worst} at δ = {exposed.delta}, by Rényi accounting{_doubt(run)}."),
+             _how_private(run, exposed)),
             ("Who is exposed?",
              f"{most:,} of {len(spent):,} instances stand at the top with ε "
              f"{quantiles['most']}, and half of all are at most {quantiles['median']}."),
             ("What may be claimed?",
-             f"The values of single instances are labelled {spent.guarantee}, {words}; none of "
-             "them is private to release."),
+             f"The values of single instances are labelled {spent.guarantee}: {words}. None of "
+             "them may be published: they depend on the data, and no ε covers them."),
         ),
         tone="bad" if run.against else _tone(spent, test),
         facts=(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from scipy import stats
 
 from .. import __version__
+from ..accounting.best_guess import best_guess
 from ..certificates import Certificate
 from ..report import Claim, Report, Request, Table, write_page
 from ..report.numbers import plain, up
@@ -54,9 +55,11 @@ def write_deletion(
     path: str | os.PathLike[str],
     *,
     gap: Mapping[str, Any] | None = None,
+    public: bool = False,
 ) -> None:
     """Write the page of one deletion; see `UnlearningResult.write_report`."""
-    write_page(path, deletion_report(result, gap=gap))
+    report = deletion_report(result, gap=gap)  # a wrong gap is refused on either page
+    write_page(path, public_deletion(result) if public else report)
 
 
 def deletion_report(
@@ -80,6 +83,53 @@ def deletion_report(
         claims=claims_of([result], titles=[request.title]),
         constants=_constants(result),
         limits=_limits(result, measured=bool(gap)),
+    )  # fmt: skip
+
+
+def public_deletion(result: Ran) -> Report:
+    """Return what may be shown of one deletion: method, target, claim and its assumptions.
+
+    Who was forgotten, how many, in how many steps, the ε that was reached and every number of an
+    assumption depend on the forgotten data, and are not here.
+    """
+    plan = result.plan
+    delta = None if _delta(plan) is None else up(_delta(plan), digits=3)
+    answer = _forgotten(result)
+    claims: tuple[Claim, ...] = ()
+    target = None
+    if isinstance(plan, CertifiedPlan) and result.certificate is not None:
+        target = plan.target_epsilon
+        answer = _indistinguishable(result, target)
+        claims = (
+            Claim(
+                title="This deletion",
+                kind=type(result.certificate).__name__,
+                statement=answer,
+                assumptions=tuple(c.without_numbers for c in result.certificate.assumption_codes),
+            ),
+        )
+    return Report(
+        title=f"A deletion: {_claim(result)}",
+        subtitle=f"Evidence of one request, by opacus_pil {__version__}",
+        verdict=(
+            ("Was it forgotten?", answer),
+            ("What did it cost?",
+             "This page does not say: how many steps a deletion takes depends on who is deleted."),
+            ("What may be claimed?",
+             "The first sentence, if every assumption below holds." if claims
+             else _may_be_claimed(result, measured=False)),
+        ),
+        tone="good" if claims or _retrained(result) else "careful",
+        claims=claims,
+        constants=pairs({
+            "method": plan.method,
+            "ε asked for": None if target is None else up(target),
+            "δ": delta,
+            "opacus_pil": __version__,
+        }),
+        limits=_limits(result, measured=True),
+        public=True,
+        depends="Whether a certificate was reached is the one word that depends on the data.",
     )  # fmt: skip
 
 
@@ -169,19 +219,32 @@ def _retrained(result: Ran) -> bool:
 
 def _claim(result: Ran) -> str:
     if _certified(result):
-        return "certified"
+        return "certified" if result.steps else "certified: by the training alone"
     if _retrained(result):
         return "no claim needed: retrained"
     return "no claim"
 
 
 def _statement(result: Ran) -> str:
-    two_sided = result.certificate is not None and result.certificate.two_sided
+    when = f"After {result.steps:,} steps the model"
+    if not result.steps:
+        when = "No step was run, and none is needed: training alone bounds what is known. The model"
+    return f"{when}{_indistinguishable(result, result.epsilon).removeprefix('The model')}"
+
+
+def _indistinguishable(result: Ran, epsilon: float | None) -> str:
+    """Say what a certificate claims at an ε, and how often a guess is right then."""
+    delta = _delta(result.plan)
+    if result.certificate is None or epsilon is None or delta is None:
+        raise ValueError("Expected a certified run, got one without a certificate.")
+    two_sided = result.certificate.two_sided
     way = "in both directions" if two_sided else "in one direction, from model to reference"
+    right = best_guess(epsilon, delta=delta, two_sided=two_sided)
     return (
-        f"After {result.steps:,} steps the model and its reference, which the assumptions name, "
-        f"are, {way}, indistinguishable up to ε = {up(result.epsilon)} at δ = "
-        f"{up(_delta(result.plan), digits=3)}, if every assumption holds."
+        "The model and its reference, which the assumptions name, are, "
+        f"{way}, indistinguishable up to ε = {up(epsilon)} at δ = {up(delta, digits=3)}, if every "
+        f"assumption holds: shown one of the two by the toss of a coin, the best guess which it is "
+        f"is right in at most {up(100 * right)} % of all cases."
     )
 
 

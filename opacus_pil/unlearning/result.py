@@ -49,7 +49,11 @@ class UnlearningResult(abc.ABC):
         """ε of the certificate at the plan's δ, or None."""
 
     def write_report(
-        self, path: str | os.PathLike[str], *, gap: Mapping[str, Any] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        gap: Mapping[str, Any] | None = None,
+        public: bool = False,
     ) -> None:
         """Write the deletion's evidence as a page: one HTML file that loads nothing, mode 0600.
 
@@ -59,17 +63,21 @@ class UnlearningResult(abc.ABC):
         Args:
             path: Target file; the old one stays whole until the new one is complete.
             gap: `evaluation.oracle_gap` of this model; None: it was not measured.
+            public: Constants only: method, the ε that was asked for, the claim and its assumptions
+                without their numbers; nobody's id, no step count, no measurement. That page may be
+                shown.
 
         Raises:
             ImportError: An extra is missing; install `report`.
             TypeError: `gap` holds something else; nothing is written.
             OSError: The folder is missing or not writable.
 
-        Privacy: ids, numbers of steps and measurements depend on the forgotten data.
+        Privacy: unless `public` the page shows ids, numbers of steps and measurements, which depend
+            on the forgotten data.
         """
         from .reported import write_deletion  # the optional extra
 
-        write_deletion(self, path, gap=gap)
+        write_deletion(self, path, gap=gap, public=public)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import stat
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from opacus_pil.accounting.best_guess import best_guess
 from opacus_pil.evaluation import oracle_gap
 from opacus_pil.evaluation.gap import Metrics
+from opacus_pil.report.numbers import up
 from opacus_pil.unlearning.reported import deletion_report
 from tests.report.runs import CERTIFICATE, HOSTILE, Page, certified, retrained, uncertified
 
@@ -69,3 +72,61 @@ def test_another_gap_is_refused_and_nothing_is_written(tmp_path) -> None:
     with pytest.raises(TypeError, match="Expected gap to map a split"):
         certified().write_report(tmp_path / "r.html", gap={"forget": 0.1})
     assert not list(tmp_path.iterdir())
+
+
+def test_what_may_be_shown_of_a_deletion_names_nobody_and_counts_nothing(tmp_path) -> None:
+    """Two deletions of other people, in other steps, to the same target, give the same page."""
+    first, private = certified(), written(certified(), tmp_path / "r.html")
+    plan = dataclasses.replace(
+        first.plan, forget_set=np.array([7]), ids=("bob",), steps=17, reason="other", reasons=(),
+        epsilon=CERTIFICATE.epsilon(delta=1e-3, steps=17),
+    )  # fmt: skip
+    second = dataclasses.replace(first, plan=plan, steps=17, model_after="c" * 64)
+    pages = []
+    for number, result in enumerate((first, second)):
+        pages.append(written(result, tmp_path / f"{number}.html", public=True))
+    texts = [(tmp_path / f"{number}.html").read_text(encoding="utf-8") for number in (0, 1)]
+    assert texts[0] == texts[1]
+    for told in (" ann", "After 12 steps", up(first.epsilon), "a" * 64, "largest 0.4"):
+        assert told in private.text
+        assert told not in pages[0].text
+    assert up(plan.target_epsilon) in pages[0].text
+    assert "Constants only." in pages[0].text
+    assert "the one word that depends on the data" in pages[0].text
+    for code in CERTIFICATE.assumption_codes:
+        assert pages[0].text.count(code.without_numbers) == 1
+        assert "{" not in code.without_numbers
+        assert not any(letter.isdigit() for letter in code.without_numbers)
+
+
+@pytest.mark.parametrize("make", [uncertified, retrained])
+def test_what_may_be_shown_without_a_certificate_claims_as_little(make, tmp_path) -> None:
+    page = written(make(), tmp_path / "p.html", public=True)
+    assert "no claim" in page.text
+    assert "indistinguishable" not in page.text.split("What each number means")[0]
+    for told in (" ann", "12 steps", "300"):
+        assert told not in page.text
+
+
+def test_a_wrong_gap_is_refused_on_a_public_page_too(tmp_path) -> None:
+    with pytest.raises(TypeError, match="SplitGap"):
+        certified().write_report(tmp_path / "p.html", gap={"forget": 1.0}, public=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claim_says_how_often_a_guess_is_right(tmp_path) -> None:
+    result = certified()
+    page = written(result, tmp_path / "r.html")
+    assert result.certificate.two_sided
+    right = up(100 * best_guess(result.epsilon, delta=1e-3))
+    assert f"is right in at most {right} % of all cases" in page.text
+
+
+def test_a_deletion_that_needs_no_step_says_so(tmp_path) -> None:
+    first = certified()
+    epsilon = CERTIFICATE.epsilon(delta=1e-3, steps=0)
+    plan = dataclasses.replace(first.plan, steps=0, epsilon=epsilon, target_epsilon=epsilon)
+    result = dataclasses.replace(first, plan=plan, steps=0)
+    page = written(result, tmp_path / "r.html")
+    assert "certified: by the training alone" in page.text
+    assert "No step was run, and none is needed" in page.text

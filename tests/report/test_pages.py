@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import opacus_pil
+from opacus_pil.accounting.best_guess import best_guess
 from opacus_pil.accounting.shown import rounded_up
 from opacus_pil.auditing import LowerBound
 from opacus_pil.report import Claim, Exposed, Report, render_page, write_page
@@ -125,7 +126,7 @@ def test_the_label_on_the_page_is_the_ledgers(policy, tmp_path):
     engine.write_report(tmp_path / "r.html", delta=DELTA)
     text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
     label = engine.get_per_instance_epsilon(DELTA).guarantee
-    assert f"labelled {label}, {LABELS[label][0]}" in text
+    assert f"labelled {label}: {LABELS[label][0]}" in text
     assert ("not a privacy guarantee for anybody" in text) == (label == "estimate")
 
 
@@ -147,6 +148,25 @@ def test_a_public_page_holds_constants_only(run, tmp_path):
     assert "Constants only." in page.text
     assert "This file is private." not in page.text
     assert rounded_up(engine.get_epsilon(DELTA), digits=4) in page.text
+
+
+def test_the_verdict_gives_opacus_number_and_what_a_guesser_can_do_with_it(run, page, tmp_path):
+    engine, _ = run
+    epsilon = engine.get_epsilon(DELTA)
+    right = rounded_up(100 * best_guess(epsilon, delta=DELTA), digits=4)
+    engine.write_report(tmp_path / "p.html", delta=DELTA, public=True)
+    public = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    for text in (page.text, public):
+        assert f"ε is {rounded_up(epsilon, digits=4)} at δ = 0.001" in text
+        assert f"guesses rightly in at most {right} % of all cases" in text
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_training_without_steps_has_no_page(public, tmp_path):
+    engine, _ = trained(epochs=0)
+    with pytest.raises(ValueError, match="at least one step to report of"):
+        engine.write_report(tmp_path / "r.html", delta=DELTA, public=public)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", ["fixed batches", "a batch used twice"])

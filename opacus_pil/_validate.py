@@ -90,6 +90,19 @@ def epsilon(value: Any) -> float:
     return real("epsilon", value, low=0.0, cure="Pass the privacy target in nats, for example 1.0.")
 
 
+def noise_multiplier(value: Any) -> float:
+    """Return the noise of a step in units of the clip bound, finite and >= 0."""
+    return real(
+        "noise_multiplier", value, low=0.0,
+        cure="Pass noise std on the gradient sum / max_grad_norm.",
+    )  # fmt: skip
+
+
+def sample_rate(value: Any) -> float:
+    """Return the probability that an instance is drawn into a batch, in [0, 1]."""
+    return probability("sample_rate", value, "Pass expected batch size / len(dataset).")
+
+
 def orders(value: Any) -> FloatArray:
     """Return Rényi orders as a float64 vector, each finite and > 1."""
     array = np.atleast_1d(real_array("orders", value, low=1.0, open_low=True))

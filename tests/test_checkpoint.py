@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from opacus_pil import PerInstancePrivacyEngine
 from opacus_pil.accounting import PerInstanceAccountant
 from opacus_pil.errors import LedgerError, UnsupportedError
-from opacus_pil.files.container import load_state, save_state, write_atomic
+from opacus_pil.files.container import load_state, save_state, save_weights, write_atomic
 from opacus_pil.files.fingerprint import dataset_fingerprint
 from tests.capture.models import convolutional, images
 from tests.training_loop import SIZE, Loop, differences, same
@@ -42,6 +42,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path, mon
         write_atomic(target, b"new")
     assert target.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_weights_are_what_torch_would_have_written_and_private(tmp_path):
+    weights, plain = torch.nn.Linear(3, 2).state_dict(), io.BytesIO()
+    torch.save(weights, plain)
+    save_weights(tmp_path / "model.pt", weights)
+    assert (tmp_path / "model.pt").read_bytes() == plain.getvalue()
+    assert stat.S_IMODE((tmp_path / "model.pt").stat().st_mode) == 0o600
 
 
 def test_state_comes_back_and_loads_without_unpickling_code(tmp_path):

@@ -41,12 +41,7 @@ def checked_ids(instance_ids: npt.ArrayLike | None, size: int) -> npt.NDArray[An
 
 def checked_kernel(noise_multiplier: float, sample_rate: float) -> Kernel:
     """Return noise and sample rate of a step."""
-    noise = check.real(
-        "noise_multiplier", noise_multiplier, low=0.0,
-        cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
-    )  # fmt: skip
-    rate = check.probability("sample_rate", sample_rate, "Pass batch_size / len(dataset).")
-    return noise, rate
+    return check.noise_multiplier(noise_multiplier), check.sample_rate(sample_rate)
 
 
 def checked_caps(state: AccountState, caps: npt.ArrayLike) -> FloatArray:

@@ -94,13 +94,8 @@ def group_rdp(
         )
     )  # fmt: skip
     _validate.same_length("sensitivities", values, "members", values.size)
-    noise = _validate.real(
-        "noise_multiplier", noise_multiplier, low=0.0,
-        cure="Pass noise std on the gradient sum / max_grad_norm.",
-    )  # fmt: skip
-    rate = _validate.probability(
-        "sample_rate", sample_rate, cure="Pass expected batch size / len(dataset)."
-    )
+    noise = _validate.noise_multiplier(noise_multiplier)
+    rate = _validate.sample_rate(sample_rate)
     alphas = _validate.orders(orders)
     products = None if gram is None else checked_gram(gram, values)
 

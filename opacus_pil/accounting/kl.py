@@ -54,8 +54,8 @@ def sampled_gaussian_kl(
     array([0.   , 0.125])
     """
     values = check.real_array("sensitivity", sensitivity, low=0.0)
-    noise = check.real("noise_multiplier", noise_multiplier, low=0.0)
-    rate = check.probability("sample_rate", sample_rate)
+    noise = check.noise_multiplier(noise_multiplier)
+    rate = check.sample_rate(sample_rate)
     result = np.zeros(values.shape)
     moved = values > 0.0
     if rate == 0.0 or not moved.any():

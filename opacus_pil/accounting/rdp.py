@@ -91,13 +91,8 @@ def sampled_gaussian_rdp(
     sensitivities = _validate.real_array(
         "sensitivity", sensitivity, low=0.0, cure="Pass clipped gradient norms / max_grad_norm."
     )
-    noise = _validate.real(
-        "noise_multiplier", noise_multiplier, low=0.0,
-        cure="Pass noise std on the gradient sum / max_grad_norm.",
-    )  # fmt: skip
-    rate = _validate.probability(
-        "sample_rate", sample_rate, cure="Pass expected batch size / len(dataset)."
-    )
+    noise = _validate.noise_multiplier(noise_multiplier)
+    rate = _validate.sample_rate(sample_rate)
     alphas = _validate.orders(orders)
     _validate.choice("direction", direction, ("with_without", "without_with"))
 

@@ -133,7 +133,7 @@ def noise_multiplier_for(
     )
     target, probability = _validate.epsilon(epsilon), _validate.delta(delta)
     count = _validate.integer("steps", steps, low=0)
-    rate = _validate.probability("sample_rate", sample_rate, "Pass batch_size / len(dataset).")
+    rate = _validate.sample_rate(sample_rate)
     alphas = _validate.orders(orders)
     tolerance = _validate.real("relative_tolerance", relative_tolerance, low=1e-6, high=0.1)
     if count == 0 or rate == 0.0 or not sensitivities.any():

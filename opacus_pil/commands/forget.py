@@ -97,7 +97,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 def run_forget(arguments: argparse.Namespace) -> int:
     """Plan, run and file; return the exit code."""
     from ..certificates import write_certificate
-    from ..files.container import save_state, write_atomic
+    from ..files.container import save_state, save_weights, write_atomic
 
     out = Path(arguments.out)
     out.mkdir(mode=0o700, exist_ok=True)
@@ -122,26 +122,13 @@ def run_forget(arguments: argparse.Namespace) -> int:
     save_state(out / "engine.pt", engine.state_dict(), kind="unlearning engine")
     if result.certificate is not None:
         write_certificate(result.record(), path=out / "certificate.json", overwrite=True)
-    _save_weights(out / "model.pt", result.module)  # last: it says that everything else is there
-    proved = (
-        "no claim"
-        if result.epsilon is None
-        else f"ε = {rounded_up(result.epsilon, digits=4)} certified"
-    )
+    # Last: it says that everything else is there.
+    save_weights(out / "model.pt", result.module.state_dict())
+    proved = "no claim"
+    if result.epsilon is not None:
+        proved = f"ε = {rounded_up(result.epsilon, digits=4)} certified"
     say(f"{result.steps} steps, {proved}. Written to {out} (private: mode 0600).")
     return 0
-
-
-def _save_weights(path: Path, module: Any) -> None:
-    import io
-
-    import torch
-
-    from ..files.container import write_atomic
-
-    body = io.BytesIO()
-    torch.save(module.state_dict(), body)
-    write_atomic(path, body.getvalue())
 
 
 def _print(words: Any, plain: Any, *, as_json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import torch
 from .. import __version__, datasets
 from .. import _validate as check
 from ..accounting.ledger_rows import write_ledger
-from ..files.container import write_atomic
+from ..files.container import save_weights, write_atomic
 from ..report import write_report
 from . import cnn, head, logistic
 from .task import TaskResult
@@ -109,9 +108,7 @@ def _write(folder: Path, summary: dict[str, Any], tasks: list[TaskResult]) -> No
     text = json.dumps(summary, indent=2, allow_nan=False)
     write_atomic(folder / "summary.json", (text + "\n").encode())
     write_ledger(folder / "ledger.parquet", [rows for task in tasks for rows in task.ledger])
-    weights = io.BytesIO()
-    torch.save({task.summary["name"]: task.state for task in tasks}, weights)
-    write_atomic(folder / "model.pt", weights.getvalue())
+    save_weights(folder / "model.pt", {task.summary["name"]: task.state for task in tasks})
     write_report(
         folder / "report.html",
         title=f"Per-instance privacy and unlearning on {summary['dataset']}",

@@ -1,7 +1,7 @@
 """Files that are whole or absent: written beside the target, synced, then renamed over it.
 
 Knows bytes and torch's safe container; not what the bytes mean. `save_state` is for files of ours,
-`save_entries` for files that Opacus reads too.
+`save_entries` for files that Opacus reads too, `save_weights` for models that torch alone reads.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ def write_atomic(path: str | os.PathLike[str], data: bytes, *, private: bool = T
     """
     with atomic_file(path, private=private) as file:
         file.write(data)
+
+
+def save_weights(path: str | os.PathLike[str], weights: Mapping[str, Any]) -> None:
+    """Write what torch.load gives back as it is, a state_dict or several by name, mode 0600."""
+    with atomic_file(path) as file:
+        torch.save(weights, file)
 
 
 def save_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, kind: str) -> None:

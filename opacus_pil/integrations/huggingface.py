@@ -115,7 +115,7 @@ class PrivateTrainer(Trainer):
     ) -> None:  # fmt: skip
         private_options = dict(make_private_options or {})
         _require_plain_steps(args, options, private_options)
-        self._noise_multiplier = check.real("noise_multiplier", noise_multiplier, low=0.0)
+        self._noise_multiplier = check.noise_multiplier(noise_multiplier)
         bound = args.max_grad_norm if max_grad_norm is None else max_grad_norm
         if noise_seed is not None:
             check.integer("noise_seed", noise_seed, low=0)

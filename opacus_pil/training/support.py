@@ -195,10 +195,7 @@ def checked_arguments(
         UnsupportedError, TypeError, ValueError: Names the argument.
     """
     require_known_options(options)
-    noise = check.real(
-        "noise_multiplier", noise_multiplier, low=0.0,
-        cure="Pass the noise std on the gradient sum divided by max_grad_norm.",
-    )  # fmt: skip
+    noise = check.noise_multiplier(noise_multiplier)
     clipping = options.get("clipping", "flat")
     bound = _checked_bound(max_grad_norm, clipping=clipping)
     bounds: tuple[float, ...] = ()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pil import CertificateError, LedgerError
-from opacus_pil.heads import BoundedFeatures, FrozenFeatures, OneVsRest
+from opacus_pil.heads import BoundedFeatures, OneVsRest
 from opacus_pil.unlearning.result import CertifiedResult
 from tests.heads.models import (
     CLASSES,
@@ -23,7 +23,17 @@ from tests.heads.models import (
     linear,
     raw,
 )
-from tests.unlearning.head_runs import CAPS, DELTA, FLAT, GOAL, columns, unlearning
+from tests.unlearning.head_runs import (
+    CAPS,
+    DELTA,
+    FLAT,
+    GOAL,
+    LINEAR,
+    SOFTMAX,
+    columns,
+    on_kept_features,
+    unlearning,
+)
 
 
 class Own(nn.Module):
@@ -80,9 +90,6 @@ def with_bias() -> nn.Module:
     module.outputs[1] = nn.Linear(WIDTH + 1, 1)
     return module
 
-
-LINEAR = {"data": binary(bounded()), "criterion": nn.BCEWithLogitsLoss(), **FLAT}
-SOFTMAX = {"criterion": nn.CrossEntropyLoss(), "policy": "worst_case", "clipping": "flat"}
 
 REFUSED = {
     "outputs clipped together": (
@@ -219,17 +226,15 @@ def test_weights_that_are_tied_after_training_are_refused():
 
 
 def test_rows_that_were_erased_and_not_forgotten_are_refused():
-    data = FrozenFeatures(raw(), frozen(head())[:-1], progress=False)
-    made = Heads(data=data, caps=CAPS).run(2)
-    data.erase([9])
+    made = on_kept_features().run(2)
+    made.data.erase([9])
     with pytest.raises(CertificateError, match=r"an erased one \(row 9\)"):
         unlearning(made, feature_norm=1.0).plan([3], **GOAL)
 
 
 def test_rows_that_were_forgotten_may_be_erased():
-    data = FrozenFeatures(raw(), frozen(head())[:-1], progress=False)
-    made = Heads(data=data, caps=CAPS).run(2)
+    made = on_kept_features().run(2)
     engine = unlearning(made, feature_norm=1.0)
     engine.unlearn(engine.plan([9], **GOAL), seed=1)
-    data.erase([9])
+    made.data.erase([9])
     assert isinstance(engine.unlearn(engine.plan([3], **GOAL), seed=2), CertifiedResult)

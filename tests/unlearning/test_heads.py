@@ -12,7 +12,6 @@ from opacus_pil.certificates import (
     read_certificate,
     verify_certificate,
 )
-from opacus_pil.heads import FrozenFeatures
 from opacus_pil.unlearning.plan import CertifiedPlan
 from opacus_pil.unlearning.result import CertifiedResult
 from tests.heads.models import (
@@ -27,7 +26,15 @@ from tests.heads.models import (
     linear,
     raw,
 )
-from tests.unlearning.head_runs import CAPS, FLAT, GOAL, columns, unlearning
+from tests.unlearning.head_runs import (
+    CAPS,
+    GOAL,
+    LINEAR,
+    SOFTMAX,
+    columns,
+    on_kept_features,
+    unlearning,
+)
 
 STEPS = 12
 
@@ -50,9 +57,7 @@ ACCEPTED = {
     "other bounds": lambda: (Heads(caps=CAPS, bounds=[0.5, 1.0, 0.7]), 1.0),
     "frozen part": lambda: (Heads(frozen(head()), data=raw(), caps=CAPS), None),
     "frozen, evaluated": lambda: (Heads(quiet(frozen(head())), data=raw(), caps=CAPS), None),
-    "kept features": lambda: (
-        Heads(data=FrozenFeatures(raw(), frozen(head())[:-1], progress=False), caps=CAPS), 1.0
-    ),
+    "kept features": lambda: (on_kept_features(), 1.0),
     "mean of outputs": lambda: (
         Heads(caps=CAPS, data=columns(bounded()), criterion=nn.BCEWithLogitsLoss()), 1.0
     ),
@@ -61,26 +66,20 @@ ACCEPTED = {
         1.0,
     ),
     "Linear on frozen": lambda: (
-        Heads(frozen(linear()), data=binary(raw()), criterion=nn.BCEWithLogitsLoss(), **FLAT), None
+        Heads(frozen(linear()), **LINEAR | {"data": binary(raw())}), None
     ),
-    "bias beside": lambda: (
-        Heads(nn.Linear(WIDTH + 1, 1), data=binary(bounded()), criterion=nn.BCEWithLogitsLoss(),
-              **FLAT), 1.0,
-    ),
+    "bias beside": lambda: (Heads(nn.Linear(WIDTH + 1, 1), **LINEAR), 1.0),
     "Huber": lambda: (
-        Heads(linear(), data=binary(bounded()), criterion=nn.HuberLoss(delta=0.5), rate=0.3,
-              decay=0.03, **FLAT), 1.0,
+        Heads(linear(), rate=0.3, decay=0.03,
+              **LINEAR | {"criterion": nn.HuberLoss(delta=0.5)}), 1.0,
     ),
     "smooth L1": lambda: (
-        Heads(linear(), data=binary(bounded()), criterion=nn.SmoothL1Loss(beta=2.0), **FLAT), 1.0
+        Heads(linear(), **LINEAR | {"criterion": nn.SmoothL1Loss(beta=2.0)}), 1.0
     ),
-    "softmax": lambda: (
-        Heads(linear(CLASSES), criterion=nn.CrossEntropyLoss(), policy="worst_case",
-              clipping="flat", bounds=1.5), 1.0,
-    ),
+    "softmax": lambda: (Heads(linear(CLASSES), bounds=1.5, **SOFTMAX), 1.0),
     "softmax, capped": lambda: (
-        Heads(linear(CLASSES), criterion=nn.CrossEntropyLoss(), clipping="flat", bounds=2.0,
-              caps=np.full(SIZE, 0.8)), 1.0,
+        Heads(linear(CLASSES), bounds=2.0,
+              **SOFTMAX | {"policy": "capped", "caps": np.full(SIZE, 0.8)}), 1.0,
     ),
 }  # fmt: skip
 

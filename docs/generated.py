@@ -23,6 +23,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from opacus_pil import cli
+from opacus_pil.accounting.best_guess import best_guess
 from opacus_pil.certificates import sentences
 from opacus_pil.training import evidence
 
@@ -222,14 +223,12 @@ def sentence_table(table: dict[str, str]) -> str:
 def guess_table(delta: float = 1e-5) -> str:
     """Return what ε allows the best guesser, rounded up.
 
-    Of the best guess whether a coin let a record in: for every test P(false alarm) + e^ε P(miss)
-    ≥ 1 − δ and the same with the two exchanged, by the definition of (ε, δ); their sum says that
-    both errors together are at least 2(1 − δ)/(1 + e^ε), and half of them is how often it is wrong.
+    Of the best guess whether a coin let a record in.
     """
     rows = []
     for epsilon in (0.1, 0.5, 1.0, 2.0, 4.0, 8.0):
         factor = math.ceil(math.exp(epsilon) * 100) / 100
-        right = math.ceil((1 - (1 - delta) / (1 + math.exp(epsilon))) * 1e4) / 100
+        right = math.ceil(best_guess(epsilon, delta=delta) * 1e4) / 100
         rows.append((f"{epsilon:g}", f"{right:.2f} %", f"a factor of {factor:,.2f}"))
     header = (
         "ε",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import __version__
+from ..accounting.best_guess import best_guess
 from ..report import Exposed, Report, Table, render_page, write_page
 from ..report.numbers import down, plain, up
 from ..report.page import listed
@@ -29,24 +30,30 @@ _SHOW = (
     "Show the claim with its neighbouring relation and δ, this verdict with its level, the "
     "conformance table and the hash of the model; not values of single records: no ε covers them."
 )
+_NEIGHBOURS = {"add_remove": "one record more or less", "replace": "one record exchanged"}
 _RELATION = {"pairs": "one record exchanged", "canaries": "one record more or less"}
 
 
 def write(
-    audit: Any, path: str | os.PathLike[str], *, results: Sequence[UnlearningResult] = ()
+    audit: Any,
+    path: str | os.PathLike[str],
+    *,
+    results: Sequence[UnlearningResult] = (),
+    public: bool = False,
 ) -> None:
     """Write the page, mode 0600, whole or not at all.
 
     Args:
         audit: An Audit.
         path: Target file.
-        results: What was forgotten since, oldest first.
+        results: What was forgotten since, oldest first; not on a public page.
+        public: What may be shown only.
 
     Raises:
         ImportError: An extra is missing.
         OSError: The folder is missing or not writable.
     """
-    write_page(path, report_of(audit, results=results))
+    write_page(path, public_report(audit) if public else report_of(audit, results=results))
 
 
 def page(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> str:
@@ -57,11 +64,54 @@ def page(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> str:
     return render_page(report_of(audit, results=results))
 
 
+def public_report(audit: Any) -> Report:
+    """Return what may be shown of an audit: claim, how it was tested, verdict.
+
+    Measurements, bounds and records are on the private page; the verdict is a word that they gave.
+    """
+    claim = audit.claim
+    told = "The claim does not hold for what ran; no ε is stated here."
+    if audit.verdict != "red flag":
+        right = up(100 * best_guess(claim.epsilon, delta=claim.delta))
+        told = (
+            f"ε = {up(claim.epsilon)} at δ = {up(claim.delta)}, {_NEIGHBOURS[claim.neighbours]}, "
+            "if what ran is what was accounted: whoever sees the model guesses rightly in at most "
+            f"{right} % of all cases which of the two it was, by the toss of a coin."
+        )
+    return Report(
+        title=f"Privacy audit: {audit.verdict}",
+        subtitle=f"By opacus_pil {__version__}; an audit never proves privacy",
+        verdict=(
+            ("What is claimed?", told),
+            ("Is it true?", f"{audit.verdict.capitalize()}. {_VERDICTS[audit.verdict]}."),
+            ("Who is exposed?",
+             "This page does not say: which record lost how much depends on the data."),
+        ),
+        tone=_TONES[audit.verdict],
+        constants=(
+            ("claim", f"{_runs(claim)}; δ = {plain(claim.delta)}; neighbours: {claim.neighbours}"),
+            ("test", _design(audit.design)),
+            ("model, SHA-256", str(audit.hashes["model"])),
+            ("opacus_pil", __version__),
+        ),
+        limits=(
+            "How the tests came out: bounds and measurements are on the private page.",
+            "N, which is public: rate and divisor tell it nearly.",
+            "Trials of hyper-parameters on the private data: they are in no ε here.",
+        ),
+        public=True,
+        depends="The verdict is the one word that depends on the data.",
+    )  # fmt: skip
+
+
+def _runs(claim: Any) -> str:
+    return ", ".join(f"{n:,} steps of noise {plain(z)} at rate {plain(q)}"
+                     for z, q, n in claim.runs)  # fmt: skip
+
+
 def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report:
     """Return an audit, and what was forgotten since, as plain records of the report."""
     claim, upper = audit.claim, audit.upper
-    steps = ", ".join(f"{n:,} steps of noise {plain(z)} at rate {plain(q)}"
-                      for z, q, n in claim.runs)  # fmt: skip
     because = f": {listed(audit.reasons)}" if audit.reasons else ""
     most = audit.exposed[0] if audit.exposed else None
     known = audit.records is not None
@@ -81,6 +131,7 @@ def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report
         facts=(
             (f"claimed ε at δ = {plain(claim.delta)}", up(claim.epsilon)),
             ("largest lower bound", down(max((b.epsilon for b in audit.lower), default=None))),
+            ("the claim by Rényi, as records are", up(audit.worst_case_epsilon)),
             ("most exposed record (Rényi)", up(None if most is None else most.epsilon)),
             ("median record (Rényi)", up(audit.spread["median"])),
         ),
@@ -90,7 +141,7 @@ def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report
         requests=tuple(requests),
         claims=claims_of(results, titles=[request.title for request in requests]),
         constants=(
-            ("claim", f"{steps}; δ = {plain(claim.delta)}; neighbours: {claim.neighbours}"),
+            ("claim", f"{_runs(claim)}; δ = {plain(claim.delta)}; neighbours: {claim.neighbours}"),
             ("test", _design(audit.design)),
             ("model, SHA-256", str(audit.hashes["model"])),
             ("scores, SHA-256", str(audit.hashes["scores"] or "none")),

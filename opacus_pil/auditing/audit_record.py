@@ -113,23 +113,29 @@ class Audit:
         )  # fmt: skip
 
     def write_report(
-        self, path: str | os.PathLike[str], *, results: Sequence[UnlearningResult] = ()
+        self,
+        path: str | os.PathLike[str],
+        *,
+        results: Sequence[UnlearningResult] = (),
+        public: bool = False,
     ) -> None:
         """Write the report page: one HTML file, mode 0600, that loads nothing from outside.
 
         Args:
             path: Target file; the old one stays whole until the new one is complete.
-            results: What the audited model has forgotten since, oldest first.
+            results: What the audited model has forgotten since, oldest first; not on a public page.
+            public: The claim, how it was tested and the verdict only: no measurement, no value of a
+                record, no distribution. That page may be shown.
 
         Raises:
             ImportError: An extra is missing; install `report`.
             OSError: The folder is missing or not writable.
 
-        Privacy: the page shows values that no ε covers, and says so at its top.
+        Privacy: unless `public` the page shows values that no ε covers, and says so at its top.
         """
         from .audit_page import write  # the optional extra
 
-        write(self, path, results=results)
+        write(self, path, results=results, public=public)
 
     def write_json(self, path: str | os.PathLike[str]) -> None:
         """Write `to_json`, mode 0600, whole or not at all."""

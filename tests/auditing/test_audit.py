@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from opacus_pil import UnlearningEngine, audit, replay
+from opacus_pil.accounting.best_guess import best_guess
 from opacus_pil.accounting.pld import tight_epsilon
 from opacus_pil.auditing import Claim, Shadow, canary_split, watch
 from opacus_pil.auditing.audit_page import page
 from opacus_pil.auditing.membership_test import margin_of
 from opacus_pil.cli import main
+from opacus_pil.report.numbers import up
 from tests.auditing.runs import digits, private, train
 from tests.report.runs import Page, certified, uncertified
 
@@ -225,6 +227,37 @@ def test_the_first_screen_answers_three_questions(found):
     assert "http" not in html.replace("http-equiv", "")
     assert 'id="rows"' not in html  # single records only where they were asked for
     assert "This file is private." in html
+
+
+def test_what_may_be_shown_holds_claim_test_and_verdict_only(found, tmp_path):
+    found.write_report(tmp_path / "p.html", results=[certified()], public=True)
+    html = (tmp_path / "p.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert "Constants only." in page.text
+    assert "The verdict is the one word that depends on the data." in page.text
+    claimed = up(found.claim.epsilon)
+    right = up(100 * best_guess(found.claim.epsilon, delta=found.claim.delta))
+    assert f"ε = {claimed} at δ = " in page.text
+    assert f"at most {right} % of all cases" in page.text
+    assert found.verdict in page.text
+    assert found.hashes["model"] in page.text
+    upper = dataclasses.replace(found.upper, epsilon=0.37 * found.upper.epsilon)
+    other = dataclasses.replace(found, upper=upper, exposed=(), lower=(), p_values=(), attack=None)
+    other.write_report(tmp_path / "other.html", public=True)
+    assert (tmp_path / "other.html").read_text(encoding="utf-8") == html
+    assert found.hashes["scores"] is None or found.hashes["scores"] not in html
+    assert page.rows is None
+    assert "svg" not in page.tags
+    for words in ("Forgetting", "ε at least", "AUC", "most exposed"):
+        assert words not in page.text.split("What each number means")[0]
+
+
+def test_a_red_flag_states_no_epsilon_in_public(found, tmp_path):
+    broken = dataclasses.replace(found, verdict="red flag")
+    broken.write_report(tmp_path / "p.html", public=True)
+    text = Page((tmp_path / "p.html").read_text(encoding="utf-8")).text
+    assert "no ε is stated here" in text
+    assert up(found.claim.epsilon) not in text
 
 
 def test_what_was_forgotten_since_joins_the_page(found, tmp_path):

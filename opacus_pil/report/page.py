@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from ..files.container import write_atomic
@@ -134,10 +135,14 @@ def render_page(report: Report) -> str:
 def write_page(path: str | os.PathLike[str], report: Report) -> None:
     """Write `render_page` to a file that only its owner may read (mode 0600), whole or not at all.
 
+    The day of writing (UTC) joins the constants.
+
     Raises:
         OSError: The folder is missing or not writable.
     """
     # Ids are anybody's texts: a lone surrogate has no UTF-8 and must not cost the report.
+    day = datetime.now(UTC).date().isoformat()
+    report = replace(report, constants=(*report.constants, ("written (UTC)", day)))
     page = render_page(report).encode("utf-8", errors="backslashreplace")
     write_atomic(path, page, private=True)
 

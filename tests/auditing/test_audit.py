@@ -18,62 +18,24 @@ from opacus_pil.auditing.audit_page import page
 from opacus_pil.auditing.membership_test import margin_of
 from opacus_pil.cli import main
 from opacus_pil.report.numbers import up
-from tests.auditing.runs import digits, private, train
+from tests.auditing.runs import (
+    RATE,
+    STEPS,
+    described,
+    digits,
+    halves,
+    make_model,
+    private,
+    train,
+    weights_after,
+)
 from tests.report.runs import Page, certified, uncertified
-
-RATE = 1 / 10
-STEPS = 20
-
-
-def halves(size=600, seed=3):
-    rows = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(digits(), rows[: size // 2]), Subset(digits(), rows[size // 2 :])
-
-
-def make_model():
-    return nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
-
-
-def weights_after(dataset, *, noise=1.0, rate=RATE, steps=STEPS, lr=0.5, epochs=0):
-    """Plain DP-SGD by hand (or, without noise, plain descent): weights before and after."""
-    torch.manual_seed(0)
-    module = make_model()
-    kept = {0: {k: v.clone() for k, v in module.state_dict().items()}}
-    from opacus import PrivacyEngine
-
-    if epochs:
-        inputs, targets = (torch.stack([dataset[i][j] for i in range(len(dataset))])
-                           for j in range(2))  # fmt: skip
-        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-        for _ in range(epochs):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(module(inputs), targets).backward()
-            optimizer.step()
-        kept[steps] = {k: v.clone() for k, v in module.state_dict().items()}
-        return kept
-    engine = PrivacyEngine(accountant="rdp")
-    wrapped, optimizer, loader = engine.make_private(
-        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=lr),
-        data_loader=torch.utils.data.DataLoader(dataset, batch_size=int(len(dataset) * rate)),
-        noise_multiplier=noise, max_grad_norm=1.0,
-    )  # fmt: skip
-    train(wrapped, optimizer, nn.CrossEntropyLoss(), loader, steps=steps)
-    kept[steps] = {k: v.clone() for k, v in wrapped.state_dict().items()}
-    return kept
 
 
 @pytest.fixture(scope="module")
 def ordinary():
     inside, outside = halves()
     return inside, outside, weights_after(inside)
-
-
-def described(inside, checkpoints, **changed):
-    return {
-        "make_model": make_model, "checkpoints": checkpoints, "dataset": inside,
-        "noise_multiplier": 1.0, "max_grad_norm": 1.0, "sample_rate": RATE, "steps": STEPS,
-        "delta": 1e-5, "criterion": nn.CrossEntropyLoss(), "exposed": 1, **changed,
-    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from opacus_pil import audit
 from opacus_pil.plots import epsilon_histogram
 from opacus_pil.report import Exposed, Illustration, Report, Section, Table, write_page
 from opacus_pil.report import write_report as write_summary
+from tests.auditing.runs import described, halves, weights_after
 from tests.report.runs import HOSTILE, certified, everyone, uncertified
 from tests.report.test_summary import summary
 
@@ -26,7 +28,7 @@ pytestmark = [
 selenium = pytest.importorskip("selenium", reason='pip install "opacus-pil[dev]"')
 
 SIZE = 50_000
-KINDS = ["run", "certified", "uncertified", "summary"]
+KINDS = ["run", "audit", "public", "certified", "uncertified", "summary"]
 KEPT = Path(__file__).parents[2] / "out-pages"  # git ignores out*: to look at after a failure
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -87,6 +89,13 @@ def pages(tmp_path_factory) -> Path:
         folder / "summary.html", title="A demo", summary=summary(),
         sections=[Section("A section", "Text.", [picture])],
     )  # fmt: skip
+    inside, outside = halves()
+    audited = audit(
+        **described(inside, weights_after(inside), held_out=outside, split="random"),
+        per_record=True,
+    )
+    audited.write_report(folder / "audit.html")
+    audited.write_report(folder / "public.html", public=True)
     certified().write_report(folder / "certified.html")
     uncertified().write_report(folder / "uncertified.html")
     return folder

@@ -6,6 +6,7 @@ import math
 import re
 import stat
 import uuid
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -159,6 +160,12 @@ def test_the_verdict_gives_opacus_number_and_what_a_guesser_can_do_with_it(run, 
     for text in (page.text, public):
         assert f"ε is {rounded_up(epsilon, digits=4)} at δ = 0.001" in text
         assert f"guesses rightly in at most {right} % of all cases" in text
+
+
+def test_a_page_says_when_it_was_written(page):
+    today = datetime.now(UTC).date()
+    near = {(today - timedelta(days=days)).isoformat() for days in (0, 1)}  # midnight may pass
+    assert any(f"written (UTC) {day}" in page.text for day in near)
 
 
 @pytest.mark.parametrize("public", [False, True])

@@ -27,8 +27,8 @@ _VERDICTS = {
 }
 _TONES = {"consistent": "good", "red flag": "bad", "no power": "careful"}
 _SHOW = (
-    "Show the claim with its neighbouring relation and δ, this verdict with its level, the "
-    "conformance table and the hash of the model; not values of single records: no ε covers them."
+    "What `public=True` writes: the claim with its neighbouring relation and δ, how it was tested, "
+    "the verdict and the hash of the model; not values of single records: no ε covers them."
 )
 _NEIGHBOURS = {"add_remove": "one record more or less", "replace": "one record exchanged"}
 _RELATION = {"pairs": "one record exchanged", "canaries": "one record more or less"}
@@ -76,7 +76,7 @@ def public_report(audit: Any) -> Report:
         told = (
             f"ε = {up(claim.epsilon)} at δ = {up(claim.delta)}, {_NEIGHBOURS[claim.neighbours]}, "
             "if what ran is what was accounted: whoever sees the model guesses rightly in at most "
-            f"{right} % of all cases which of the two it was, by the toss of a coin."
+            f"{right} % of all cases whether one record was used, by the toss of a coin."
         )
     return Report(
         title=f"Privacy audit: {audit.verdict}",

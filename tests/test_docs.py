@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from opacus_pil import PerInstancePrivacyEngine
+from opacus_pil.accounting.shown import rounded_up
+from opacus_pil.datasets import load
 from tests.site_pages import DOCS, generated
 
 # Each trains something; the page about heads also unlearns it.
@@ -29,6 +33,48 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, page, "exec"), names)
     return names, printed.getvalue()
+
+
+def readme_training(*, epochs: int, **options: Any) -> PerInstancePrivacyEngine:
+    """Train as the README's first example does, and return the engine."""
+    torch.manual_seed(0)
+    digits = load("digits")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    engine = PerInstancePrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(digits.images, digits.labels), batch_size=64
+        ),
+        noise_multiplier=1.0, max_grad_norm=1.0, criterion=torch.nn.CrossEntropyLoss(), **options,
+    )  # fmt: skip
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return engine
+
+
+def two_worst_cases(engine: PerInstancePrivacyEngine) -> tuple[float, float]:
+    """Return Opacus's ε and the worst case beside the per-instance values, at δ = 0.001."""
+    return engine.get_epsilon(1e-3), float(engine.get_per_instance_epsilon(1e-3).worst_case)
+
+
+def test_the_two_worst_cases_are_those_on_the_page_about_numbers() -> None:
+    text = (DOCS / "numbers.md").read_text(encoding="utf-8")
+    for epochs, named in ((1, "1 epoch"), (2, "2 epochs"), (20, "20 epochs")):
+        opacus, ours = two_worst_cases(readme_training(epochs=epochs))
+        assert f"| {named} | {rounded_up(opacus)} | {rounded_up(ours)} |" in text
+        assert 1.1 <= ours / opacus <= 1.5  # "10 to 30 %", "half as much again"
+
+
+@pytest.mark.filterwarnings("ignore:.*poisson_sampling=False.*")  # what the page speaks of
+def test_without_poisson_sampling_opacus_claims_what_the_page_about_numbers_says() -> None:
+    text = (DOCS / "numbers.md").read_text(encoding="utf-8")
+    opacus, ours = two_worst_cases(readme_training(epochs=1, poisson_sampling=False))
+    assert f"`get_epsilon` {rounded_up(opacus)} there" in text
+    assert f"no such help, {rounded_up(ours)} (" in text
 
 
 def test_the_page_about_heads_ends_with_a_verified_certificate(tmp_path, monkeypatch) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from opacus_pil import PerInstancePrivacyEngine
+from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
 from opacus_pil.accounting.shown import rounded_up
+from opacus_pil.cli import main
 from opacus_pil.datasets import load
+from opacus_pil.errors import LedgerError
 from tests.site_pages import DOCS, generated
 
 # Each trains something; the page about heads also unlearns it.
 pytestmark = pytest.mark.slow
 
+NAMED = re.compile(r'^```python title="my_run.py"\n(.*?)^```$', flags=re.M | re.S)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.M | re.S)
 
 
@@ -33,6 +39,14 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, page, "exec"), names)
     return names, printed.getvalue()
+
+
+def shell(page: str) -> list[list[str]]:
+    """Return the arguments of every `opacus-pil` command that a page shows in a shell."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.M | re.S)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == "opacus-pil"]
 
 
 def readme_training(*, epochs: int, **options: Any) -> PerInstancePrivacyEngine:
@@ -83,6 +97,14 @@ def test_the_page_about_heads_ends_with_a_verified_certificate(tmp_path, monkeyp
     assert names["report"].holds
     assert names["report"].covers
     assert names["engine"].per_instance.guarantee == "bound"
+    # "most patients above 10, the worst above 20"
+    spent = names["engine"].get_per_instance_epsilon(1e-3).epsilon
+    assert np.median(spent) > 10
+    assert max(spent) > 20
+    assert names["shorter"].noise_burst > 1
+    assert names["shorter"].epsilon <= 1
+    (command,) = shell("certified_heads.md")
+    assert main(command) == 0  # the files have the names that the page says
 
 
 def test_the_page_for_opacus_users_does_what_it_says(tmp_path, monkeypatch) -> None:
@@ -100,6 +122,52 @@ def test_the_page_about_deletions_serves_both_requests(tmp_path, monkeypatch) ->
     assert [request.state for request in names["served"]] == ["done", "done"]
     assert set(names["unlearning"].forgotten) == {7, 42, 43}
     assert re.search(r"^dp_sgd +not possible", printed, flags=re.M)  # at this ε, as it says
+    assert "langevin: 14 of 15 met" in printed
+    left = {re.sub("-[0-9a-f]{32}", "-…", path.name) for path in Path("requests").iterdir()}
+    assert left == {"requests.db", "serving.lock", "state-….pt"}  # no certificate, as it says
+    assert "person-0100" in Path("deletion.html").read_text(encoding="utf-8")
+    assert "person-0100" not in Path("deletion-public.html").read_text(encoding="utf-8")
+    assert names["engine"].per_instance.guarantee == "bound"  # trained on without them
+    with pytest.raises(LedgerError):
+        names["unlearning"].plan(["person-0100"], steps=5)
+
+
+def test_the_page_about_deletions_says_what_its_example_lacks(tmp_path, monkeypatch) -> None:
+    text = (DOCS / "deletion_requests.md").read_text(encoding="utf-8")
+    (program,) = NAMED.findall(text)
+    blocks = BLOCK.findall(text)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks[0], "deletion_requests.md", "exec"), {})  # trains, leaves run.pt
+    names: dict[str, Any] = {}
+    exec(compile(program, "my_run.py", "exec"), names)
+    engine, model, optimizer = names["deployed"]()
+    needs = UnlearningEngine(
+        model, optimizer=optimizer, dataset=names["data"], criterion=names["criterion"],
+        privacy_engine=engine, feature_norm=10.0, progress=False,
+    ).requirements("langevin")  # fmt: skip
+    assert len(needs) == 28
+    (missing,) = needs.missing
+    assert missing.condition.startswith("clip bounds that no gradient reaches (6.94")
+
+
+def test_the_page_about_deletions_serves_from_the_shell(tmp_path, monkeypatch, capsys) -> None:
+    text = (DOCS / "deletion_requests.md").read_text(encoding="utf-8")
+    (program,) = NAMED.findall(text)
+    run("deletion_requests.md", tmp_path, monkeypatch)
+    Path("my_run.py").write_text(program, encoding="utf-8")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        for command in shell("deletion_requests.md"):
+            if "requests-head/certificate-1.json" not in command:  # of the page about heads
+                # 1: the plan is to train again, as the page says.
+                assert main(command) == (1 if command[0] == "plan" else 0), command
+    finally:
+        sys.modules.pop("my_run", None)
+    printed = capsys.readouterr().out
+    assert re.search("case-3 .*done", printed)
+    assert "0 steps" in printed
+    assert "The certificate holds." in printed
+    assert Path("report.html").exists()
 
 
 def test_the_page_for_auditors_finds_a_correct_training_consistent(tmp_path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,16 +25,28 @@ from tests.site_pages import DOCS, generated
 # Each trains something; the page about heads also unlearns it.
 pytestmark = pytest.mark.slow
 
-NAMED = re.compile(r'^```python title="my_run.py"\n(.*?)^```$', flags=re.M | re.S)
+NAMED = re.compile(r'^```\w+ title="([\w.]+)"\n(.*?)^```$', flags=re.M | re.S)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", flags=re.M | re.S)
 
 
+def files(page: str) -> dict[str, str]:
+    """Return the files that a page shows whole, by name."""
+    return dict(NAMED.findall((DOCS / page).read_text(encoding="utf-8")))
+
+
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
-    """Run a page's blocks in order; return the names they leave and what they printed."""
+    """Run a page's blocks in order; return the names they leave and what they printed.
+
+    Blocks that are files (`title=`) are written first, and can be imported.
+    """
     text = generated.filled((DOCS / page).read_text(encoding="utf-8"))
     blocks = BLOCK.findall(text)
     assert blocks
     monkeypatch.chdir(folder)  # for what it writes
+    monkeypatch.syspath_prepend(folder)
+    for name, content in files(page).items():
+        Path(name).write_text(content, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, Path(name).stem, raising=False)
     names: dict[str, Any] = {}
     code = "import torch\ntorch.manual_seed(0)\n" + "\n".join(blocks)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -115,6 +128,15 @@ def test_the_page_for_opacus_users_does_what_it_says(tmp_path, monkeypatch) -> N
     assert spent.guarantee == "estimate"
     assert 0 < spent.ties < len(spent)
     assert (tmp_path / "run.pt").stat().st_mode & 0o777 == 0o600
+    assert names["theirs"].guarantee == "bound"
+    assert len(names["theirs"]) == 599
+    assert "image-0017" in Path("report.html").read_text(encoding="utf-8")
+    assert "image-0017" not in Path("report-public.html").read_text(encoding="utf-8")
+    # and from the shell, by a function `engine()` in my_run.py
+    monkeypatch.setitem(sys.modules, "my_run", SimpleNamespace(engine=lambda: names["resumed"]))
+    for command in shell("opacus_user.md"):
+        Path(command[command.index("--out") + 1]).unlink()
+        assert main(command) == 0
 
 
 def test_the_page_about_deletions_serves_both_requests(tmp_path, monkeypatch) -> None:
@@ -133,13 +155,11 @@ def test_the_page_about_deletions_serves_both_requests(tmp_path, monkeypatch) ->
 
 
 def test_the_page_about_deletions_says_what_its_example_lacks(tmp_path, monkeypatch) -> None:
-    text = (DOCS / "deletion_requests.md").read_text(encoding="utf-8")
-    (program,) = NAMED.findall(text)
-    blocks = BLOCK.findall(text)
+    blocks = BLOCK.findall((DOCS / "deletion_requests.md").read_text(encoding="utf-8"))
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks[0], "deletion_requests.md", "exec"), {})  # trains, leaves run.pt
     names: dict[str, Any] = {}
-    exec(compile(program, "my_run.py", "exec"), names)
+    exec(compile(files("deletion_requests.md")["my_run.py"], "my_run.py", "exec"), names)
     engine, model, optimizer = names["deployed"]()
     needs = UnlearningEngine(
         model, optimizer=optimizer, dataset=names["data"], criterion=names["criterion"],
@@ -151,18 +171,11 @@ def test_the_page_about_deletions_says_what_its_example_lacks(tmp_path, monkeypa
 
 
 def test_the_page_about_deletions_serves_from_the_shell(tmp_path, monkeypatch, capsys) -> None:
-    text = (DOCS / "deletion_requests.md").read_text(encoding="utf-8")
-    (program,) = NAMED.findall(text)
     run("deletion_requests.md", tmp_path, monkeypatch)
-    Path("my_run.py").write_text(program, encoding="utf-8")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    try:
-        for command in shell("deletion_requests.md"):
-            if "requests-head/certificate-1.json" not in command:  # of the page about heads
-                # 1: the plan is to train again, as the page says.
-                assert main(command) == (1 if command[0] == "plan" else 0), command
-    finally:
-        sys.modules.pop("my_run", None)
+    for command in shell("deletion_requests.md"):
+        if "requests-head/certificate-1.json" not in command:  # of the page about heads
+            # 1: the plan is to train again, as the page says.
+            assert main(command) == (1 if command[0] == "plan" else 0), command
     printed = capsys.readouterr().out
     assert re.search("case-3 .*done", printed)
     assert "0 steps" in printed
@@ -170,10 +183,21 @@ def test_the_page_about_deletions_serves_from_the_shell(tmp_path, monkeypatch, c
     assert Path("report.html").exists()
 
 
-def test_the_page_for_auditors_finds_a_correct_training_consistent(tmp_path, monkeypatch) -> None:
+def test_the_page_for_auditors_finds_a_correct_training_consistent(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    with monkeypatch.context() as patch:  # `python train.py`
+        patch.chdir(tmp_path)
+        exec(compile(files("auditor.md")["train.py"], "train.py", "exec"), {"__name__": "__main__"})
     names, _ = run("auditor.md", tmp_path, monkeypatch)
     assert names["check"].verdict == "consistent"
     assert 0 < names["bound"].epsilon <= names["bound"].ceiling
+    assert names["found"].verdict == "no power"
+    assert Path("audit.html").exists()
+    codes = [main(command) for command in shell("auditor.md")]
+    assert codes == [0, 3]  # an account; no power, as the page says
+    assert "897 pairs" in capsys.readouterr().out
+    assert Path("audit/audit.html").exists()
 
 
 def test_the_page_for_researchers_compares_with_retraining(tmp_path, monkeypatch) -> None:

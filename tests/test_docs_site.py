@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -197,6 +198,49 @@ class TestBuilt:
         assert {"opacus-pil", "opacus-pil verify", "opacus-pil requests submit"} <= set(names)
         for name in names:
             assert f"usage: {name} " in page
+
+
+# --- in a browser, from a folder ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="no Chromium here: apt-get install chromium chromium-driver",
+)
+@pytest.mark.parametrize("page", ["index.html", "api/unlearning.html"])
+def test_search_works_where_pages_are_opened_as_files(site: Path, page: str, tmp_path) -> None:
+    webdriver = pytest.importorskip("selenium.webdriver", reason='pip install "opacus-pil[dev]"')
+    from selenium.webdriver.chrome.service import Service
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        browser.set_window_size(1300, 900)
+        browser.get((site / page).as_uri())
+        browser.execute_script("document.querySelector('[for=__search]').click()")
+        wait = WebDriverWait(browser, 20)
+        field = browser.find_element("css selector", "input.md-search__input")
+        wait.until(lambda _: field.is_displayed())
+        field.send_keys("unlearn")
+        wait.until(lambda b: b.find_elements("css selector", ".md-search-result__link"))
+        found = [
+            link.get_attribute("href")
+            for link in browser.find_elements("css selector", ".md-search-result__link")
+        ]
+        assert (site / "api/unlearning.html").as_uri() in {link.partition("?")[0] for link in found}
+        assert browser.get_log("browser") == []  # nothing was refused, nothing failed
+    finally:
+        browser.quit()
 
 
 # --- what generates it ----------------------------------------------------------------------------

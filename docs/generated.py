@@ -45,7 +45,7 @@ ROOMS = (
 )
 
 # Modules without a façade, each for a framework of its own.
-FRAMEWORKS = ("huggingface", "lightning")
+FRAMEWORKS = ("huggingface", "lightning", "tensorboard", "scalars")
 
 
 def exported(facade: Path) -> dict[str, str]:

@@ -222,8 +222,8 @@ def test_the_page_about_integrations_runs_and_verifies_what_it_forgets(
 ) -> None:
     text = (DOCS / "integrations.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    assert len(blocks) == 4
-    monkeypatch.chdir(tmp_path)  # where the certificate is written
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)  # where certificate and log are written
     names: dict[str, Any] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -233,4 +233,5 @@ def test_the_page_about_integrations_runs_and_verifies_what_it_forgets(
     assert (tmp_path / "patient-117.json").exists()
     assert names["engine"].per_instance.steps == 5
     assert names["lightning_engine"].per_instance.guarantee == "output_specific"
-    assert "epsilon" in printed.getvalue()
+    assert list((tmp_path / "runs" / "one").iterdir())
+    assert "'epsilon'" in printed.getvalue()

@@ -70,8 +70,8 @@ SETTINGS = {
         noise_std=0.1, steps=200, weight_decay=4e-3, public_epochs=60,
     ),
     "mnist5k": Settings(
-        sizes={"public": 1000, "train": 3000, "test": 1000},
-        noise_std=0.05, steps=311, weight_decay=3e-3,
+        sizes={"public": 1000, "train": 2000, "test": 1000},
+        noise_std=0.06, steps=200, weight_decay=4e-3,
     ),
 }  # fmt: skip
 

@@ -25,6 +25,16 @@ from ..unlearning import CertifiedPlan, UnlearningEngine
 from .settings import Settings
 from .trials import without_notices
 
+_TEN_CLASSES = {  # those of benchmarks/README.md; the demo has fewer images and steps
+    **head.SETTINGS,
+    "mnist5k": replace(
+        head.SETTINGS["mnist5k"],
+        sizes={"public": 1000, "train": 3000, "test": 1000},
+        noise_std=0.05,
+        steps=311,
+        weight_decay=3e-3,
+    ),
+}
 _SEARCH = 20_000  # steps; more than any sensible run, so that the worst case is found too
 _LONGEST_RUN = 600  # beyond it accuracy is not looked at
 
@@ -54,7 +64,7 @@ def certified_claim(config: Mapping[str, Any]) -> dict[str, Any]:
 @without_notices()
 def ten_class_claim(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same for ten classes, one output each, on features of a network of public images."""
-    settings = head.SETTINGS[config["dataset"]]
+    settings = _TEN_CLASSES[config["dataset"]]
     if config["steps"] is not None:
         settings = replace(settings, steps=config["steps"])
     parts = datasets.split(

@@ -10,13 +10,14 @@ bits.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from ..run import Run, Watch, require_runnable
 from ..saved_state import load, saved
 from ..state import TrainedState
 from .batching import Planned, together
-from .queue import Request, RequestQueue
+from .queue import Belonging, Request, RequestQueue
 from .served import Served
 from .server import Batch, Server
 
@@ -80,7 +81,8 @@ class Serving:
         progress: As in UnlearningEngine.
 
     Raises:
-        LedgerError: What was served is of other data or another engine.
+        LedgerError: The requests or what was served are of other data, another model or another
+            engine.
     """
 
     def __init__(self, queue: RequestQueue, state: TrainedState, *, progress: bool) -> None:
@@ -88,7 +90,7 @@ class Serving:
         self._rehearsals = Rehearsals(state)
         self._file: str | None = None  # name of the file with this state, once it was served
         self._untouched = False  # the model was looked at for this batch
-        self._require_queued_data()
+        self._require_ours(queue.belonging)
         self._go_on()
 
     def submit(self, rows: IntArray, *, request_id: str) -> Request:
@@ -99,9 +101,14 @@ class Serving:
                 f"Expected a forget set that leaves something to train on, got all {data.size} "
                 "rows. Delete the model instead."
             )
-        self._require_queued_data()
-        ids = data.ids.of(rows) if data.ids.given else None
-        return self.queue.submit(request_id, rows, ids=ids, data=data.state())
+        return self.queue.submit(
+            request_id,
+            rows,
+            ids=data.ids.of(rows) if data.ids.given else None,
+            data=data.state(),
+            model=None if self._untrained else self._state.model_hash,
+            require=self._require_ours,
+        )
 
     def serve(
         self,
@@ -131,11 +138,57 @@ class Serving:
 
     # --- before the first batch ---------------------------------------------------------------
 
-    def _require_queued_data(self) -> None:
-        """Raise if the rows in the queue are those of other data, or in another order."""
-        data = self.queue.data
-        if data is not None:
-            self._state.data.require_state(data)
+    @property
+    def _untrained(self) -> bool:
+        """Whether this is the architecture alone, which nobody deployed."""
+        return self._state.account is not None and self._state.training_steps == 0
+
+    def _require_ours(self, found: Belonging) -> None:
+        """Raise if the rows in the queue are those of other data, or it is about another model.
+
+        The architecture alone is about no model yet: it becomes what was served last. So may a
+        model without a ledger, of which nobody can tell whether it was trained. An earlier release
+        that served last kept no hash to compare with.
+        """
+        if found.data is not None:
+            with self._named_folder():
+                self._state.data.require_state(found.data)
+        unknown = self._untrained or (
+            found.served and (self._state.account is None or found.served_model is None)
+        )
+        if found.models and not unknown and self._state.model_hash not in found.models:
+            raise self._another_model(found)
+
+    def _require_served_model(self) -> None:
+        """Raise unless the model is the one that is served next: the last one, or the deployed."""
+        found, state = self.queue.belonging, self._state
+        if not found.models and not found.served and self._untrained:
+            raise LedgerError(
+                f"Expected the deployed model to serve the requests in {self.queue.folder} from, "
+                "got one that was trained for 0 steps. Let whatever builds the engine load it: "
+                "load_checkpoint."
+            )
+        expected = found.served_model if found.served else next(iter(found.models), None)
+        if expected not in (None, state.model_hash):  # None: an earlier release kept no hash
+            raise self._another_model(found)
+
+    def _another_model(self, found: Belonging) -> LedgerError:
+        last = found.served_model or found.models[-1]
+        return LedgerError(
+            f"Expected the model that the requests in {self.queue.folder} are about, got model "
+            f"{self._state.model_hash[:12]}: the folder belongs to model {last[:12]}. A "
+            "certificate would be about weights that nobody deployed. Let whatever builds the "
+            "engine load the deployed model (load_checkpoint) instead of training one anew; or, if "
+            "this one is deployed, submit to another folder."
+        )
+
+    @contextlib.contextmanager
+    def _named_folder(self) -> Iterator[None]:
+        """Say whose folder it is where something in it is of others."""
+        try:
+            yield
+        except LedgerError as error:
+            raise LedgerError(f"{error} Folder of the requests: {self.queue.folder}.") from error
 
     def _go_on(self) -> None:
         """Become what was served last, unless that is known already.
@@ -154,21 +207,25 @@ class Serving:
                         "copy of the folder."
                     ) from error
                 continue
-            load(self._state, kept)
+            with self._named_folder():
+                load(self._state, kept)
             self._file = path.name
 
     def _begin(self, server: Server) -> None:
         """Refuse what nobody could be served with, and put the state that is there on disk."""
         state = self._state
-        self._require_queued_data()
+        self._require_ours(self.queue.belonging)
         self._go_on()
+        self._require_served_model()
         state.data.require_same()
         self._rehearsals = Rehearsals(state)
         self._rehearsals.without(_NO_ROWS)
         state.data.erase(state.forgotten)  # whom a killed server had served
         if self._file is None:
+            state.require_untouched()  # what lies in the folder is taken for the deployed one
             self._file = _write_state(state, self.queue.folder)
-            server.begin(self._file, data=state.data.state())
+        if self.queue.belonging.served_model is None:
+            server.begin(self._file, data=state.data.state(), model=state.model_hash)
 
     # --- one batch after the other ------------------------------------------------------------
 
@@ -268,7 +325,7 @@ class Serving:
             "batch": batch.number, "rows_in_batch": 0,
             "status": "forgotten before", "steps": 0, "state_file": self._file,
         }  # fmt: skip
-        server.finish(batch, state_file=self._file, result=result)
+        server.finish(batch, state_file=self._file, model=self._state.model_hash, result=result)
 
     def _serve_batch(self, batch: Batch, plan: UnlearningPlan, service: Service) -> None:
         server = service.server
@@ -294,7 +351,7 @@ class Serving:
             if isinstance(done, CertifiedResult):
                 path = self.queue.folder / f"certificate-{batch.number}.json"
                 result |= _certified(done, path)
-            server.finish(batch, state_file=name, result=result)
+            server.finish(batch, state_file=name, model=self._state.model_hash, result=result)
             self._file = name
         self._state.data.erase(self._state.forgotten)
 

@@ -446,7 +446,8 @@ class UnlearningEngine:
 
         Returns:
             The requests that were done or failed, in that order: a list, whose
-            `.verify(model=, ids=)` reads a certificate and recomputes it.
+            `.verify(model=, ids=)` reads a certificate and recomputes it. `model.pt` in the folder
+            holds the weights after the last of them.
 
         Raises:
             ValueError: Arguments that make no plan, or an engine without requests.

@@ -457,7 +457,7 @@ def test_nothing_that_was_computed_with_a_forgotten_instance_is_left(dataset, tm
     engine.submit([3], request_id="ada")
     engine.serve(steps=4, checkpoint_every=2)
     left = {path.name for path in engine.requests.folder.iterdir()}
-    assert left == {"requests.db", "serving.lock", engine.requests.state_file.name}
+    assert left == {"requests.db", "serving.lock", "model.pt", engine.requests.state_file.name}
     assert not trained.exists()
     assert not engine._state.optimizer.state  # no momentum
     state = load_state(engine.requests.state_file, kind="served model")

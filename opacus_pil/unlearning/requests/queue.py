@@ -87,7 +87,8 @@ class RequestQueue:
     Any number of processes may submit and read meanwhile.
 
     Args:
-        folder: Holds the database, the model served last and the run in progress. Made (mode 0700)
+        folder: Holds the database, the model served last (its state, and its weights alone in
+            `model.pt`), the certificates and the run in progress. Made (mode 0700)
             if missing; its parent must exist. On a local disk: neither SQLite's write-ahead log nor
             the lock works between machines.
         busy_timeout: Seconds to wait for another process's transaction, >= 0.

@@ -12,6 +12,7 @@ from ...certificates.verification import verify_certificate
 from ...certificates.verification_report import VerificationReport
 from ...errors import CertificateError
 from ...files.model_hash import model_hash
+from .model_file import NAME
 from .queue import Request
 
 
@@ -26,6 +27,11 @@ class Served(list[Request]):
     def __init__(self, requests: Iterable[Request], *, folder: Path) -> None:
         super().__init__(requests)
         self.folder = folder
+
+    @property
+    def model(self) -> Path:
+        """The file of the weights after the last request, once one is done; see `model_file`."""
+        return self.folder / NAME
 
     @property
     def certificates(self) -> tuple[Path, ...]:

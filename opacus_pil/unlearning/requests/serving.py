@@ -1,11 +1,13 @@
 """Serving the queue: the run of each batch, and what is on disk at every moment.
 
 Knows the state of a model and the queue; how either keeps its promises is theirs. The order of
-writes is the whole point. A batch is recorded with its seed before it runs, the new state lies on
-disk under a name made of its content before one transaction makes it the served one and the
-requests done, and what was computed with the forget set is deleted after that, by the next server
-if need be. So whoever takes over at any moment repeats the same run on the same model to the same
-bits.
+writes is the whole point. A batch is recorded with its seed before it runs. Then the new state lies
+on disk under a name made of its content; `model.pt` becomes its model, so that no request is done
+beside weights that still know who asked; then the certificate, so that it never lies beside weights
+of before; then one transaction makes the state the served one and the requests done. What was
+computed with the forget set is deleted after that, by the next server if need be. So whoever takes
+over at any moment repeats the same run on the same model to the same bits. A batch that failed
+after a try that was killed leaves neither its certificate nor its model: both are taken back first.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from ..run import Run, Watch, require_runnable
 from ..saved_state import load, saved
 from ..state import TrainedState
 from .batching import Planned, together
+from .model_file import remove_model, write_model
 from .queue import Belonging, Request, RequestQueue
 from .served import Served
 from .server import Batch, Server
@@ -47,7 +50,7 @@ _LOG = logging.getLogger(__name__)
 _KIND = "served model"
 # What lies in the folder for the sake of a model: served states, runs in progress, and what a
 # write leaves behind that was killed.
-_OURS = re.compile(r"state-[0-9a-f]{32}\.pt|run-\d+|\.(state|certificate)-.*")
+_OURS = re.compile(r"state-[0-9a-f]{32}\.pt|run-\d+|\.(state-|certificate-|model\.pt\.).*")
 _NO_ROWS: IntArray = np.empty(0, dtype=np.int64)
 
 
@@ -134,6 +137,7 @@ class Serving:
             while self._serve_next(service):
                 pass
             self._clean_up(None)
+            self._show_model()
         return Served(map(self.queue.get, finished), folder=self.queue.folder)
 
     # --- before the first batch ---------------------------------------------------------------
@@ -226,6 +230,8 @@ class Serving:
             self._file = _write_state(state, self.queue.folder)
         if self.queue.belonging.served_model is None:
             server.begin(self._file, data=state.data.state(), model=state.model_hash)
+        if server.open_batch() is None:  # else model.pt may be of its run, which is repeated
+            self._show_model()
 
     # --- one batch after the other ------------------------------------------------------------
 
@@ -239,7 +245,8 @@ class Serving:
             batch, plan = self._next_batch(service)
         elif batch.rows:
             plan, reason = self._replanned(batch)
-            if plan is None:  # whoever is refused here was never running
+            if plan is None:  # whoever is refused here was never running, or is no more
+                self._take_back(batch)
                 service.server.fail(batch, reason=str(reason))
                 service.finished.extend(batch.request_ids)
                 return True
@@ -336,12 +343,14 @@ class Serving:
             try:
                 done = self._run(batch, plan, checkpoint_every=service.checkpoint_every)
             except (CertificateError, UnsupportedError) as error:
+                self._take_back(batch)
                 server.fail(batch, reason=str(error))
                 return
             except LedgerError as error:  # of the data or the engine, not of who asked
                 server.interrupt(batch, reason=str(error))
                 raise
             name = _write_state(self._state, self.queue.folder)
+            self._take_back(batch)
             result = {
                 "batch": batch.number,
                 "rows_in_batch": len(batch.rows),
@@ -349,8 +358,7 @@ class Serving:
                 "state_file": name,
             }
             if isinstance(done, CertifiedResult):
-                path = self.queue.folder / f"certificate-{batch.number}.json"
-                result |= _certified(done, path)
+                result |= _certified(done, self._certificate(batch))
             server.finish(batch, state_file=name, model=self._state.model_hash, result=result)
             self._file = name
         self._state.data.erase(self._state.forgotten)
@@ -372,6 +380,27 @@ class Serving:
             run.resume(folder)
             run.take_steps()
             return run.settle()  # its file is deleted when the new state is safe on disk
+
+    def _certificate(self, batch: Batch) -> Path:
+        return self.queue.folder / f"certificate-{batch.number}.json"
+
+    def _take_back(self, batch: Batch) -> None:
+        """Let model.pt be the model as it is now, without a certificate of a try that was killed.
+
+        The certificate goes first: it was about other weights, if the bits cannot be repeated.
+        """
+        certificate = self._certificate(batch)
+        for path in (certificate, Path(f"{certificate}.key")):
+            path.unlink(missing_ok=True)
+        self._show_model()
+
+    def _show_model(self) -> None:
+        """Let model.pt be the model as it is now; none before anything was served."""
+        state, folder = self._state, self.queue.folder
+        if state.requests_served:
+            write_model(folder, state.module, sha256=state.model_hash)
+        else:
+            remove_model(folder)
 
     def _clean_up(self, batch: Batch | None) -> None:
         """Delete every state but the served one and every run but the open one."""
@@ -399,7 +428,6 @@ def _certified(done: CertifiedResult, path: Path) -> dict[str, Any]:
         record = done.record()
     except CertificateError as error:
         return {"certificate_file": None, "no_certificate_file": str(error)}
-    # Left from a killed run of this very batch, if there is one.
     write_certificate(record, path=path, overwrite=True)
     return {"certificate_file": path.name}
 

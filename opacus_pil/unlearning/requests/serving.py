@@ -12,15 +12,13 @@ after a try that was killed leaves neither its certificate nor its model: both a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import math
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +26,11 @@ import numpy as np
 import torch
 
 from ..._validate import IntArray
-from ...certificates import write_certificate
 from ...errors import CertificateError, LedgerError, UnsupportedError
 from ...files.container import load_state, state_bytes, write_atomic
 from ..goal import goal_from
 from ..methods import METHOD
-from ..plan import CertifiedPlan, RetrainPlan, UnlearningPlan
+from ..plan import RetrainPlan, UnlearningPlan
 from ..planning import Planning
 from ..rehearsal import Rehearsals
 from ..result import CertifiedResult, UnlearningResult
@@ -41,9 +38,12 @@ from ..run import Run, Watch, require_runnable
 from ..saved_state import load, saved
 from ..state import TrainedState
 from .batching import Planned, together
+from .belonging import folder_named, require_ours, require_served_model, untrained
 from .model_file import remove_model, write_model
+from .outcome import certified, summary
 from .queue import Belonging, Request, RequestQueue
 from .served import Served
+from .served_run import ServedRun
 from .server import Batch, Server
 
 _LOG = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Service:
         seed: The seeds of all runs are drawn from this; None: from the system.
         checkpoint_every: Steps between two writes of a run in progress.
         finished: Requests that are done or failed, in that order.
+        runs: What the page needs of each run, by its batch's number.
     """
 
     server: Server
@@ -73,6 +74,7 @@ class Service:
     seed: int | None
     checkpoint_every: int
     finished: list[str]
+    runs: dict[int, ServedRun] = field(default_factory=dict)
 
 
 class Serving:
@@ -109,7 +111,7 @@ class Serving:
             rows,
             ids=data.ids.of(rows) if data.ids.given else None,
             data=data.state(),
-            model=None if self._untrained else self._state.model_hash,
+            model=None if untrained(self._state) else self._state.model_hash,
             require=self._require_ours,
         )
 
@@ -138,61 +140,12 @@ class Serving:
                 pass
             self._clean_up(None)
             self._show_model()
-        return Served(map(self.queue.get, finished), folder=self.queue.folder)
+        return Served(map(self.queue.get, finished), folder=self.queue.folder, runs=service.runs)
 
     # --- before the first batch ---------------------------------------------------------------
 
-    @property
-    def _untrained(self) -> bool:
-        """Whether this is the architecture alone, which nobody deployed."""
-        return self._state.account is not None and self._state.training_steps == 0
-
     def _require_ours(self, found: Belonging) -> None:
-        """Raise if the rows in the queue are those of other data, or it is about another model.
-
-        The architecture alone is about no model yet: it becomes what was served last. So may a
-        model without a ledger, of which nobody can tell whether it was trained. An earlier release
-        that served last kept no hash to compare with.
-        """
-        if found.data is not None:
-            with self._named_folder():
-                self._state.data.require_state(found.data)
-        unknown = self._untrained or (
-            found.served and (self._state.account is None or found.served_model is None)
-        )
-        if found.models and not unknown and self._state.model_hash not in found.models:
-            raise self._another_model(found)
-
-    def _require_served_model(self) -> None:
-        """Raise unless the model is the one that is served next: the last one, or the deployed."""
-        found, state = self.queue.belonging, self._state
-        if not found.models and not found.served and self._untrained:
-            raise LedgerError(
-                f"Expected the deployed model to serve the requests in {self.queue.folder} from, "
-                "got one that was trained for 0 steps. Let whatever builds the engine load it: "
-                "load_checkpoint."
-            )
-        expected = found.served_model if found.served else next(iter(found.models), None)
-        if expected not in (None, state.model_hash):  # None: an earlier release kept no hash
-            raise self._another_model(found)
-
-    def _another_model(self, found: Belonging) -> LedgerError:
-        last = found.served_model or found.models[-1]
-        return LedgerError(
-            f"Expected the model that the requests in {self.queue.folder} are about, got model "
-            f"{self._state.model_hash[:12]}: the folder belongs to model {last[:12]}. A "
-            "certificate would be about weights that nobody deployed. Let whatever builds the "
-            "engine load the deployed model (load_checkpoint) instead of training one anew; or, if "
-            "this one is deployed, submit to another folder."
-        )
-
-    @contextlib.contextmanager
-    def _named_folder(self) -> Iterator[None]:
-        """Say whose folder it is where something in it is of others."""
-        try:
-            yield
-        except LedgerError as error:
-            raise LedgerError(f"{error} Folder of the requests: {self.queue.folder}.") from error
+        require_ours(self._state, found, folder=self.queue.folder)
 
     def _go_on(self) -> None:
         """Become what was served last, unless that is known already.
@@ -211,7 +164,7 @@ class Serving:
                         "copy of the folder."
                     ) from error
                 continue
-            with self._named_folder():
+            with folder_named(self.queue.folder):
                 load(self._state, kept)
             self._file = path.name
 
@@ -220,7 +173,7 @@ class Serving:
         state = self._state
         self._require_ours(self.queue.belonging)
         self._go_on()
-        self._require_served_model()
+        require_served_model(state, self.queue.belonging, folder=self.queue.folder)
         state.data.require_same()
         self._rehearsals = Rehearsals(state)
         self._rehearsals.without(_NO_ROWS)
@@ -354,13 +307,14 @@ class Serving:
             result = {
                 "batch": batch.number,
                 "rows_in_batch": len(batch.rows),
-                **_summary(done, adaptive=bool(batch.goal.get("adaptive"))),
+                **summary(done, adaptive=bool(batch.goal.get("adaptive"))),
                 "state_file": name,
             }
             if isinstance(done, CertifiedResult):
-                result |= _certified(done, self._certificate(batch))
+                result |= certified(done, self._certificate(batch))
             server.finish(batch, state_file=name, model=self._state.model_hash, result=result)
             self._file = name
+        service.runs[batch.number] = ServedRun.of(done)
         self._state.data.erase(self._state.forgotten)
 
     def _run(
@@ -420,33 +374,6 @@ def _write_state(state: TrainedState, folder: Path) -> str:
     name = f"state-{hashlib.sha256(data).hexdigest()[:32]}.pt"
     write_atomic(folder / name, data)
     return name
-
-
-def _certified(done: CertifiedResult, path: Path) -> dict[str, Any]:
-    """Write the certificate file of a run; return its name, or why there is none."""
-    try:
-        record = done.record()
-    except CertificateError as error:
-        return {"certificate_file": None, "no_certificate_file": str(error)}
-    write_certificate(record, path=path, overwrite=True)
-    return {"certificate_file": path.name}
-
-
-def _summary(done: UnlearningResult, *, adaptive: bool) -> dict[str, Any]:
-    """Return what was run and what may be claimed, as plain values."""
-    plan, epsilon = done.plan, done.epsilon
-    certified = plan if isinstance(plan, CertifiedPlan) else None
-    return {
-        "status": plan.status,
-        "method": plan.method,
-        "steps": done.steps,
-        "epsilon": epsilon if epsilon is not None and math.isfinite(epsilon) else None,
-        "delta": certified.delta if certified else None,
-        "certificate": type(certified.certificate).__name__ if certified else None,
-        "adaptive": "covered: the bound is on everything that was ever released"
-        if adaptive and certified
-        else "not covered: requests are taken as chosen without a look at a model released before",
-    }
 
 
 def _drawn(seed: int, number: int) -> int:

@@ -18,10 +18,14 @@ EPILOG = """example:
   opacus-pil requests serve my_run:unlearning --epsilon 1 --delta 1e-5
   opacus-pil requests list requests/
   opacus-pil requests status requests/ case-1
+  opacus-pil verify requests/certificate-1.json --model requests/model.pt
 
 submit and serve take the engine (a function of yours that builds it with requests=folder); list and
-status read the folder alone, also while somebody serves. Interrupted at any moment, nothing is
-lost: the same command goes on. Exit code 0: done; 1: a request failed; 2: a wrong argument; 130:
+status read the folder alone, also while somebody serves. The function has to load the deployed
+model (load_checkpoint): a folder belongs to one model, and one that is trained anew is refused.
+serve leaves model.pt in the folder, the weights after the last request, and a certificate for each
+run; the last certificate is about model.pt. Interrupted at any moment, nothing is lost: the same
+command goes on. Exit code 0: done; 1: a request failed; 2: a wrong argument; 130:
 interrupted.
 """
 
@@ -74,6 +78,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
         print("opacus-pil: interrupted; the same command goes on", file=sys.stderr)
         return 130
     _show(served, as_json=arguments.json)
+    if not arguments.json and any(one.state == "done" for one in served):
+        print(f"The model after the last request is {served.model}.")
     return 1 if any(one.state == "failed" for one in served) else 0
 
 

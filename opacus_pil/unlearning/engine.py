@@ -72,15 +72,16 @@ class UnlearningEngine:
         make_model: For method "retraining": make_model() -> (plain module, plain optimizer),
             freshly initialised from torch's global generator.
         requests: Folder of a durable queue for `submit` and `serve`, see `RequestQueue`. If a model
-            was served there before, the engine goes on with it and its ledgers, whatever weights
-            `module` holds: a new process needs the architecture, not the trained model.
+            was served there before, the engine goes on with it and its ledgers: a new process
+            needs the architecture, not the trained model. A folder belongs to the model that the
+            first request was submitted with; one that was trained anew is refused.
         progress: Show a progress bar when the output is a terminal.
 
     Raises:
         UnsupportedError: The model has BatchNorm that trains or updates: its buffers keep traces of
             forgotten instances.
         TypeError: An opacus.PrivacyEngine, which keeps no account of instances.
-        LedgerError: A model was served from `requests` before, on other data or in another order.
+        LedgerError: The folder `requests` is of other data, of another order or of another model.
 
     Source: Sepahvand et al. (2025), arXiv:2505.18786, fine-tuning budgets from per-instance losses;
         certificates as each of them cites.
@@ -402,8 +403,8 @@ class UnlearningEngine:
         Raises:
             ValueError: Rows that are not in the data set, ids that nobody has, repeated, none or
                 all; or a known request_id for other rows. The queue is left as it was.
-            LedgerError: The database is locked, read-only or no queue, or its rows are those of
-                other data. Likewise.
+            LedgerError: The database is locked, read-only or no queue, or it is of other data or
+                another model. Likewise.
         """
         serving = self._served()
         return serving.submit(self._state.named(forget, rows), request_id=request_id)
@@ -445,14 +446,15 @@ class UnlearningEngine:
 
         Returns:
             The requests that were done or failed, in that order: a list, whose
-            `.verify(model=, ids=)` reads a certificate and recomputes it.
+            `.verify(model=, ids=)` reads a certificate and recomputes it. `model.pt` in the folder
+            holds the weights after the last of them.
 
         Raises:
             ValueError: Arguments that make no plan, or an engine without requests.
             TypeError: Another kind of certificate.
             LedgerError: The database is locked, read-only or no queue; another process serves and
-                `wait` is False; the folder belongs to another engine, or its rows are those of
-                other data. The model is the one that was served last.
+                `wait` is False; the folder belongs to another engine or another model, or its rows
+                are those of other data. The model is the one that was served last.
             UnsupportedError: The training cannot be run again as it is described.
         """
         if certificate is not None and type(certificate) is not NoisyFineTuningCertificate:

@@ -164,6 +164,37 @@ def test_requests_are_submitted_served_listed_and_asked(capsys) -> None:
     assert json.loads(asked(capsys, "requests", "status", "requests", "--json")[1])["done"] == 1
 
 
+def test_what_serve_leaves_is_verified_without_the_engine(capsys) -> None:
+    for name, person in (("case-1", "patient-003"), ("case-2", "patient-004")):
+        who = ["--request", name, "--ids", person]
+        assert main(["requests", "submit", "my_deletions:queued", *who]) == 0
+        text = asked(
+            capsys, "requests", "serve", "my_deletions:queued", *GOAL, "--max-steps", "900"
+        )[1]
+        assert "requests/model.pt" in text
+    weights = torch.load("requests/model.pt", weights_only=True)
+    assert set(weights) == {"weight"}
+    last, model = "requests/certificate-2.json", ["--model", "requests/model.pt"]
+    assert main(["verify", last, *model, "--ids", "patient-004"]) == 0
+    assert main(["verify", "requests/certificate-1.json", *model]) == 1  # the model of before
+
+
+def test_a_function_that_trains_anew_is_refused_in_one_line(capsys, folder) -> None:
+    """The folder keeps which model was submitted to; another would get a certificate of its own."""
+    again = RUN.replace("    for _ in range(60):", "    torch.seed()\n    for _ in range(60):")
+    assert again != RUN
+    (folder / "trains_anew.py").write_text(again)
+    assert main(["requests", "submit", "trains_anew:queued", "--request", "a", "--rows", "3"]) == 0
+    capsys.readouterr()
+    before = asked(capsys, "requests", "status", "requests", "a")[1]
+    assert main(["requests", "serve", "trains_anew:queued", *GOAL]) == 2
+    error = capsys.readouterr().err
+    assert "load_checkpoint" in error
+    assert error.count("\n") == 1
+    assert asked(capsys, "requests", "status", "requests", "a")[1] == before
+    assert not list((folder / "requests").glob("*.json"))
+
+
 def test_a_ledger_is_asked_for_the_top_for_one_and_by_a_column(capsys) -> None:
     import sys
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from opacus_pil.files.container import load_state
+from opacus_pil.files.model_hash import model_file_hash, model_hash
 from opacus_pil.unlearning.requests import RequestQueue
 
 from . import kill_target
@@ -134,7 +135,9 @@ def test_killed_servers_lose_nothing_and_repeat_nothing(trained, tmp_path):
         assert {name: now[name] for name in done} == done
         assert now.keys() == REQUESTS.keys()
         assert_equal(served(folder), expected)
-        left = {path.name for path in folder.iterdir()} - {"requests.db", "serving.lock"}
+        left = {path.name for path in folder.iterdir()}
+        left -= {"requests.db", "serving.lock", "model.pt"}
+        assert model_file_hash(folder / "model.pt") == model_hash(expected["module"])
         assert left == {RequestQueue(folder).state_file.name}  # nothing computed with F is left
 
 

@@ -77,7 +77,7 @@ def test_requests_go_through_all_states_and_the_log_tells_it(queue):
         assert queue.get("ada").state == "planned"
         server.run(batch)
         assert queue.status()["running"] == 2
-        server.finish(batch, state_file="state-1.pt", result={"epsilon": None})
+        server.finish(batch, state_file="state-1.pt", model="0f", result={"epsilon": None})
         assert server.open_batch() is None
         assert server.next_number() == 2
     assert [event.state for event in queue.events("bob")] == [
@@ -93,7 +93,7 @@ def test_what_is_finished_is_never_run_again(queue):
     with queue.serving(wait=False) as server:
         batch = batch_of("ada")
         server.plan(batch)
-        server.finish(batch, state_file="state-1.pt", result={})
+        server.finish(batch, state_file="state-1.pt", model="0f", result={})
         before = everything(queue.folder)
         for change in (server.run, lambda done: server.fail(done, reason="no")):
             with pytest.raises(LedgerError, match="not run again"):
@@ -123,7 +123,7 @@ def test_the_seed_of_a_finished_run_is_nowhere_in_the_files(queue):
         batch = Batch(number=1, request_ids=("ada",), rows=(1,), goal={}, steps=1, seed=seed)
         server.plan(batch)
         assert found()  # the search finds what is there
-        server.finish(batch, state_file="state-1.pt", result={})
+        server.finish(batch, state_file="state-1.pt", model="0f", result={})
     assert not found()
 
 
@@ -158,13 +158,13 @@ def test_a_server_whose_lock_file_was_deleted_cannot_write_any_more(queue):
             before = everything(queue.folder)
             for write in (
                 lambda: robbed.run(batch_of("ada")),
-                lambda: robbed.finish(batch_of("ada"), state_file="x", result={}),
-                lambda: robbed.begin("x", data={}),
+                lambda: robbed.finish(batch_of("ada"), state_file="x", model="0f", result={}),
+                lambda: robbed.begin("x", data={}, model="0f"),
             ):
                 with pytest.raises(LedgerError, match="took over"):
                     write()
             assert everything(queue.folder) == before
-            server.finish(batch_of("ada"), state_file="state-1.pt", result={})
+            server.finish(batch_of("ada"), state_file="state-1.pt", model="0f", result={})
 
 
 def _hold(folder, holding):

@@ -30,6 +30,9 @@ _ADDED = (
     "request_id TEXT PRIMARY KEY REFERENCES requests (request_id), ids TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS data_set ("
     "only_row INTEGER PRIMARY KEY CHECK (only_row = 1), state TEXT NOT NULL)",
+    # Every model that the folder held, the deployed one first; state_file once it lay there.
+    "CREATE TABLE IF NOT EXISTS models ("
+    "position INTEGER PRIMARY KEY AUTOINCREMENT, sha256 TEXT NOT NULL, state_file TEXT)",
 )
 _TABLES = f"""
 CREATE TABLE requests (
@@ -222,6 +225,17 @@ def keep_data(connection: sqlite3.Connection, state: Mapping[str, Any]) -> None:
     """Keep what tells the data set from others, unless it is known; inside the transaction."""
     connection.execute(
         "INSERT OR IGNORE INTO data_set (only_row, state) VALUES (1, ?)", (json.dumps(dict(state)),)
+    )
+
+
+def keep_model(
+    connection: sqlite3.Connection, sha256: str, *, state_file: str | None = None
+) -> None:
+    """Keep that the folder is of a model, unless it is known; inside the transaction."""
+    connection.execute(
+        "INSERT INTO models (sha256, state_file) SELECT ?1, ?2 WHERE NOT EXISTS "
+        "(SELECT 1 FROM models WHERE sha256 = ?1 AND state_file IS ?2)",
+        (sha256, state_file),
     )
 
 

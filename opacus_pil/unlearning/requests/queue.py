@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ... import _validate as check
 from ...errors import LedgerError
-from .database import STATES, RequestDatabase, keep_data, log, readable
+from .database import STATES, RequestDatabase, keep_data, keep_model, log, readable
 from .lock import serving_lock
 from .server import Server
 
@@ -60,6 +60,23 @@ class Event:
     note: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Belonging:
+    """Whose a folder is: the data that its rows are of, and the models that it held.
+
+    Attributes:
+        data: What tells the data set from others; None: nobody said so yet.
+        models: SHA-256 of each model, the deployed one first; of an earlier release's none.
+        served: Whether a state was put into the folder to be served from.
+        served_model: SHA-256 of the model in it; None: no state, or not known.
+    """
+
+    data: Mapping[str, Any] | None
+    models: tuple[str, ...]
+    served: bool
+    served_model: str | None
+
+
 class RequestQueue:
     """A durable queue of deletion requests: queued → planned → running → done or failed.
 
@@ -70,7 +87,8 @@ class RequestQueue:
     Any number of processes may submit and read meanwhile.
 
     Args:
-        folder: Holds the database, the model served last and the run in progress. Made (mode 0700)
+        folder: Holds the database, the model served last (its state, and its weights alone in
+            `model.pt`), the certificates and the run in progress. Made (mode 0700)
             if missing; its parent must exist. On a local disk: neither SQLite's write-ahead log nor
             the lock works between machines.
         busy_timeout: Seconds to wait for another process's transaction, >= 0.
@@ -103,6 +121,8 @@ class RequestQueue:
         *,
         ids: Sequence[str | int] | None = None,
         data: Mapping[str, Any] | None = None,
+        model: str | None = None,
+        require: Callable[[Belonging], None] | None = None,
     ) -> Request:
         """Put a request into the queue; asking for the same again changes nothing.
 
@@ -112,6 +132,9 @@ class RequestQueue:
             ids: What the rows are called, in their order, to be shown with the request.
             data: What tells the data set from others, kept with the first request that brings it;
                 see `data`.
+            model: SHA-256 of the model that the request is about, kept if the folder has none yet.
+            require: Raises unless the request fits whose the folder is. Called inside the
+                transaction: whoever submits at the same moment has or has not been there.
 
         Returns:
             The request as it stands: queued, or however far an earlier submission has come.
@@ -132,6 +155,9 @@ class RequestQueue:
         if ids is not None:
             check.same_length("ids", np.asarray(ids), "rows", len(wanted))
         with self._database.writing() as db:
+            belonging = self._belonging(db)
+            if require is not None:
+                require(belonging)
             known = _row(db, request_id)
             if known is None:
                 db.execute(
@@ -145,6 +171,8 @@ class RequestQueue:
                     )
                 if data is not None:
                     keep_data(db, data)
+                if model is not None and not belonging.models and not belonging.served:
+                    keep_model(db, model)
                 log(db, [request_id], "queued", f"{len(wanted)} rows")
             elif json.loads(known["rows"]) != wanted:
                 raise ValueError(
@@ -157,11 +185,14 @@ class RequestQueue:
     @property
     def data(self) -> dict[str, Any] | None:
         """What tells the data set that the rows are of from others; None: nobody said so yet."""
+        found = self.belonging.data
+        return None if found is None else dict(found)
+
+    @property
+    def belonging(self) -> Belonging:
+        """Whose the folder is."""
         with self._database.reading() as db:
-            if "data_set" not in self._database.tables:
-                return None
-            row = db.execute("SELECT state FROM data_set").fetchone()
-        return None if row is None else json.loads(row[0])
+            return self._belonging(db)
 
     def get(self, request_id: str) -> Request:
         """Return one request as it stands.
@@ -234,6 +265,23 @@ class RequestQueue:
                 "Submit it."
             )
         return self._request(db, row)
+
+    def _belonging(self, db: sqlite3.Connection) -> Belonging:
+        data, models = None, []
+        if "data_set" in self._database.tables:
+            data = db.execute("SELECT state FROM data_set").fetchone()
+        if "models" in self._database.tables:
+            models = db.execute(
+                "SELECT sha256, state_file FROM models ORDER BY position"
+            ).fetchall()
+        file = db.execute("SELECT state_file FROM served").fetchone()[0]
+        served = [sha256 for sha256, name in models if file is not None and name == file]
+        return Belonging(
+            data=None if data is None else json.loads(data[0]),
+            models=tuple(sha256 for sha256, _ in models),
+            served=file is not None,
+            served_model=served[-1] if served else None,
+        )
 
     def _request(self, db: sqlite3.Connection, row: sqlite3.Row) -> Request:
         rows = tuple(json.loads(row["rows"]))

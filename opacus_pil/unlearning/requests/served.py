@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.nn as nn
 
 from ...certificates.certificate_file import read_certificate, read_key
 from ...certificates.verification import verify_certificate
 from ...certificates.verification_report import VerificationReport
-from ...errors import CertificateError
+from ...errors import CertificateError, UnsupportedError
 from ...files.model_hash import model_hash
+from .model_file import NAME
 from .queue import Request
+from .served_run import ServedRun
 
 
 class Served(list[Request]):
@@ -21,11 +25,23 @@ class Served(list[Request]):
     Args:
         requests: They.
         folder: Where the queue keeps its certificates.
+        runs: What ran in this process, by the number of the batch.
     """
 
-    def __init__(self, requests: Iterable[Request], *, folder: Path) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        *,
+        folder: Path,
+        runs: Mapping[int, ServedRun] | None = None,
+    ) -> None:
         super().__init__(requests)
-        self.folder = folder
+        self.folder, self._runs = folder, dict(runs or {})
+
+    @property
+    def model(self) -> Path:
+        """The file of the weights after the last request, once one is done; see `model_file`."""
+        return self.folder / NAME
 
     @property
     def certificates(self) -> tuple[Path, ...]:
@@ -74,6 +90,39 @@ class Served(list[Request]):
             ids=ids,
             signed_by=signed_by,
         )
+
+    def write_report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        gap: Mapping[str, Any] | None = None,
+        public: bool = False,
+    ) -> None:
+        """Write the evidence of these requests as a page, as `UnlearningResult.write_report` does.
+
+        Run by run: plan, what ran, the certificate with its assumptions or "no claim". Who failed
+        stands there with the reason. What is missing of a run of another process is said; claimed
+        about it is what its certificate file proves.
+
+        Args:
+            path: Target file; the old one stays whole until the new one is complete.
+            gap: `evaluation.oracle_gap` of the model after the last run; None: not measured.
+            public: Leave out who was forgotten and what depends on them.
+
+        Raises:
+            ImportError: An extra is missing; install `report`.
+            TypeError: `gap` holds something else; nothing is written.
+            OSError: The folder is missing or not writable.
+
+        Privacy: ids, numbers of steps and measurements depend on the forgotten data.
+        """
+        from .served_page import write_served  # the optional extra
+
+        if public:  # never a private page under a public name
+            raise UnsupportedError(
+                "Expected public=False, got True: deletions have no public page yet. Leave it out."
+            )
+        write_served(self, path, runs=self._runs, folder=self.folder, gap=gap)
 
 
 def _words(request: Request) -> str:

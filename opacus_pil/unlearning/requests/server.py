@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import LedgerError
-from .database import RequestDatabase, keep_data, log
+from .database import RequestDatabase, keep_data, keep_model, log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,12 @@ class Server:
     def __init__(self, database: RequestDatabase, *, owner: str, process: str) -> None:
         self._database, self._owner, self._process = database, owner, process
 
-    def begin(self, state_file: str, *, data: Mapping[str, Any]) -> None:
-        """Record the state that the first request starts from, and which data it is of."""
+    def begin(self, state_file: str, *, data: Mapping[str, Any], model: str) -> None:
+        """Record the state that the first request starts from, its data and its model's SHA-256."""
         with self._mine() as db:
             db.execute("UPDATE served SET state_file = ?", (state_file,))
             keep_data(db, data)
+            keep_model(db, model, state_file=state_file)
 
     def open_batch(self) -> Batch | None:
         """Return the batch that was planned and is not done, if there is one."""
@@ -106,11 +107,14 @@ class Server:
             db.execute("UPDATE requests SET state = 'running' WHERE batch = ?", (batch.number,))
             log(db, batch.request_ids, "running", self._process)
 
-    def finish(self, batch: Batch, *, state_file: str, result: Mapping[str, Any]) -> None:
+    def finish(
+        self, batch: Batch, *, state_file: str, model: str, result: Mapping[str, Any]
+    ) -> None:
         """Make the new state the served one and all requests of the batch done, at one stroke."""
         with self._mine() as db:
             self._close(db, batch, "done", result)
             db.execute("UPDATE served SET state_file = ?", (state_file,))
+            keep_model(db, model, state_file=state_file)
 
     def interrupt(self, batch: Batch, *, reason: str) -> None:
         """Note that the batch does not run: its requests are planned, and are served again."""

@@ -1,23 +1,24 @@
 """Serving the queue: the run of each batch, and what is on disk at every moment.
 
 Knows the state of a model and the queue; how either keeps its promises is theirs. The order of
-writes is the whole point. A batch is recorded with its seed before it runs, the new state lies on
-disk under a name made of its content before one transaction makes it the served one and the
-requests done, and what was computed with the forget set is deleted after that, by the next server
-if need be. So whoever takes over at any moment repeats the same run on the same model to the same
-bits.
+writes is the whole point. A batch is recorded with its seed before it runs. Then the new state lies
+on disk under a name made of its content; `model.pt` becomes its model, so that no request is done
+beside weights that still know who asked; then the certificate, so that it never lies beside weights
+of before; then one transaction makes the state the served one and the requests done. What was
+computed with the forget set is deleted after that, by the next server if need be. So whoever takes
+over at any moment repeats the same run on the same model to the same bits. A batch that failed
+after a try that was killed leaves neither its certificate nor its model: both are taken back first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,11 @@ import numpy as np
 import torch
 
 from ..._validate import IntArray
-from ...certificates import write_certificate
 from ...errors import CertificateError, LedgerError, UnsupportedError
 from ...files.container import load_state, state_bytes, write_atomic
 from ..goal import goal_from
 from ..methods import METHOD
-from ..plan import CertifiedPlan, RetrainPlan, UnlearningPlan
+from ..plan import RetrainPlan, UnlearningPlan
 from ..planning import Planning
 from ..rehearsal import Rehearsals
 from ..result import CertifiedResult, UnlearningResult
@@ -38,15 +38,19 @@ from ..run import Run, Watch, require_runnable
 from ..saved_state import load, saved
 from ..state import TrainedState
 from .batching import Planned, together
-from .queue import Request, RequestQueue
+from .belonging import folder_named, require_ours, require_served_model, untrained
+from .model_file import remove_model, write_model
+from .outcome import certified, summary
+from .queue import Belonging, Request, RequestQueue
 from .served import Served
+from .served_run import ServedRun
 from .server import Batch, Server
 
 _LOG = logging.getLogger(__name__)
 _KIND = "served model"
 # What lies in the folder for the sake of a model: served states, runs in progress, and what a
 # write leaves behind that was killed.
-_OURS = re.compile(r"state-[0-9a-f]{32}\.pt|run-\d+|\.(state|certificate)-.*")
+_OURS = re.compile(r"state-[0-9a-f]{32}\.pt|run-\d+|\.(state-|certificate-|model\.pt\.).*")
 _NO_ROWS: IntArray = np.empty(0, dtype=np.int64)
 
 
@@ -61,6 +65,7 @@ class Service:
         seed: The seeds of all runs are drawn from this; None: from the system.
         checkpoint_every: Steps between two writes of a run in progress.
         finished: Requests that are done or failed, in that order.
+        runs: What the page needs of each run, by its batch's number.
     """
 
     server: Server
@@ -69,6 +74,7 @@ class Service:
     seed: int | None
     checkpoint_every: int
     finished: list[str]
+    runs: dict[int, ServedRun] = field(default_factory=dict)
 
 
 class Serving:
@@ -80,7 +86,8 @@ class Serving:
         progress: As in UnlearningEngine.
 
     Raises:
-        LedgerError: What was served is of other data or another engine.
+        LedgerError: The requests or what was served are of other data, another model or another
+            engine.
     """
 
     def __init__(self, queue: RequestQueue, state: TrainedState, *, progress: bool) -> None:
@@ -88,7 +95,7 @@ class Serving:
         self._rehearsals = Rehearsals(state)
         self._file: str | None = None  # name of the file with this state, once it was served
         self._untouched = False  # the model was looked at for this batch
-        self._require_queued_data()
+        self._require_ours(queue.belonging)
         self._go_on()
 
     def submit(self, rows: IntArray, *, request_id: str) -> Request:
@@ -99,9 +106,14 @@ class Serving:
                 f"Expected a forget set that leaves something to train on, got all {data.size} "
                 "rows. Delete the model instead."
             )
-        self._require_queued_data()
-        ids = data.ids.of(rows) if data.ids.given else None
-        return self.queue.submit(request_id, rows, ids=ids, data=data.state())
+        return self.queue.submit(
+            request_id,
+            rows,
+            ids=data.ids.of(rows) if data.ids.given else None,
+            data=data.state(),
+            model=None if untrained(self._state) else self._state.model_hash,
+            require=self._require_ours,
+        )
 
     def serve(
         self,
@@ -127,15 +139,13 @@ class Serving:
             while self._serve_next(service):
                 pass
             self._clean_up(None)
-        return Served(map(self.queue.get, finished), folder=self.queue.folder)
+            self._show_model()
+        return Served(map(self.queue.get, finished), folder=self.queue.folder, runs=service.runs)
 
     # --- before the first batch ---------------------------------------------------------------
 
-    def _require_queued_data(self) -> None:
-        """Raise if the rows in the queue are those of other data, or in another order."""
-        data = self.queue.data
-        if data is not None:
-            self._state.data.require_state(data)
+    def _require_ours(self, found: Belonging) -> None:
+        require_ours(self._state, found, folder=self.queue.folder)
 
     def _go_on(self) -> None:
         """Become what was served last, unless that is known already.
@@ -154,21 +164,27 @@ class Serving:
                         "copy of the folder."
                     ) from error
                 continue
-            load(self._state, kept)
+            with folder_named(self.queue.folder):
+                load(self._state, kept)
             self._file = path.name
 
     def _begin(self, server: Server) -> None:
         """Refuse what nobody could be served with, and put the state that is there on disk."""
         state = self._state
-        self._require_queued_data()
+        self._require_ours(self.queue.belonging)
         self._go_on()
+        require_served_model(state, self.queue.belonging, folder=self.queue.folder)
         state.data.require_same()
         self._rehearsals = Rehearsals(state)
         self._rehearsals.without(_NO_ROWS)
         state.data.erase(state.forgotten)  # whom a killed server had served
         if self._file is None:
+            state.require_untouched()  # what lies in the folder is taken for the deployed one
             self._file = _write_state(state, self.queue.folder)
-            server.begin(self._file, data=state.data.state())
+        if self.queue.belonging.served_model is None:
+            server.begin(self._file, data=state.data.state(), model=state.model_hash)
+        if server.open_batch() is None:  # else model.pt may be of its run, which is repeated
+            self._show_model()
 
     # --- one batch after the other ------------------------------------------------------------
 
@@ -182,7 +198,8 @@ class Serving:
             batch, plan = self._next_batch(service)
         elif batch.rows:
             plan, reason = self._replanned(batch)
-            if plan is None:  # whoever is refused here was never running
+            if plan is None:  # whoever is refused here was never running, or is no more
+                self._take_back(batch)
                 service.server.fail(batch, reason=str(reason))
                 service.finished.extend(batch.request_ids)
                 return True
@@ -268,7 +285,7 @@ class Serving:
             "batch": batch.number, "rows_in_batch": 0,
             "status": "forgotten before", "steps": 0, "state_file": self._file,
         }  # fmt: skip
-        server.finish(batch, state_file=self._file, result=result)
+        server.finish(batch, state_file=self._file, model=self._state.model_hash, result=result)
 
     def _serve_batch(self, batch: Batch, plan: UnlearningPlan, service: Service) -> None:
         server = service.server
@@ -279,23 +296,25 @@ class Serving:
             try:
                 done = self._run(batch, plan, checkpoint_every=service.checkpoint_every)
             except (CertificateError, UnsupportedError) as error:
+                self._take_back(batch)
                 server.fail(batch, reason=str(error))
                 return
             except LedgerError as error:  # of the data or the engine, not of who asked
                 server.interrupt(batch, reason=str(error))
                 raise
             name = _write_state(self._state, self.queue.folder)
+            self._take_back(batch)
             result = {
                 "batch": batch.number,
                 "rows_in_batch": len(batch.rows),
-                **_summary(done, adaptive=bool(batch.goal.get("adaptive"))),
+                **summary(done, adaptive=bool(batch.goal.get("adaptive"))),
                 "state_file": name,
             }
             if isinstance(done, CertifiedResult):
-                path = self.queue.folder / f"certificate-{batch.number}.json"
-                result |= _certified(done, path)
-            server.finish(batch, state_file=name, result=result)
+                result |= certified(done, self._certificate(batch))
+            server.finish(batch, state_file=name, model=self._state.model_hash, result=result)
             self._file = name
+        service.runs[batch.number] = ServedRun.of(done)
         self._state.data.erase(self._state.forgotten)
 
     def _run(
@@ -316,6 +335,27 @@ class Serving:
             run.take_steps()
             return run.settle()  # its file is deleted when the new state is safe on disk
 
+    def _certificate(self, batch: Batch) -> Path:
+        return self.queue.folder / f"certificate-{batch.number}.json"
+
+    def _take_back(self, batch: Batch) -> None:
+        """Let model.pt be the model as it is now, without a certificate of a try that was killed.
+
+        The certificate goes first: it was about other weights, if the bits cannot be repeated.
+        """
+        certificate = self._certificate(batch)
+        for path in (certificate, Path(f"{certificate}.key")):
+            path.unlink(missing_ok=True)
+        self._show_model()
+
+    def _show_model(self) -> None:
+        """Let model.pt be the model as it is now; none before anything was served."""
+        state, folder = self._state, self.queue.folder
+        if state.requests_served:
+            write_model(folder, state.module, sha256=state.model_hash)
+        else:
+            remove_model(folder)
+
     def _clean_up(self, batch: Batch | None) -> None:
         """Delete every state but the served one and every run but the open one."""
         served = self.queue.state_file
@@ -334,34 +374,6 @@ def _write_state(state: TrainedState, folder: Path) -> str:
     name = f"state-{hashlib.sha256(data).hexdigest()[:32]}.pt"
     write_atomic(folder / name, data)
     return name
-
-
-def _certified(done: CertifiedResult, path: Path) -> dict[str, Any]:
-    """Write the certificate file of a run; return its name, or why there is none."""
-    try:
-        record = done.record()
-    except CertificateError as error:
-        return {"certificate_file": None, "no_certificate_file": str(error)}
-    # Left from a killed run of this very batch, if there is one.
-    write_certificate(record, path=path, overwrite=True)
-    return {"certificate_file": path.name}
-
-
-def _summary(done: UnlearningResult, *, adaptive: bool) -> dict[str, Any]:
-    """Return what was run and what may be claimed, as plain values."""
-    plan, epsilon = done.plan, done.epsilon
-    certified = plan if isinstance(plan, CertifiedPlan) else None
-    return {
-        "status": plan.status,
-        "method": plan.method,
-        "steps": done.steps,
-        "epsilon": epsilon if epsilon is not None and math.isfinite(epsilon) else None,
-        "delta": certified.delta if certified else None,
-        "certificate": type(certified.certificate).__name__ if certified else None,
-        "adaptive": "covered: the bound is on everything that was ever released"
-        if adaptive and certified
-        else "not covered: requests are taken as chosen without a look at a model released before",
-    }
 
 
 def _drawn(seed: int, number: int) -> int:

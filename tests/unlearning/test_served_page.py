@@ -105,9 +105,24 @@ def test_a_run_of_another_process_is_claimed_from_its_file_and_says_what_is_miss
     assert "cannot be read" in page_of(later, tmp_path / "gone.html").text
 
 
+def test_what_may_be_shown_of_two_runs_names_nobody(engine, tmp_path):
+    pages = []
+    for request, rows in (("ada", [3, 7]), ("bob", [9])):
+        engine.submit(rows, request_id=request)
+        served = engine.serve(**GOAL)
+        pages.append(page_of(served, tmp_path / f"{request}.html", public=True))
+    one, other = pages
+    for page in pages:
+        assert "Constants only." in page.text
+        assert "A deletion: certified" in page.text
+        for told in ("ada", "bob", "3, 7", "3 instances", "2 steps"):
+            assert told not in page.text
+    assert one.text == other.text  # though others were forgotten
+
+
 def test_nothing_served_makes_a_page_too_and_none_of_it_is_public(engine, tmp_path):
     served = engine.serve(**GOAL)
     assert "0 deletion requests: none served" in page_of(served, tmp_path / "p.html").text
-    with pytest.raises(UnsupportedError, match="no public page"):
+    with pytest.raises(UnsupportedError, match="Expected a run of this process"):
         served.write_report(tmp_path / "q.html", public=True)
     assert not (tmp_path / "q.html").exists()

@@ -12,7 +12,7 @@ import torch.nn as nn
 from ...certificates.certificate_file import read_certificate, read_key
 from ...certificates.verification import verify_certificate
 from ...certificates.verification_report import VerificationReport
-from ...errors import CertificateError, UnsupportedError
+from ...errors import CertificateError
 from ...files.model_hash import model_hash
 from .model_file import NAME
 from .queue import Request
@@ -107,22 +107,22 @@ class Served(list[Request]):
         Args:
             path: Target file; the old one stays whole until the new one is complete.
             gap: `evaluation.oracle_gap` of the model after the last run; None: not measured.
-            public: Leave out who was forgotten and what depends on them.
+            public: What may be shown only: each run's method, target, claim and assumptions; not
+                who was forgotten, nor what depends on them.
 
         Raises:
             ImportError: An extra is missing; install `report`.
             TypeError: `gap` holds something else; nothing is written.
+            UnsupportedError: `public`, and no run of this process: of others only private files are
+                left.
             OSError: The folder is missing or not writable.
 
-        Privacy: ids, numbers of steps and measurements depend on the forgotten data.
+        Privacy: unless `public` the page shows ids, numbers of steps and measurements, which depend
+            on the forgotten data.
         """
         from .served_page import write_served  # the optional extra
 
-        if public:  # never a private page under a public name
-            raise UnsupportedError(
-                "Expected public=False, got True: deletions have no public page yet. Leave it out."
-            )
-        write_served(self, path, runs=self._runs, folder=self.folder, gap=gap)
+        write_served(self, path, runs=self._runs, folder=self.folder, gap=gap, public=public)
 
 
 def _words(request: Request) -> str:

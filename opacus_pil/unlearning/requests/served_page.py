@@ -15,12 +15,12 @@ from typing import Any
 from ... import __version__
 from ...certificates.certificate_file import read_certificate, read_key
 from ...certificates.verification import verify_certificate
-from ...errors import OpacusPilError
+from ...errors import OpacusPilError, UnsupportedError
 from ...report import Claim, Report, write_page
 from ...report import Request as Part
 from ...report.numbers import plain, up
 from ...report.page import pairs
-from ..reported import claims_of, deletion_report, request_of
+from ..reported import claims_of, deletion_report, public_deletion, request_of
 from .queue import Request
 from .served_run import ServedRun
 
@@ -34,6 +34,7 @@ def write_served(
     runs: Mapping[int, ServedRun],
     folder: Path,
     gap: Mapping[str, Any] | None = None,
+    public: bool = False,
 ) -> None:
     """Write the page; see `Served.write_report`.
 
@@ -43,8 +44,44 @@ def write_served(
         runs: By the number of their batch: those of this process.
         folder: Of the certificate files.
         gap: Of the model after the last run.
+        public: What may be shown only.
     """
-    write_page(path, served_report(requests, runs=runs, folder=folder, gap=gap))
+    report = served_report(requests, runs=runs, folder=folder, gap=gap)
+    write_page(path, public_served([runs[key] for key in sorted(runs)]) if public else report)
+
+
+def public_served(runs: Sequence[ServedRun]) -> Report:
+    """Return what may be shown of runs: of each what `public_deletion` shows.
+
+    Raises:
+        UnsupportedError: No run.
+    """
+    pages = [public_deletion(run) for run in runs]
+    if not pages:
+        raise UnsupportedError(
+            "Expected a run of this process for a page that may be shown, got none. Write it where "
+            "the request is served, or hand over the certificate."
+        )
+    first = pages[0]
+    if len(pages) == 1:
+        return first
+    claims = [
+        replace(claim, title=f"Run {number}")
+        for number, page in enumerate(pages, start=1)
+        for claim in page.claims
+    ]
+    told = f"{len(claims):,} of {len(pages):,} runs have a certificate; each claim stands below."
+    return replace(
+        first,
+        title=f"Deletions in {len(pages):,} runs: {len(claims):,} certified",
+        subtitle=f"By opacus_pil {__version__}",
+        verdict=(("Was it forgotten?", told), *first.verdict[1:2],
+                 ("What may be claimed?", "Each claim, if its assumptions hold; nothing else.")),
+        tone="good" if all(page.tone == "good" for page in pages) else "careful",
+        claims=tuple(claims),
+        constants=(("opacus_pil", __version__),),
+        limits=tuple(dict.fromkeys(line for page in pages for line in page.limits)),
+    )  # fmt: skip
 
 
 def served_report(

@@ -42,6 +42,7 @@ from .natural_canaries import CanarySplit, Shadow
 _UNSEEN = "nobody watched the training; `opacus-pil check` measures it while it trains"
 
 
+@check.known_keywords
 def audit(
     make_model: Callable[[], nn.Module] | nn.Module,
     *,

@@ -34,6 +34,7 @@ MEANS = "means over few runs in place of expectations: too low more often than t
 DROPOUT = "dropout was switched off to measure norms, which it changes"
 
 
+@check.known_keywords
 def replay(
     checkpoints: Any,
     *,

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..accounting.shown import rounded_up
+from ..atomic_file import require_folder
 from ..errors import OpacusPilError
 from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, instances_of
+from .files import beside, new_folder
 
 _PLAN_EPILOG = """example:
   opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5
@@ -72,6 +74,7 @@ def add_forget_command(commands: Any) -> None:
     parser.set_defaults(run=run_forget)
 
 
+@beside
 def run_plan(arguments: argparse.Namespace) -> int:
     """Plan; return the exit code."""
     engine = engine_of(arguments)
@@ -94,13 +97,14 @@ def run_plan(arguments: argparse.Namespace) -> int:
     return 1 if plan.status == "retrain instead" else 0
 
 
+@beside
 def run_forget(arguments: argparse.Namespace) -> int:
     """Plan, run and file; return the exit code."""
     from ..certificates import write_certificate
     from ..files.container import save_state, write_atomic
 
-    out = Path(arguments.out)
-    out.mkdir(mode=0o700, exist_ok=True)
+    out = new_folder(arguments.out)
+    require_folder(out)
     if (out / "model.pt").exists():
         raise OpacusPilError(f"Expected a folder without model.pt, got a deletion done in {out}.")
     engine = engine_of(arguments)
@@ -110,6 +114,7 @@ def run_forget(arguments: argparse.Namespace) -> int:
         return 1
     say = (lambda _: None) if arguments.quiet else print
     say(str(plan))
+    out.mkdir(mode=0o700, exist_ok=True)  # nothing is left behind where there is no plan to run
     try:
         result = engine.unlearn(plan, checkpoint_dir=out, checkpoint_every=10)
     except KeyboardInterrupt:

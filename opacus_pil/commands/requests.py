@@ -12,6 +12,7 @@ from typing import Any
 
 from ..accounting.shown import rounded_up
 from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, instances_of
+from .files import beside
 
 EPILOG = """example:
   opacus-pil requests submit my_run:unlearning --request case-1 --ids patient-017
@@ -35,7 +36,7 @@ def add_requests_command(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(title="actions", required=True)
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     submit = actions.add_parser("submit", help="put a request into the queue")
     add_engine(submit)
     submit.add_argument("--request", required=True, metavar="NAME", help="its name")
@@ -57,6 +58,7 @@ def add_requests_command(commands: Any) -> None:
         action.add_argument("--json", action="store_true", help="print as JSON")
 
 
+@beside
 def run_submit(arguments: argparse.Namespace) -> int:
     """Submit a request; return the exit code."""
     engine = engine_of(arguments)
@@ -65,6 +67,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@beside
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve what waits; return the exit code."""
     engine = engine_of(arguments)

@@ -56,6 +56,13 @@ def nothing():
 
 def privacy():
     return trained()[0]
+
+def neighbourly():
+    import my_neighbour
+    return my_neighbour.engine()
+
+def costly():
+    raise ZeroDivisionError("the training ran")
 """
 GOAL = ["--epsilon", "2", "--delta", "0.01"]
 
@@ -63,6 +70,9 @@ GOAL = ["--epsilon", "2", "--delta", "0.01"]
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_deletions.py").write_text(RUN)
+    (tmp_path / "my_neighbour.py").write_text(
+        "def engine():\n    from my_deletions import unlearning\n    return unlearning()\n"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -192,6 +202,14 @@ def test_a_ledger_is_asked_for_the_top_for_one_and_by_a_column(capsys) -> None:
         (["plan", "my_deletions:absent", "--rows", "1", *GOAL], "absent"),
         (["plan", "my_deletions:unlearning", "--ids", "eve", *GOAL], "eve"),
         (["requests", "list", "nowhere"], "nowhere"),
+        (["report", "run.toml", "--delta", "0.1", "--out", "x"], "opacus-pil account and"),
+        (["report", "my_deletoins:costly", "--delta", "2", "--out", "."], "my_deletoins"),
+        (["report", "my_deletions:costly", "--delta", "2", "--out", "x"], "delta in (0, 1)"),
+        (["report", "my_deletions:costly", "--delta", "0.1", "--out", "no/x"], "the folder no to"),
+        (
+            ["report", "my_deletions:costly", "--delta", "0.1", "--out", "my_deletions.py"],
+            "Pass --force",
+        ),
         (["ledger", "nowhere.parquet"], "nowhere"),
         (["report", "my_deletions:nothing", "--delta", "0.1", "--out", "x"], "PerInstancePrivacy"),
     ],
@@ -201,6 +219,18 @@ def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, argv, words) -> 
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_code_named_on_the_command_line_imports_its_neighbours_whenever_it_likes(capsys) -> None:
+    code, text = asked(capsys, "plan", "my_deletions:neighbourly", "--rows", "3", "--steps", "2")
+    assert (code, "predicted" in text) == (0, True)
+
+
+@pytest.mark.parametrize("argv", [["--epsilon", "0.001", "--delta", "0.01"], ["--steps", "-1"]])
+def test_a_deletion_that_has_no_plan_leaves_no_folder(capsys, folder, argv) -> None:
+    code = main(["forget", "my_deletions:unlearning", "--rows", "3", *argv, "--out", "done"])
+    assert code in (1, 2)
+    assert not (folder / "done").exists()
 
 
 def test_a_page_is_written_and_not_over_another(capsys, folder) -> None:

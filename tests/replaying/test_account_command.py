@@ -85,6 +85,14 @@ def test_a_bad_description_is_one_error_with_exit_code_2(folder, capsys, old, ne
     assert "dataset = " not in error  # no whole example
 
 
+def test_the_rule_for_steps_before_the_first_checkpoint_is_said(folder, capsys):
+    text = TOML.replace('"run/*.pt"', '{2 = "run/only.pt"}') + "steps = 2\n"
+    next(iter(sorted((folder / "run").glob("*.pt"), reverse=True))).rename(folder / "run/only.pt")
+    (folder / "run.toml").write_text(text)
+    assert main(["account", str(folder / "run.toml"), "--quiet"]) == 0
+    assert "charged the worst case (before_first='worst_case')" in capsys.readouterr().out
+
+
 def test_a_misspelt_name_that_is_needed_is_told_what_was_meant(folder, capsys):
     path = folder / "run.toml"
     path.write_text(TOML.replace("noise_multiplier", "noise_mulitplier"))

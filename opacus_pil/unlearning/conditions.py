@@ -43,6 +43,11 @@ def looked_at(domain: str, look: Callable[[], object]) -> Condition:
     return Condition(True, domain, "", "")
 
 
+def reading(message: str) -> str:
+    """Return an error's sentence as a line of a table: what is needed, then what there is."""
+    return f"needs {rest}" if (rest := message.removeprefix("Expected ")) != message else message
+
+
 def require_contracting(conditions: Iterable[Condition]) -> None:
     """Raise at the first condition that is not met; the ones after it are not looked at.
 

@@ -18,8 +18,8 @@ from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, i
 from .files import beside, new_folder
 
 _PLAN_EPILOG = """example:
-  opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5
   opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 --options
+  opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 --method langevin
   opacus-pil plan my_run:unlearning --requirements langevin
 
 my_run.py has a function that builds the UnlearningEngine of your model; it is run. Nothing is
@@ -28,7 +28,8 @@ changed. Exit code 0: certified or predicted; 1: retrain instead, or requirement
 """
 
 _FORGET_EPILOG = """example:
-  opacus-pil forget my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 --out forgotten
+  opacus-pil forget my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 \\
+    --method langevin --out forgotten
 
 The folder gets model.pt (the unlearned weights), engine.pt (ledgers and phases, for the next
 request), certificate.json with its key where the plan is certified, and plan.txt. Private: mode
@@ -94,7 +95,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         return 0 if table.best is not None else 1
     plan = engine.plan(**who, **goal)
     _print(plan, _plain(plan), as_json=arguments.json)
-    return 1 if plan.status == "retrain instead" else 0
+    return _point_at_others() if _out_of_reach(plan) else 0
 
 
 @beside
@@ -109,9 +110,9 @@ def run_forget(arguments: argparse.Namespace) -> int:
         raise OpacusPilError(f"Expected a folder without model.pt, got a deletion done in {out}.")
     engine = engine_of(arguments)
     plan = engine.plan(**instances_of(arguments, engine), **goal_of(arguments))
-    if plan.status == "retrain instead":
+    if _out_of_reach(plan):
         print(plan)
-        return 1
+        return _point_at_others()
     say = (lambda _: None) if arguments.quiet else print
     say(str(plan))
     out.mkdir(mode=0o700, exist_ok=True)  # nothing is left behind where there is no plan to run
@@ -135,6 +136,17 @@ def run_forget(arguments: argparse.Namespace) -> int:
     )
     say(f"{result.steps} steps, {proved}. Written to {out} (private: mode 0600).")
     return 0
+
+
+def _out_of_reach(plan: Any) -> bool:
+    return bool(plan.status == "retrain instead")
+
+
+def _point_at_others() -> int:
+    print(
+        "opacus-pil: `opacus-pil plan … --options` shows what other methods reach", file=sys.stderr
+    )
+    return 1
 
 
 def _save_weights(path: Path, module: Any) -> None:

@@ -16,7 +16,7 @@ from .files import beside
 
 EPILOG = """example:
   opacus-pil requests submit my_run:unlearning --request case-1 --ids patient-017
-  opacus-pil requests serve my_run:unlearning --epsilon 1 --delta 1e-5
+  opacus-pil requests serve my_run:unlearning --epsilon 1 --delta 1e-5 --method langevin
   opacus-pil requests list requests/
   opacus-pil requests status requests/ case-1
 
@@ -126,12 +126,17 @@ def _show(requests: Any, *, as_json: bool) -> None:
         print(json.dumps(plain, indent=1))
         return
     for one in plain:
-        result = one["result"] or {}
-        parts = [result.get("status"), _steps(result), result.get("reason")]
-        words = ", ".join(str(part) for part in parts if part)
+        words = ", ".join(part for part in _parts(one["state"], one["result"] or {}) if part)
         print(f"{one['request']:20} {one['state']:8} {len(one['ids'])} instances  {words}".rstrip())
     if not plain:
         print("no request")
+
+
+def _parts(state: str, result: dict[str, Any]) -> list[str]:
+    if state == "done" and result.get("status") == "retrain instead":
+        return ["retrained without the rows", _steps(result)]  # what the plan said, done
+    parts = [result.get("status"), _steps(result), result.get("reason")]
+    return [str(part) for part in parts if part]
 
 
 def _steps(result: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from opacus_pil.certificates import read_certificate, verify_certificate
 from opacus_pil.cli import main
+from opacus_pil.commands.deletion import DEFAULT_METHOD
+from opacus_pil.unlearning import UnlearningEngine
 
 RUN = """
 import numpy as np, torch
@@ -51,6 +54,13 @@ def unlearning(**options):
 def queued():
     return unlearning(requests="requests")
 
+def retrainable():
+    def made():
+        module = torch.nn.Linear(5, 1, bias=False)
+        return module, torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3)
+
+    return unlearning(requests="requests", make_model=made)
+
 def nothing():
     return 3
 
@@ -64,7 +74,8 @@ def neighbourly():
 def costly():
     raise ZeroDivisionError("the training ran")
 """
-GOAL = ["--epsilon", "2", "--delta", "0.01"]
+TARGET = ["--epsilon", "2", "--delta", "0.01"]
+GOAL = [*TARGET, "--method", "langevin"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +111,7 @@ def test_requirements_and_options_are_tables(capsys) -> None:
     assert code == 0
     assert "met" in text
     code, text = asked(
-        capsys, "plan", "my_deletions:unlearning", "--rows", "3", *GOAL, "--options",
+        capsys, "plan", "my_deletions:unlearning", "--rows", "3", *TARGET, "--options",
         "--max-steps", "900",
     )  # fmt: skip
     assert code == 0
@@ -224,6 +235,30 @@ def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, argv, words) -> 
 def test_code_named_on_the_command_line_imports_its_neighbours_whenever_it_likes(capsys) -> None:
     code, text = asked(capsys, "plan", "my_deletions:neighbourly", "--rows", "3", "--steps", "2")
     assert (code, "predicted" in text) == (0, True)
+
+
+def test_the_default_method_is_python_s() -> None:
+    for call in (UnlearningEngine.plan, UnlearningEngine.serve):
+        assert inspect.signature(call).parameters["method"].default == DEFAULT_METHOD
+
+
+def test_a_finished_retraining_reads_as_one(capsys) -> None:
+    who = ["--request", "case-1", "--ids", "patient-003"]
+    asked(capsys, "requests", "submit", "my_deletions:retrainable", *who)
+    served = asked(
+        capsys, "requests", "serve", "my_deletions:retrainable", "--method", "retraining"
+    )
+    for code, text in (served, asked(capsys, "requests", "list", "requests")):
+        assert code == 0
+        assert "done     1 instances  retrained without the rows, 60 steps" in text
+        assert "retrain instead" not in text
+
+
+def test_where_no_steps_reach_the_target_the_other_methods_are_pointed_at(capsys) -> None:
+    argv = ["my_deletions:unlearning", "--rows", "39", "--epsilon", "0.1", "--delta", "0.01"]
+    for command in (["plan", *argv], ["forget", *argv, "--out", "done"]):
+        assert main(command) == 1
+        assert "--options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--epsilon", "0.001", "--delta", "0.01"], ["--steps", "-1"]])

@@ -31,7 +31,7 @@ def expected(name: str, domain: str, value: object, cure: str = "") -> str:
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return a question that names the closest known word, or nothing where none is close."""
-    words = {one.casefold(): one for one in known}
+    words = {str(one).casefold(): one for one in known}
     close = difflib.get_close_matches(str(word).casefold(), words, n=1)
     return f"Did you mean {words[close[0]]!r}?" if close else ""
 
@@ -110,7 +110,7 @@ def integer(name: str, value: Any, *, low: int, high: int | None = None, cure: s
 
 def choice(name: str, value: Any, choices: Sequence[str], cure: str = "") -> str:
     """Return `value` if it is one of `choices`, or raise."""
-    if not isinstance(value, str) or value not in choices:
+    if value not in choices:
         cure = " ".join(filter(None, (did_you_mean(value, choices), cure)))
         raise ValueError(expected(name, "to be one of " + ", ".join(choices), value, cure))
     return str(value)

@@ -40,8 +40,9 @@ def new_folder(path: str | os.PathLike[str]) -> Path:
         OpacusPilError: There is a file.
     """
     target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise OpacusPilError(f"Expected {target} to be a folder, got a file. Choose another.")
+    there = next(one for one in (target, *target.parents) if one.exists())
+    if not there.is_dir():
+        raise OpacusPilError(f"Expected {there} to be a folder, got a file. Choose another.")
     return target
 
 

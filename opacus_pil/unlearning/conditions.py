@@ -5,6 +5,7 @@ Knows words; what is looked at is `glm.py`, `linear_model.py` and `feature_norm.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -44,8 +45,13 @@ def looked_at(domain: str, look: Callable[[], object]) -> Condition:
 
 
 def reading(message: str) -> str:
-    """Return an error's sentence as a line of a table: what is needed, then what there is."""
-    return f"needs {rest}" if (rest := message.removeprefix("Expected ")) != message else message
+    """Return an error as a line of a list: what is needed, what there is, the cure."""
+    return re.sub(r"^Expected ", "needs ", message)
+
+
+def short_reading(message: str) -> str:
+    """Return the same for a cell of a table, without the cure."""
+    return re.split(r"\. (?=[A-Z])", reading(message), maxsplit=1)[0].removesuffix(".")
 
 
 def require_contracting(conditions: Iterable[Condition]) -> None:

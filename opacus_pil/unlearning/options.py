@@ -16,7 +16,7 @@ import torch.nn as nn
 from .. import _validate as check
 from ..accounting.shown import rounded_up
 from ..errors import OpacusPilError
-from .conditions import reading
+from .conditions import short_reading
 from .methods import METHOD, METHODS
 from .plan import CertifiedPlan, RetrainPlan, UnlearningPlan
 
@@ -84,7 +84,7 @@ class Options(tuple[Option, ...]):
                 "cost": "" if one.cost is None else f"{one.cost:.1%}",
                 "epsilon": "" if one.epsilon is None else rounded_up(one.epsilon),
                 "score": "" if math.isnan(one.score_change) else f"{one.score_change:+.3f}",
-                "why": f"  {reading(one.why)}",
+                "why": f"  {short_reading(one.why)}",
             }
             for one in self
         ]

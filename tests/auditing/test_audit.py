@@ -419,3 +419,15 @@ def test_steps_before_the_first_checkpoint_are_charged_as_by_replay_and_it_is_sa
     assert inspect.signature(audit).parameters["before_first"].default == (
         inspect.signature(replay).parameters["before_first"].default
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--delta", "2"], "Expected delta in (0, 1)"), (["--out", "a_file/deep/audit"], "a_file to")],
+)
+def test_the_command_refuses_before_code_is_run(tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "it_would_run.py").write_text("def describe():\n    raise ZeroDivisionError\n")
+    assert main(["audit", "it_would_run:describe", *options]) == 2
+    assert says in capsys.readouterr().err

@@ -11,6 +11,8 @@ from opacus.optimizers import AdaClipDPOptimizer
 import opacus_pil
 from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
 from opacus_pil.accounting import PerInstanceAccountant
+from opacus_pil.evaluation import calibrate
+from opacus_pil.heads import caps_from_public_model
 from opacus_pil.training.support import known_options, require_known_options
 
 
@@ -68,6 +70,8 @@ def test_nonsense_has_no_nearest():
         (lambda **k: opacus_pil.replay("run", **k), "noise_multiplyer", "noise_multiplier"),
         (lambda **k: opacus_pil.audit(None, **k), "held_ot", "held_out"),
         (lambda **k: PerInstanceAccountant(3, **k), "cap", "caps"),
+        (lambda **k: calibrate(None, **k), "max_step", "max_steps"),
+        (lambda **k: caps_from_public_model(None, None, **k), "flor", "floor"),
     ],
 )
 def test_a_typo_in_any_facade_is_told_what_was_meant(call, typo, meant):

@@ -5,10 +5,13 @@ Knows numpy only. Each function returns the checked value in the type the caller
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +19,51 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 def expected(name: str, domain: str, value: object, cure: str = "") -> str:
     """Word an error message: what was expected, what came, what to do."""
     message = f"Expected {name} {domain}, got {name}={value!r}."
     return f"{message} {cure}" if cure else message
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return a question that names the closest known word, or nothing where none is close."""
+    words = {str(one).casefold(): one for one in known}
+    close = difflib.get_close_matches(str(word).casefold(), words, n=1)
+    return f"Did you mean {words[close[0]]!r}?" if close else ""
+
+
+def known_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function name the closest of its keywords where it is given one that it has not.
+
+    Signature, types and docstring stay; a call costs one look at each keyword.
+    """
+    named = [
+        name
+        for name, one in inspect.signature(function).parameters.items()
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and name != "self"
+    ]
+    owner, _, last = function.__qualname__.rpartition(".")
+    called = owner if last == "__init__" else last
+    known = frozenset(named)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            raise TypeError(unknown_keyword(called, unknown[0], named))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def unknown_keyword(called: str, name: str, known: Iterable[str], cure: str = "") -> str:
+    """Word the error of a keyword that a call does not take."""
+    cure = cure or did_you_mean(name, known) or "Leave it out."
+    return f"Expected keywords of {called}, got an unknown one: {name!r}. {cure}"
 
 
 def real(
@@ -68,6 +111,7 @@ def integer(name: str, value: Any, *, low: int, high: int | None = None, cure: s
 def choice(name: str, value: Any, choices: Sequence[str], cure: str = "") -> str:
     """Return `value` if it is one of `choices`, or raise."""
     if value not in choices:
+        cure = " ".join(filter(None, (did_you_mean(value, choices), cure)))
         raise ValueError(expected(name, "to be one of " + ", ".join(choices), value, cure))
     return str(value)
 

@@ -22,8 +22,10 @@ def atomic_file(path: str | os.PathLike[str], *, private: bool = True) -> Iterat
         private: Create with mode 0600 (per-instance values); else 0644.
 
     Raises:
-        OSError: The folder is missing or not writable; no temporary file is left behind.
+        FileNotFoundError: The folder is missing.
+        OSError: It is not writable; no temporary file is left behind.
     """
+    require_folder(path)
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -42,3 +44,17 @@ def atomic_file(path: str | os.PathLike[str], *, private: bool = True) -> Iterat
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raise unless the folder is there that a file is to be written into.
+
+    Raises:
+        FileNotFoundError: It is not.
+        NotADirectoryError: It is a file.
+    """
+    folder = Path(path).parent
+    if not folder.exists():
+        raise FileNotFoundError(f"Expected the folder {folder} to exist, got none. Make it first.")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"Expected {folder} to be a folder, got a file. Choose another.")

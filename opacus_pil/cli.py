@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from . import _validate as check
 from .commands.account import add_account_command
 from .commands.audit import add_audit_command
 from .commands.check import add_check_command, parted
@@ -91,6 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names what a misspelt word was meant to be, for its commands too."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(one) for one in action.choices]
+        cure = check.did_you_mean(value, choices) or "--help says what each is for."
+        raise argparse.ArgumentError(
+            action, f"Expected one of {', '.join(choices)}, got {value!r}. {cure}"
+        )
+
+
 def _complete(parser: argparse.ArgumentParser) -> None:
     """Complete words in the shell, where argcomplete is installed and the shell asks for it."""
     try:
@@ -101,7 +115,7 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="opacus-pil",
         description="Per-instance privacy losses and certified unlearning for Opacus.",
         epilog=_EPILOG,
@@ -111,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--log", choices=("info", "debug"), help="say on stderr what is done (default: nothing)"
     )
     parser.add_argument("--version", action="version", version=f"opacus-pil {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
         help="the main job from end to end on real images, without network",

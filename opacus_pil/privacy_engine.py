@@ -21,6 +21,7 @@ from opacus.data_loader import DPDataLoader
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -70,6 +71,19 @@ _DEFAULT_CRITERIA = tuple(
     inspect.signature(function).parameters["criterion"].default
     for function in (PrivacyEngine.make_private, PrivacyEngine.make_private_with_epsilon)
 )
+
+
+@contextmanager
+def _naming_the_cure() -> Iterator[None]:
+    """Add to Opacus's refusal of a module what to do; its type and words stay Opacus's."""
+    try:
+        yield
+    except UnsupportedModuleError as error:
+        error.add_note(
+            "Before the optimizer is built: model = engine.get_compatible_module(model), which "
+            "puts a GroupNorm in place of a BatchNorm, say."
+        )
+        raise
 
 
 class PerInstancePrivacyEngine(PrivacyEngine):
@@ -126,6 +140,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
 
     _loss_of: LossOf | None = None  # on its way through Opacus's make_private_with_epsilon
 
+    @check.known_keywords
     def __init__(
         self,
         *,
@@ -241,6 +256,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             return 0.0
         return float("inf") if self.account.unbounded else super().get_epsilon(delta)
 
+    @check.known_keywords
     def get_per_instance_epsilon(
         self,
         delta: float,
@@ -279,6 +295,7 @@ class PerInstancePrivacyEngine(PrivacyEngine):
             kernels=self.accountant.history, norms=norms,
         )  # fmt: skip
 
+    @check.known_keywords
     def write_report(
         self,
         path: str | os.PathLike[str],
@@ -448,15 +465,16 @@ class PerInstancePrivacyEngine(PrivacyEngine):
                 grad_sample_mode=found.grad_sample_mode,
                 policy_settings=self.account.terms.shared,
             )  # fmt: skip
-        made = super().make_private(
-            module=module,
-            optimizer=optimizer,
-            data_loader=data_loader,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            criterion=criterion,
-            **options,
-        )
+        with _naming_the_cure():
+            made = super().make_private(
+                module=module,
+                optimizer=optimizer,
+                data_loader=data_loader,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                criterion=criterion,
+                **options,
+            )
         return begin_made(
             self.account, self._trainings, made, asked=found, options=options, ready=ready,
             shard=shard, criterion=criterion if named or ghost else None, loss_of=loss_of,

@@ -23,6 +23,16 @@ from tests.capture.models import convolutional, images
 from tests.training_loop import SIZE, Loop, differences, same
 
 
+def test_a_missing_folder_is_named_with_the_cure(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected the folder .*no/such to exist, got none"
+    ):
+        write_atomic(tmp_path / "no" / "such" / "page.html", b"x")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="to be a folder, got a file"):
+        write_atomic(tmp_path / "file" / "page.html", b"x")
+
+
 def test_a_private_file_is_readable_by_its_owner_only(tmp_path):
     write_atomic(tmp_path / "a", b"x")
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600

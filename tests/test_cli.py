@@ -107,3 +107,16 @@ def test_the_keys_help_says_where_to_keep_it(capsys):
 def test_the_parser_needs_no_torch():
     code = "import sys, opacus_pil.cli as cli; cli._parser(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [(["repotr"], "report"), (["requests", "sumbit"], "submit"), (["--log", "inof", "x"], "info")],
+)
+def test_a_misspelt_word_is_told_what_was_meant_and_the_list_is_shown_once(capsys, argv, meant):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"Did you mean {meant!r}?" in error
+    assert error.count("ledger") <= 1

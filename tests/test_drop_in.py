@@ -6,6 +6,7 @@ import pytest
 import torch
 from opacus import PrivacyEngine
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
@@ -72,3 +73,19 @@ def test_fixed_batches_are_split_as_opacus_splits_them(kind):
     assert lengths[0] == lengths[1]
     assert torch.equal(weights[0], weights[1])
     assert engine.per_instance.unattributed_steps == 0
+
+
+def test_a_batch_norm_is_refused_as_by_opacus_and_the_cure_is_noted():
+    said = []
+    for engine in (PrivacyEngine(), PerInstancePrivacyEngine()):
+        module = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3))
+        with pytest.raises(UnsupportedModuleError) as refused:
+            engine.make_private(
+                module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+                data_loader=DataLoader(images(SIZE), batch_size=BATCH), noise_multiplier=1.0,
+                max_grad_norm=1.0,
+            )  # fmt: skip
+        said.append(refused.value)
+    theirs, ours = said
+    assert str(ours) == str(theirs)
+    assert "engine.get_compatible_module(model)" in " ".join(ours.__notes__)

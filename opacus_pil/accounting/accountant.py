@@ -104,6 +104,7 @@ class PerInstanceAccountant:
     (array([False,  True]), array([2., 2.]), 'bound')
     """
 
+    @check.known_keywords
     def __init__(
         self,
         num_instances: int,

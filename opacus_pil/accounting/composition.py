@@ -177,6 +177,7 @@ def order_schedule(
     return result
 
 
+@_validate.known_keywords
 def compose_per_instance(
     step_rdp: StepRdp,
     *,

@@ -71,13 +71,9 @@ class PrivacyFilter:
             TypeError, ValueError: A value outside its domain, another shape, or an (ε, δ) that no
                 order can carry.
         """
-        if isinstance(budget, tuple):
-            if len(budget) != 2:
-                raise ValueError(
-                    check.expected("budget", "to be (epsilon, delta) or an RDP curve", budget)
-                )
-            delta = check.delta(budget[1])
-            epsilon = check.real_array("epsilon of the budget", budget[0], low=0.0)
+        values, delta = checked_budget(budget)
+        if delta is not None:
+            epsilon = values
             if epsilon.ndim == 0:
                 epsilon = np.full(size, float(epsilon))
             check.same_length("epsilon of the budget", epsilon, "instances", size)
@@ -93,7 +89,7 @@ class PrivacyFilter:
                        target=(epsilon.copy(), delta), settled=False)  # fmt: skip
             made._choose(np.arange(size), np.broadcast_to(orders, (size, len(orders))), orders)
             return made
-        curve = check.real_array("budget", budget, low=0.0, allow_infinite=True)
+        curve = values
         if curve.shape not in ((len(orders),), (size, len(orders))):
             raise ValueError(
                 f"Expected budget as the tuple (epsilon, delta) or as RDP at the {len(orders)} "
@@ -251,6 +247,23 @@ class PrivacyFilter:
         curve = np.full((len(rows), orders), np.inf)
         np.put_along_axis(curve, self.columns[rows], self.limits[rows], axis=1)
         return curve
+
+
+def checked_budget(budget: Any) -> tuple[FloatArray, float | None]:
+    """Return (epsilon, δ) of a budget, or (RDP curve, None), as far as they need no data set.
+
+    Raises:
+        TypeError, ValueError: A value outside its domain; (δ, ε) in place of (ε, δ).
+    """
+    if not isinstance(budget, tuple):
+        return check.real_array("budget", budget, low=0.0, allow_infinite=True), None
+    if len(budget) != 2:
+        raise ValueError(check.expected("budget", "to be (epsilon, delta) or an RDP curve", budget))
+    delta = check.real(
+        "delta of the budget", budget[1], low=0.0, high=1.0, open_low=True, open_high=True,
+        cure="The order is (epsilon, delta).",
+    )  # fmt: skip
+    return check.real_array("epsilon of the budget", budget[0], low=0.0), delta
 
 
 def _limits(epsilon: npt.ArrayLike, delta: float, orders: FloatArray) -> FloatArray:

@@ -5,7 +5,8 @@ Knows ids and row numbers; no data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from .._validate import IntArray
+
+_MOST_COMPARED = 20_000  # ids that an unknown one is held against letter by letter, in a second
 
 
 class InstanceIds:
@@ -125,9 +128,10 @@ class InstanceIds:
         unknown = [one for one in wanted if one not in self.members]
         if unknown or len(set(wanted)) < len(wanted):
             problem = f"nobody called {unknown[0]!r}" if unknown else "one of them twice"
+            hint = f"{id_hint(unknown[0], self.members)} " if unknown else ""
             raise ValueError(
-                f"Expected {name} to be persons of groups=, each once, got {problem}. Rows are "
-                "passed by rows=."
+                f"Expected {name} to be persons of groups=, each once, got {problem}. {hint}Rows "
+                "are passed by rows=."
             )
         found: IntArray = np.concatenate(
             [np.empty(0, dtype=np.int64), *(self.members[one] for one in wanted)]
@@ -145,10 +149,28 @@ class InstanceIds:
             kind = "integers" if self._ids.dtype.kind in "iu" else "texts"
             raise ValueError(
                 f"Expected {name} to be ids of instances ({kind}), got {len(unknown)} of "
-                f"{len(wanted)} that nobody has: {few}. Rows are passed by rows=."
+                f"{len(wanted)} that nobody has: {few}. {id_hint(unknown[0], self._place)} Rows "
+                "are passed by rows=."
             )
         found = np.array([self._place[item] for item in wanted], dtype=np.int64)
         return check.index_array(name, found, size=len(self._ids))
+
+
+def id_hint(wanted: Any, known: Iterable[Any]) -> str:
+    """Say what ids look like, and which of them was meant where one is near: in case, or in kind.
+
+    >>> id_hint(17, ["p0", "p17"])
+    "Ids look like 'p0'. Did you mean 'p17'?"
+    """
+    ids = list(known)
+    if not ids:
+        return "There is none."
+    text = str(wanted).casefold()
+    near = [one for one in ids if str(one).casefold() == text]
+    if not near and isinstance(ids[0], str) and len(ids) <= _MOST_COMPARED:
+        near = difflib.get_close_matches(str(wanted), ids, n=1)
+    question = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Ids look like {ids[0]!r}.{question}"
 
 
 def _plain(ids: Any, name: str) -> list[Any]:

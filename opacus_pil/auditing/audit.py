@@ -42,6 +42,7 @@ from .natural_canaries import CanarySplit, Shadow
 _UNSEEN = "nobody watched the training; `opacus-pil check` measures it while it trains"
 
 
+@check.known_keywords
 def audit(
     make_model: Callable[[], nn.Module] | nn.Module,
     *,
@@ -66,7 +67,7 @@ def audit(
     watched: TrainingCheck | ScriptCheck | None = None,
     instance_ids: npt.ArrayLike | None = None,
     held_out_ids: npt.ArrayLike | None = None,
-    before_first: str = "as_first",
+    before_first: str = "worst_case",
     confidence: float = 0.95,
     level: float = 0.01,
     seed: int = 0,
@@ -109,7 +110,7 @@ def audit(
         watched: What `opacus-pil check` or `watch` saw of this training.
         instance_ids: Of `dataset`.
         held_out_ids: Of `held_out`.
-        before_first: As in `replay`: where only the final model was kept, "as_first" ranks.
+        before_first: As in `replay`, which says when "as_first" is of use.
         confidence: Of each lower bound, and of values over several runs.
         level: Of the verdict: probability that a correct training is a red flag, over all tests.
             Bounds that hold for any dependence refute slowly: at 0.01 some 3,000 pairs can see

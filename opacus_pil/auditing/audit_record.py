@@ -225,6 +225,7 @@ class Audit:
             f"δ = {self.claim.delta:g} ({runs}), one record more or less",
             f"instances   {', '.join(f'{k} {rounded_up(v)}' for k, v in self.spread.items())} "
             f"({self.upper.guarantee})",
+            *(f"              - {reason}" for reason in self.upper.reasons),
         ]
         if self.exposed:
             most = self.exposed[0]

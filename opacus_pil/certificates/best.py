@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from ..accounting.shown import rounded_up
-from ..errors import CertificateError
+from ..errors import CertificateError, OutOfReachError
 from .assumptions import Assumption, assumption
 from .certificate import Certificate, OnProbe
 
@@ -175,15 +175,17 @@ class BestCertificate(Certificate):
             except CertificateError:
                 continue  # this member does not reach the target, or not sooner
         if least is None:
-            best = (
+            best = [
                 (name, member.epsilon(delta=delta, steps=max_steps))
                 for name, member in self._named()
-            )
+            ]
             reached = "; ".join(f"{name}: epsilon={rounded_up(e, digits=6)}" for name, e in best)
-            raise CertificateError(
+            raise OutOfReachError(
                 f"Expected a target that one of the certificates reaches within "
                 f"max_steps={max_steps}, got epsilon={epsilon!r} at delta={delta!r}; the best are "
-                f"{reached}. Relax the target or retrain instead."
+                f"{reached}. Relax the target or retrain instead.",
+                min(e for _, e in best),
+                max_steps,
             )
         return least
 

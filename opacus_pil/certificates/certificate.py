@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .. import _validate
 from .._validate import FloatArray
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
-from ..errors import CertificateError
+from ..errors import CertificateError, OutOfReachError
 from .assumptions import Assumption, Context, as_assumption
 
 OnProbe = Callable[[int, float], None]  # told of each look of a search: steps, and ε there
@@ -116,11 +116,12 @@ class Certificate(abc.ABC):
         best = self._probed(delta, max_steps, on_probe)
         if best > epsilon:
             at = self._first(best, delta, max_steps, on_probe)
-            raise CertificateError(
+            raise OutOfReachError(
                 f"Expected a target that unlearning reaches within max_steps={max_steps}, got "
                 f"epsilon={epsilon!r} at delta={delta!r}; the best is epsilon={best:.6g} at "
-                f"K={at} steps. Relax the target or retrain instead."
-            )
+                f"K={at} steps. Relax the target or retrain instead.",
+                best, max_steps,
+            )  # fmt: skip
         return self._first(epsilon, delta, max_steps, on_probe)
 
     def _probed(self, delta: float, steps: int, on_probe: OnProbe | None) -> float:

@@ -18,7 +18,7 @@ from scipy.optimize import minimize_scalar
 from .. import _validate
 from .._validate import FloatArray
 from ..accounting.quadrature import SMALLEST
-from ..errors import CertificateError
+from ..errors import CertificateError, OutOfReachError
 from .assumptions import Assumption, Context, assumption, checked_context
 from .certificate import Certificate, OnProbe
 
@@ -184,10 +184,12 @@ class Chien2024Certificate(Certificate):
         low, high = -1, (max_steps - 1) // self.step_grid
         best = self._probed(delta, 1 + high * self.step_grid, on_probe)
         if best > epsilon:
-            raise CertificateError(
+            raise OutOfReachError(
                 f"Expected a target that unlearning reaches within max_steps={max_steps}, got "
                 f"epsilon={epsilon!r} at delta={delta!r}; the best is epsilon={best:.6g}. "
-                "Relax the target or retrain instead."
+                "Relax the target or retrain instead.",
+                best,
+                max_steps,
             )
         while high - low > 1:  # D falls in K at every order, hence ε does
             middle = (low + high) // 2

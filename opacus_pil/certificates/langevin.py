@@ -17,7 +17,7 @@ from .. import _validate
 from .._validate import FloatArray
 from ..accounting.quadrature import SMALLEST
 from ..accounting.rdp import DEFAULT_ORDERS, rdp_to_epsilon
-from ..errors import CertificateError
+from ..errors import CertificateError, OutOfReachError
 from .assumptions import Assumption, Context, assumption, checked_context
 from .certificate import Certificate, OnProbe
 from .chien2024 import Chien2024Certificate, sharp_constants
@@ -277,10 +277,12 @@ class LangevinCertificate(Certificate):
         target, orders = _validate.epsilon(epsilon), self._conversion_orders()
         least = rdp_to_epsilon(self.irreducible_rdp(orders), orders=orders, delta=delta)[0]
         if least > target:
-            raise CertificateError(
+            raise OutOfReachError(
                 "Expected epsilon above the irreducible term D(stationary ‖ retrained), which "
                 f"alone gives epsilon={least:.6g} at delta={delta!r}, got epsilon={target!r}. No "
-                "number of steps removes it. Relax the target or retrain instead."
+                "number of steps removes it. Relax the target or retrain instead.",
+                float(least),
+                max_steps,
             )
         return super().steps_for(
             epsilon=epsilon, delta=delta, max_steps=max_steps, on_probe=on_probe

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .. import _validate as check
 from ..accounting.shown import quantiles_above, rounded_up
-from ..errors import OpacusPilError
+from .files import new_file
 
 _EXAMPLE = """module = "train:make_model"
 dataset = "train:training_data"
@@ -65,20 +66,23 @@ def add_account_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Account for a described training; return the exit code."""
     from ..replaying import described_run, replay
+    from ..replaying.described_run import importable
 
-    out = None if arguments.out is None else Path(arguments.out)
-    if out is not None and out.exists() and not arguments.force:
-        raise OpacusPilError(
-            f"Expected {out} not to exist, got a file. Pass --force to overwrite it."
-        )
+    if arguments.delta is not None:
+        check.delta(arguments.delta)
+    out = None if arguments.out is None else new_file(arguments.out, force=arguments.force)
     described = described_run(arguments.description)
-    training = described.training()
-    rows = len(training["dataset"])
-    delta = arguments.delta or described.get("delta") or 1.0 / rows
-    accountant = replay(
-        module=described["module"], confidence=arguments.confidence, work_dir=arguments.work,
-        progress=not arguments.quiet, **training,
-    )  # fmt: skip
+    delta = arguments.delta if arguments.delta is not None else described.get("delta")
+    if delta is not None:
+        check.delta(delta)
+    with importable(described.base):
+        training = described.training()
+        rows = len(training["dataset"])
+        delta = 1.0 / rows if delta is None else delta
+        accountant = replay(
+            module=described["module"], confidence=arguments.confidence, work_dir=arguments.work,
+            progress=not arguments.quiet, **training,
+        )  # fmt: skip
     spent = accountant.get_epsilon(delta)
     summary = {
         "rows": rows,

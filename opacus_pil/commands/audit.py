@@ -6,10 +6,10 @@ Arguments in, words and two files out. What is measured is `auditing.audit`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from ..errors import OpacusPilError
+from .. import _validate as check
+from .files import new_file, new_folder
 
 EPILOG = """example:
   opacus-pil audit run.toml --out audit
@@ -56,29 +56,32 @@ def run(arguments: argparse.Namespace) -> int:
     """Audit a described training; return the exit code."""
     from ..auditing.audit import audit
     from ..replaying import described_run
+    from ..replaying.described_run import importable
 
-    folder = Path(arguments.out)
-    files = folder / "audit.json", folder / "audit.html"
-    there = [file for file in files if file.exists()]
-    if there and not arguments.force:
-        raise OpacusPilError(
-            f"Expected {there[0]} not to exist, got a file. Pass --force to overwrite it."
-        )
+    if arguments.delta is not None:
+        check.delta(arguments.delta)
+    folder = new_folder(arguments.out)
+    names = ("audit.json", "audit.html")
+    if folder.exists():
+        for name in names:
+            new_file(folder / name, force=arguments.force)
     described = described_run(arguments.description)
     delta = arguments.delta if arguments.delta is not None else described.get("delta")
     if delta is None:
         raise ValueError(
             f"Expected delta in {described.name} or by --delta, got none. It belongs to the claim."
         )
+    check.delta(delta)
     seed = arguments.seed if arguments.seed is not None else described.get("seed", 0)
-    found = audit(
-        described["module"], delta=delta, held_out=described.get("held_out"),
-        split=described.get("split"), seed=seed, per_record=arguments.per_record,
-        work_dir=arguments.work, progress=not arguments.quiet, **described.training(),
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    found.write_json(files[0])
-    found.write_report(files[1])
+    with importable(described.base):
+        found = audit(
+            described["module"], delta=delta, held_out=described.get("held_out"),
+            split=described.get("split"), seed=seed, per_record=arguments.per_record,
+            work_dir=arguments.work, progress=not arguments.quiet, **described.training(),
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        found.write_json(folder / names[0])
+        found.write_report(folder / names[1])
     if not arguments.quiet:
         print(found)
         print(f"\nWritten to {folder} (private: mode 0600).")

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..atomic_file import require_folder
 from ..errors import OpacusPilError
 
 EPILOG = """example:
@@ -72,6 +73,8 @@ def parted(values: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check a script; return the exit code."""
+    if arguments.json is not None:
+        require_folder(arguments.json)
     result = check_script(
         arguments.script,
         arguments=arguments.arguments,

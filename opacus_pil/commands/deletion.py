@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+DEFAULT_METHOD = "dp_sgd"  # as of UnlearningEngine.plan and .serve
 ENGINE_HELP = "module:callable of yours that returns an UnlearningEngine"
 
 
@@ -29,8 +30,10 @@ def add_goal(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epsilon", type=float, help="target of a certified plan")
     parser.add_argument("--delta", type=float, help="its δ")
     parser.add_argument(
-        "--method", default=None, help="default: langevin with a target, else dp_sgd"
-    )
+        "--method", default=DEFAULT_METHOD,
+        help="as in Python (default: dp_sgd, the training's own steps, certified by what training "
+        "alone gave away; langevin where contraction is proved; plan --options shows all)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, help="run exactly so many")
     parser.add_argument("--max-steps", type=int, help="most steps worth running")
 
@@ -72,11 +75,11 @@ def instances_of(arguments: argparse.Namespace, engine: Any) -> dict[str, Any]:
 
 def goal_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the goal, as `plan` takes it; what was not given is left out."""
-    method = arguments.method
-    if method is None:
-        method = "dp_sgd" if arguments.epsilon is None else "langevin"
     given = {
         "epsilon": arguments.epsilon, "delta": arguments.delta, "steps": arguments.steps,
         "max_steps": arguments.max_steps,
     }  # fmt: skip
-    return {"method": method, **{name: value for name, value in given.items() if value is not None}}
+    return {
+        "method": arguments.method,
+        **{name: value for name, value in given.items() if value is not None},
+    }

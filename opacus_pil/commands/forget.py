@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..accounting.shown import rounded_up
+from ..atomic_file import require_folder
 from ..errors import OpacusPilError
 from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, instances_of
+from .files import beside, new_folder
 
 _PLAN_EPILOG = """example:
-  opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5
   opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 --options
+  opacus-pil plan my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 --method langevin
   opacus-pil plan my_run:unlearning --requirements langevin
 
 my_run.py has a function that builds the UnlearningEngine of your model; it is run. Nothing is
@@ -26,11 +28,13 @@ changed. Exit code 0: certified or predicted; 1: retrain instead, or requirement
 """
 
 _FORGET_EPILOG = """example:
-  opacus-pil forget my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 --out forgotten
+  opacus-pil forget my_run:unlearning --ids patient-017 --epsilon 1 --delta 1e-5 \\
+    --method langevin --out forgotten
 
 The folder gets model.pt (the unlearned weights), engine.pt (ledgers and phases, for the next
-request), certificate.json with its key where the plan is certified, and plan.txt. Private: mode
-0600. Interrupted, the same command goes on where it was; a deletion is done when model.pt is there.
+request), certificate.json with its key where the plan is certified, plan.txt and, with the extra
+`report`, deletion.html and public.html, the page of which may be shown. Private: mode 0600.
+Interrupted, the same command goes on where it was; a deletion is done when model.pt is there.
 Exit code as in plan.
 """
 
@@ -72,6 +76,7 @@ def add_forget_command(commands: Any) -> None:
     parser.set_defaults(run=run_forget)
 
 
+@beside
 def run_plan(arguments: argparse.Namespace) -> int:
     """Plan; return the exit code."""
     engine = engine_of(arguments)
@@ -91,25 +96,27 @@ def run_plan(arguments: argparse.Namespace) -> int:
         return 0 if table.best is not None else 1
     plan = engine.plan(**who, **goal)
     _print(plan, _plain(plan), as_json=arguments.json)
-    return 1 if plan.status == "retrain instead" else 0
+    return _point_at_others() if _out_of_reach(plan) else 0
 
 
+@beside
 def run_forget(arguments: argparse.Namespace) -> int:
     """Plan, run and file; return the exit code."""
     from ..certificates import write_certificate
     from ..files.container import save_state, save_weights, write_atomic
 
-    out = Path(arguments.out)
-    out.mkdir(mode=0o700, exist_ok=True)
+    out = new_folder(arguments.out)
+    require_folder(out)
     if (out / "model.pt").exists():
         raise OpacusPilError(f"Expected a folder without model.pt, got a deletion done in {out}.")
     engine = engine_of(arguments)
     plan = engine.plan(**instances_of(arguments, engine), **goal_of(arguments))
-    if plan.status == "retrain instead":
+    if _out_of_reach(plan):
         print(plan)
-        return 1
+        return _point_at_others()
     say = (lambda _: None) if arguments.quiet else print
     say(str(plan))
+    out.mkdir(mode=0o700, exist_ok=True)  # nothing is left behind where there is no plan to run
     try:
         result = engine.unlearn(plan, checkpoint_dir=out, checkpoint_every=10)
     except KeyboardInterrupt:
@@ -122,6 +129,7 @@ def run_forget(arguments: argparse.Namespace) -> int:
     save_state(out / "engine.pt", engine.state_dict(), kind="unlearning engine")
     if result.certificate is not None:
         write_certificate(result.record(), path=out / "certificate.json", overwrite=True)
+    _write_pages(result, out)
     # Last: it says that everything else is there.
     save_weights(out / "model.pt", result.module.state_dict())
     proved = "no claim"
@@ -129,6 +137,25 @@ def run_forget(arguments: argparse.Namespace) -> int:
         proved = f"ε = {rounded_up(result.epsilon, digits=4)} certified"
     say(f"{result.steps} steps, {proved}. Written to {out} (private: mode 0600).")
     return 0
+
+
+def _write_pages(result: Any, out: Path) -> None:
+    try:
+        result.write_report(out / "deletion.html")
+        result.write_report(out / "public.html", public=True)
+    except ImportError as error:  # an optional extra: a deletion does not wait for it
+        print(f"opacus-pil: no page was written: {error}", file=sys.stderr)
+
+
+def _out_of_reach(plan: Any) -> bool:
+    return bool(plan.status == "retrain instead")
+
+
+def _point_at_others() -> int:
+    print(
+        "opacus-pil: `opacus-pil plan … --options` shows what other methods reach", file=sys.stderr
+    )
+    return 1
 
 
 def _print(words: Any, plain: Any, *, as_json: bool) -> None:

@@ -9,7 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import OpacusPilError
+from .. import _validate as check
+from .files import beside, new_file
 
 EPILOG = """example:
   opacus-pil report my_run:engine --delta 1e-5 --out report.html
@@ -17,7 +18,7 @@ EPILOG = """example:
 my_run.py has a function that returns your trained PerInstancePrivacyEngine (built anew and with
 load_checkpoint, say); it is run. The page is one file that loads nothing; it holds per-instance
 values, which are private data: mode 0600. --public leaves constants only. Exit code 0: done; 2: a
-wrong argument, in one line.
+wrong argument, in one line, before your function is called.
 """
 
 
@@ -41,15 +42,17 @@ def add_report_command(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@beside
 def run(arguments: argparse.Namespace) -> int:
     """Write the page; return the exit code."""
     from ..privacy_engine import PerInstancePrivacyEngine
-    from ..replaying.described_run import resolved
+    from ..replaying.described_run import require_findable, resolved
 
-    out = Path(arguments.out)
-    if out.exists() and not arguments.force:
-        raise OpacusPilError(f"Expected {out} not to exist, got a file. Pass --force.")
-    made = resolved(arguments.engine, base=Path.cwd(), name="ENGINE")
+    base = Path.cwd()
+    require_findable(arguments.engine, base=base, name="ENGINE")
+    check.delta(arguments.delta)
+    out = new_file(arguments.out, force=arguments.force)
+    made = resolved(arguments.engine, base=base, name="ENGINE")
     engine = made() if callable(made) else made
     if not isinstance(engine, PerInstancePrivacyEngine):
         raise ValueError(

@@ -12,10 +12,11 @@ from typing import Any
 
 from ..accounting.shown import rounded_up
 from .deletion import add_engine, add_goal, add_instances, engine_of, goal_of, instances_of
+from .files import beside
 
 EPILOG = """example:
   opacus-pil requests submit my_run:unlearning --request case-1 --ids patient-017
-  opacus-pil requests serve my_run:unlearning --epsilon 1 --delta 1e-5
+  opacus-pil requests serve my_run:unlearning --epsilon 1 --delta 1e-5 --method langevin
   opacus-pil requests list requests/
   opacus-pil requests status requests/ case-1
   opacus-pil verify requests/certificate-1.json --model requests/model.pt
@@ -39,7 +40,7 @@ def add_requests_command(commands: Any) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(title="actions", required=True)
+    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     submit = actions.add_parser("submit", help="put a request into the queue")
     add_engine(submit)
     submit.add_argument("--request", required=True, metavar="NAME", help="its name")
@@ -61,6 +62,7 @@ def add_requests_command(commands: Any) -> None:
         action.add_argument("--json", action="store_true", help="print as JSON")
 
 
+@beside
 def run_submit(arguments: argparse.Namespace) -> int:
     """Submit a request; return the exit code."""
     engine = engine_of(arguments)
@@ -69,6 +71,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@beside
 def run_serve(arguments: argparse.Namespace) -> int:
     """Serve what waits; return the exit code."""
     engine = engine_of(arguments)
@@ -129,12 +132,17 @@ def _show(requests: Any, *, as_json: bool) -> None:
         print(json.dumps(plain, indent=1))
         return
     for one in plain:
-        result = one["result"] or {}
-        parts = [result.get("status"), _steps(result), result.get("reason")]
-        words = ", ".join(str(part) for part in parts if part)
+        words = ", ".join(part for part in _parts(one["state"], one["result"] or {}) if part)
         print(f"{one['request']:20} {one['state']:8} {len(one['ids'])} instances  {words}".rstrip())
     if not plain:
         print("no request")
+
+
+def _parts(state: str, result: dict[str, Any]) -> list[str]:
+    if state == "done" and result.get("status") == "retrain instead":
+        return ["retrained without the rows", _steps(result)]  # what the plan said, done
+    parts = [result.get("status"), _steps(result), result.get("reason")]
+    return [str(part) for part in parts if part]
 
 
 def _steps(result: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from .task_metrics import evaluate_task
 STATISTICS = ("loss", "accuracy")
 
 
+@check.known_keywords
 def calibrate(
     unlearning: UnlearningEngine,
     *,

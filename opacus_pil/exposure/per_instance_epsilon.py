@@ -17,12 +17,20 @@ from .. import _validate as check
 from .._validate import FloatArray, IntArray
 from ..accounting import PerInstanceAccountant
 from ..accounting import PerInstanceEpsilon as PlainEpsilon
+from ..accounting.instance_ids import id_hint
 from ..accounting.rdp import rdp_to_epsilon
 from ..accounting.shown import quantiles_above, rounded_up
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+class _NoSuchInstance(KeyError):
+    """A KeyError that prints its sentence as it is, where Python would quote it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,8 +89,12 @@ class PerInstanceEpsilon(PlainEpsilon):
         """
         place = self._places.get(instance_id)
         if place is None:
-            raise KeyError(
-                f"Expected an id of one of these {len(self)} instances, got {instance_id!r}."
+            whole = isinstance(instance_id, int | np.integer) and instance_id >= 0
+            row = instance_id if whole else "..."
+            raise _NoSuchInstance(
+                f"Expected an id of one of these {len(self)} instances, got {instance_id!r}. "
+                f"{id_hint(instance_id, self._places)} By row: "
+                f"get_per_instance_epsilon(delta, rows=[{row}])."
             )
         return float(self.epsilon[place])
 

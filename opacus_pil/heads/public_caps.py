@@ -22,6 +22,7 @@ _CHUNK = 1024
 
 
 @torch.no_grad()
+@check.known_keywords
 def caps_from_public_model(
     module: nn.Module,
     dataset: Any,

@@ -8,11 +8,13 @@ no model is built here before it is asked for.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 import pkgutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,7 @@ _NUMBERS = (
     "loss_reduction", "before_first", "split", "seed", "name",
 )  # fmt: skip
 
-EXAMPLE = """module = "train:make_model"      # a function that builds the model
-dataset = "train:training_data"  # a function that returns the private training set
-criterion = "torch.nn:CrossEntropyLoss"  # or loss_of = "train:loss_of"
-checkpoints = "checkpoints/*.pt" # or a table: {0 = "init.pt", 280 = "final.pt"}
-noise_multiplier = 1.0
-max_grad_norm = 1.0
-batch_size = 64                  # or sample_rate = 0.036
-steps = 280
-delta = 1e-5"""
+_HELP = "`opacus-pil account --help` shows a whole one, docs/audit.md all names."
 
 
 @dataclass(frozen=True)
@@ -113,7 +107,8 @@ class DescribedRun:
             value = resolved(value, base=self.base, name=name)
         builds = name in ("dataset", "held_out", "instance_ids")
         if builds and callable(value) and not hasattr(value, "__len__"):
-            value = value()
+            with importable(self.base):
+                value = value()
         if name == "criterion" and isinstance(value, type):
             value = value()
         return value
@@ -141,12 +136,13 @@ def described_run(source: str | os.PathLike[str]) -> DescribedRun:
     if not text.endswith(".toml"):
         base = Path.cwd()
         found = resolved(text, base=base, name="the description")
-        values = found() if callable(found) else found
+        with importable(base):
+            values = found() if callable(found) else found
         if not isinstance(values, Mapping):
             raise ValueError(
                 check.expected(
                     text, "to be a TOML file or a function that returns a mapping",
-                    type(values).__name__, f"A TOML file reads:\n{EXAMPLE}",
+                    type(values).__name__, _HELP,
                 )
             )  # fmt: skip
         return _checked(dict(values), base, text)
@@ -154,21 +150,23 @@ def described_run(source: str | os.PathLike[str]) -> DescribedRun:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(
-            f"Expected {path} to be TOML, got {error}. It reads:\n{EXAMPLE}"
-        ) from error
+        raise ValueError(f"Expected {path} to be TOML, got {error}. {_HELP}") from error
     return _checked(values, path.resolve().parent, str(path))
 
 
 def _checked(values: dict[str, Any], base: Path, name: str) -> DescribedRun:
-    known = {*_NAMES, *_REQUIRED, *_NUMBERS}
-    unknown = sorted(set(values) - known)
+    known = (*_NAMES, *_REQUIRED, *_NUMBERS)
+    unknown = [key for key in values if key not in known]
     missing = [key for key in _REQUIRED if key not in values]
-    if unknown or missing:
-        problem = f"unknown {unknown}" if unknown else f"no {missing}"
+    if unknown:
+        cure = check.did_you_mean(unknown[0], known) or _HELP
         raise ValueError(
-            f"Expected {name} to describe a training by {sorted(known)}, got {problem}. For "
-            f"example:\n{EXAMPLE}"
+            f"Expected {name} to describe a training, got the unknown name {unknown[0]!r}. {cure}"
+        )
+    if missing:
+        raise ValueError(
+            f"Expected {name} to describe a training, got one that lacks {' and '.join(missing)}. "
+            f"{_HELP}"
         )
     return DescribedRun(values, base, name)
 
@@ -179,21 +177,52 @@ def resolved(text: str, *, base: Path, name: str) -> Any:
     Raises:
         ValueError: There is none.
     """
-    if ":" not in text:
-        raise ValueError(
-            check.expected(name, "to be 'module:name'", text, "For example 'train:make_model'.")
-        )
-    folder = str(base)
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
+    require_findable(text, base=base, name=name)
     try:
-        return pkgutil.resolve_name(text)
+        with importable(base):
+            return pkgutil.resolve_name(text)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"Expected {name}={text!r} to name an object of a module in {folder} or installed, got "
+            f"Expected {name}={text!r} to name an object of a module in {base} or installed, got "
             f"{type(error).__name__}: {error}. Check the name."
         ) from error
+
+
+def require_findable(text: str, *, base: Path, name: str) -> None:
+    """Raise unless "module:name" is of that form and there is such a module; none is run.
+
+    Raises:
+        ValueError: It is not, or there is none.
+    """
+    if ":" not in text:
+        cure = "For example 'train:make_model'."
+        if text.endswith(".toml"):
+            cure = "A TOML file is what opacus-pil account and opacus-pil audit take."
+        raise ValueError(check.expected(name, "to be 'module:name'", text, cure))
+    top = text.partition(":")[0].partition(".")[0]
+    with importable(base):
+        importlib.invalidate_caches()
+        found = top in sys.modules or (top and importlib.util.find_spec(top) is not None)
+    if not found:
+        raise ValueError(
+            f"Expected {name}={text!r} to name an object of a module in {base} or installed, got "
+            f"no module {top!r}. Check the name."
+        )
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Let modules of a folder be imported, before those installed, for as long as the block runs.
+
+    Code of the user's imports its neighbours when it likes, within a function too.
+    """
+    text = str(folder)
+    if text in sys.path:
+        yield
+        return
+    sys.path.insert(0, text)
+    try:
+        yield
     finally:
-        if added:
-            sys.path.remove(folder)
+        if text in sys.path:
+            sys.path.remove(text)

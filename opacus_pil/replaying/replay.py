@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,13 +28,17 @@ from .trajectory import Trajectory, trajectories
 UNSEEN = "nobody watched the steps: loss, clip, noise, rate and their number are as described"
 GAP = "charged at the larger norm of the checkpoints before and after it"
 AFTER = "after the last checkpoint, charged at its norms"
-BEFORE = "before the first checkpoint, charged the worst case"
-AS_FIRST = "before the first checkpoint, charged at its norms, though norms are larger early on"
+BEFORE = "before the first checkpoint, charged the worst case (before_first='worst_case')"
+AS_FIRST = (
+    "before the first checkpoint, charged at its norms (before_first='as_first'), though norms are "
+    "larger early on"
+)
 RANDOM = "the forward pass draws random numbers: a norm is one draw of many"
 MEANS = "means over few runs in place of expectations: too low more often than too high"
 DROPOUT = "dropout was switched off to measure norms, which it changes"
 
 
+@check.known_keywords
 def replay(
     checkpoints: Any,
     *,
@@ -122,6 +127,8 @@ def replay(
     rates = each_step(sample_rate, "sample_rate", total, check.probability)
     for number, run in enumerate(runs):
         _require_as_counted(run, noises, rates, number=number, several=len(runs) > 1)
+    for why in dict.fromkeys(why for run in runs for why in unseen_end(run, total)):
+        warnings.warn(why, stacklevel=3)  # whoever called, past check.known_keywords
     norms = RowNorms(
         _plain(module), dataset, task=Task(criterion, loss_of, collate_fn, loss_reduction),
         max_grad_norm=_bounds(max_grad_norm), chunk_size=chunk_size, folder=work_dir,
@@ -185,13 +192,27 @@ def _charge(
             accountant.observe_all(before)
             charge(place.at, place.at + 1)
         if following is None:
-            charge(place.at + 1, total, AFTER)
+            charge(place.at + 1, total, AFTER, *unseen_end(run, total))
             break
         after = norms.sensitivities(following.read())
         if following.at > place.at + 1:
             accountant.observe_all(np.maximum(before, after))
             charge(place.at + 1, following.at, GAP)
         before = after
+
+
+def unseen_end(run: Trajectory, total: int) -> tuple[str, ...]:
+    """Return what to say where the checkpoints' own accountant counted fewer steps than described.
+
+    Training may have gone on after them; then nothing but the caller's word speaks of its end.
+    """
+    counted = sum(one[2] for one in run.history) if run.history else total
+    if counted >= total:
+        return ()
+    return (
+        f"the accountant in the checkpoints counted {counted} steps, and steps={total} were "
+        f"described: pass steps={counted} if training ended there",
+    )
 
 
 # --- several runs ---------------------------------------------------------------------------------

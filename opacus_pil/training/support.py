@@ -5,7 +5,6 @@ Knows Opacus's options, loaders and wrappers; changes nothing.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -111,13 +110,10 @@ def require_known_options(options: Mapping[str, Any]) -> None:
     known = known_options()
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            cure = f"Did you mean {close[0]!r}?" if close else "Leave it out."
+            cure = ""
             if name in ("instance_ids", "norm_policy", "caps", "budget", "history", "orders"):
                 cure = f"Pass it to PerInstancePrivacyEngine({name}=...)."
-            raise TypeError(
-                f"Expected keywords of make_private, got an unknown one: {name!r}. {cure}"
-            )
+            raise TypeError(check.unknown_keyword("make_private", name, known, cure))
 
 
 def known_options() -> frozenset[str]:

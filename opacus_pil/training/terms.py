@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from .. import _validate as check
 from ..accounting import PerInstanceAccountant
+from ..accounting.filter import checked_budget
 from ..accounting.instance_ids import InstanceIds
 from ..capture.shards import Shard
 from .charger import Charger
@@ -72,6 +73,8 @@ class Terms:
                 "Expected groups or budget, got both. A budget limits rows, and a person's rows "
                 "together may exceed it: leave one out."
             )
+        if budget is not None:
+            checked_budget(budget)
         policy = policy_of(
             DEFAULT if norm_policy is None else norm_policy,
             refresh_every=refresh_every, caps=caps, budget=budget,

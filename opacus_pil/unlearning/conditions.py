@@ -5,6 +5,7 @@ Knows words; what is looked at is `glm.py`, `linear_model.py` and `feature_norm.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -41,6 +42,16 @@ def looked_at(domain: str, look: Callable[[], object]) -> Condition:
     except OpacusPilError as error:
         return Condition(False, domain, "", "", error)
     return Condition(True, domain, "", "")
+
+
+def reading(message: str) -> str:
+    """Return an error as a line of a list: what is needed, what there is, the cure."""
+    return re.sub(r"^Expected ", "needs ", message)
+
+
+def short_reading(message: str) -> str:
+    """Return the same for a cell of a table, without the cure."""
+    return re.split(r"\. (?=[A-Z])", reading(message), maxsplit=1)[0].removesuffix(".")
 
 
 def require_contracting(conditions: Iterable[Condition]) -> None:

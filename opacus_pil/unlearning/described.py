@@ -56,7 +56,10 @@ def described_state(
         privacy_engine, criterion=criterion, loss_of=loss_of, collate_fn=collate_fn
     )
     if privacy_engine is None:
-        cure = "It cannot be read off a ledger without privacy_engine."
+        cure = (
+            "Pass privacy_engine=, the PerInstancePrivacyEngine that trained the model, whose "
+            "ledger knows it; without one say training_steps= and batch_size= yourself."
+        )
         steps = check.integer("training_steps", training_steps, low=1, cure=cure)
         size = float(check.integer("batch_size", batch_size, low=1, cure=cure))
     else:

@@ -23,7 +23,7 @@ def warn_if_drowned(module: nn.Module, certificate: Certificate, *, steps: int) 
         warnings.warn(
             f"noisy_finetuning: {found}. Its certificate asks for noise of the order of the "
             "weights; look at options(score=...), or retrain.",
-            stacklevel=4,
+            stacklevel=5,  # whoever called plan, past check.known_keywords
         )
 
 

@@ -87,6 +87,7 @@ class UnlearningEngine:
         certificates as each of them cites.
     """
 
+    @check.known_keywords
     def __init__(
         self, module: nn.Module, *, optimizer: torch.optim.Optimizer, dataset: Dataset,
         criterion: Any = None, privacy_engine: PerInstancePrivacyEngine | None = None,
@@ -166,6 +167,7 @@ class UnlearningEngine:
         branch._trial = True
         return branch
 
+    @check.known_keywords
     def mean_log_loss(
         self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
         order: float = 2.0,
@@ -185,6 +187,7 @@ class UnlearningEngine:
         return mean_log_loss_of(self._state, self._state.named(forget, rows), order=order)
 
     @staticmethod
+    @check.known_keywords
     def suggest(
         public: Dataset, *, epsilon: float, delta: float, num_instances: int, set_size: int = 1,
         steps: int = 100, feature_norm: float = 1.0, cap_factor: float = 1.5,
@@ -230,6 +233,7 @@ class UnlearningEngine:
         """
         return requirements_of(self._state, method)
 
+    @check.known_keywords
     def options(
         self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
         epsilon: float, delta: float, methods: Sequence[str] | None = None,
@@ -266,6 +270,7 @@ class UnlearningEngine:
             max_steps=max_steps,
         )  # fmt: skip
 
+    @check.known_keywords
     def plan(
         self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
         epsilon: float | None = None, delta: float | None = None, method: str = "dp_sgd",
@@ -337,6 +342,7 @@ class UnlearningEngine:
         state.data.require_same()
         return plan
 
+    @check.known_keywords
     def unlearn(
         self, plan: UnlearningPlan, *, checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 50, seed: int | None = None,
@@ -363,6 +369,7 @@ class UnlearningEngine:
                 private signal voids the certificate.
 
         Raises:
+            TypeError: Instances in place of a plan.
             CertificateError: The plan says "retrain instead" and there is no `make_model`; `until`
                 with a certified plan.
             ValueError: The plan is not this engine's latest state.
@@ -384,6 +391,7 @@ class UnlearningEngine:
             self._state.data.erase(self._state.forgotten)
         return result
 
+    @check.known_keywords
     def submit(
         self, forget: npt.ArrayLike | None = None, *, rows: npt.ArrayLike | None = None,
         request_id: str,
@@ -409,6 +417,7 @@ class UnlearningEngine:
         serving = self._served()
         return serving.submit(self._state.named(forget, rows), request_id=request_id)
 
+    @check.known_keywords
     def serve(
         self, *, epsilon: float | None = None, delta: float | None = None, method: str = "dp_sgd",
         steps: int | None = None, max_steps: int | None = None, step_grid: int = 10,

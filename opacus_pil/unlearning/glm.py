@@ -321,7 +321,7 @@ def _small_norms(account: Account, *, allowed: float) -> Condition:
     # A release that kept none says so in the certificate's context.
     return Condition(
         "earlier_release" in account.findings or largest <= allowed * SHIFT_ROUND_UP,
-        f"gradients of norm at most {allowed:g}, as the loss and feature_norm allow,",
+        f"gradients of norm at most {allowed:g} (what the loss and feature_norm allow)",
         f"norm {largest:.6g} in training" if math.isfinite(largest) else "none that were kept",
         "The loss was scaled, features were others or targets not in [0, 1]: train on what is "
         "named.",

@@ -16,10 +16,15 @@ import torch.nn as nn
 from .. import _validate as check
 from ..accounting.shown import rounded_up
 from ..errors import OpacusPilError
+from .conditions import short_reading
 from .methods import METHOD, METHODS
 from .plan import CertifiedPlan, RetrainPlan, UnlearningPlan
 
 Score = Callable[[nn.Module], float]
+_WIDTHS = {
+    "method": "20", "status": "17", "steps": ">7", "cost": ">9", "epsilon": ">9", "score": ">9",
+    "why": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,18 +76,21 @@ class Options(tuple[Option, ...]):
 
     def __str__(self) -> str:
         """Return the table as a person reads it."""
-        lines = [
-            f"{'method':20}{'status':17}{'steps':>7}{'cost':>9}{'epsilon':>9}{'score':>9}  why"
+        rows = [
+            {
+                "method": one.method,
+                "status": one.status,
+                "steps": "" if one.steps is None else str(one.steps),
+                "cost": "" if one.cost is None else f"{one.cost:.1%}",
+                "epsilon": "" if one.epsilon is None else rounded_up(one.epsilon),
+                "score": "" if math.isnan(one.score_change) else f"{one.score_change:+.3f}",
+                "why": f"  {short_reading(one.why)}",
+            }
+            for one in self
         ]
-        for one in self:
-            steps = "-" if one.steps is None else str(one.steps)
-            cost = "-" if one.cost is None else f"{one.cost:.1%}"
-            epsilon = "-" if one.epsilon is None else rounded_up(one.epsilon)
-            score = "-" if math.isnan(one.score_change) else f"{one.score_change:+.3f}"
-            lines.append(
-                f"{one.method:20}{one.status:17}{steps:>7}{cost:>9}{epsilon:>9}{score:>9}  "
-                f"{one.why}"
-            )
+        shown = [name for name in _WIDTHS if any(row[name] for row in rows)]
+        lines = ["".join(f"{'  why' if name == 'why' else name:{_WIDTHS[name]}}" for name in shown)]
+        lines += ["".join(f"{row[name] or '-':{_WIDTHS[name]}}" for name in shown) for row in rows]
         return "\n".join(lines)
 
 
@@ -142,6 +150,17 @@ def _option(trial: Trial, goal: dict[str, Any]) -> Option:
     if trial.score is not None and isinstance(plan, CertifiedPlan):
         change = float(trial.score(trial.run(plan))) - trial.before
     reached = plan.epsilon if isinstance(plan, CertifiedPlan) else None
-    if isinstance(plan, RetrainPlan) and not METHOD[name].retrains:
-        return Option(name, "not possible", None, None, None, math.nan, plan.reason)
+    if METHOD[name].retrains:
+        why = "a new model, trained without these rows: what the others' cost is a fraction of"
+        return Option(name, plan.status, plan.steps, plan.cost, reached, change, why)
+    if isinstance(plan, RetrainPlan):
+        return Option(name, "not possible", None, None, None, math.nan, _out_of_reach(plan))
     return Option(name, plan.status, plan.steps, plan.cost, reached, change, plan.reason)
+
+
+def _out_of_reach(plan: RetrainPlan) -> str:
+    """Say in a cell how near a target is that no steps reach."""
+    if plan.best is None or math.isnan(plan.best[0]):
+        return plan.reason
+    epsilon, steps = plan.best
+    return f"best reachable ε {rounded_up(epsilon)} in {steps} steps"

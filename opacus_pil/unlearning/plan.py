@@ -186,10 +186,12 @@ class RetrainPlan(UnlearningPlan):
     Attributes:
         target_epsilon: ε asked for; None where retraining itself was asked for.
         delta: Its δ.
+        best: (ε, steps): the least ε that so many steps at most reach; None: not known.
     """
 
     target_epsilon: float | None = None
     delta: float | None = None
+    best: tuple[float, int] | None = None
 
     @property
     def status(self) -> str:

@@ -19,7 +19,7 @@ from ..certificates import (
     PoissonContractionCertificate,
 )
 from ..certificates.burst import with_burst
-from ..errors import CertificateError
+from ..errors import CertificateError, OutOfReachError
 from .applicable import AndWorst, Question, certificates_for
 from .drowned import warn_if_drowned
 from .goal import Burst, FixedSteps, Goal, Pilots, Retraining, StepsAtDelta, Target
@@ -197,7 +197,10 @@ class Planning:
         try:
             needed = self._needed(certificate, goal, limit=limit)
         except CertificateError as error:
-            return self._retraining(str(error), target_epsilon=goal.epsilon, delta=goal.delta)
+            best = (error.best, error.max_steps) if isinstance(error, OutOfReachError) else None
+            return self._retraining(
+                str(error), target_epsilon=goal.epsilon, delta=goal.delta, best=best
+            )
         if goal.predict:
             return self._predicted(certificate, goal, steps=needed)
         name = type(certificate).__name__

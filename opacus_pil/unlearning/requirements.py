@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import _validate as check
-from .conditions import Condition, looked_at
+from .conditions import Condition, looked_at, reading
 from .glm import GlmRun
 from .grounds import require_still_weights, training_codes
 from .methods import METHOD, METHODS, Method, of_the_kernel
@@ -42,7 +42,8 @@ class Requirement:
     def __str__(self) -> str:
         """Return it as a line or two."""
         line = f"[{'x' if self.met else ' '}] {self.condition}"
-        return line if self.met else f"{line}\n      got {self.found} {self.cure}".rstrip()
+        found = self.found if self.found.startswith("needs ") else f"got {self.found}"
+        return line if self.met else f"{line}\n      {found} {self.cure}".rstrip()
 
 
 class Requirements(tuple[Requirement, ...]):
@@ -192,6 +193,6 @@ def _listed(one: Condition) -> Requirement:
     if one.holds:
         return Requirement(one.domain, met=True)
     if one.error is not None:
-        return Requirement(one.domain, met=False, found=f"a refusal: {one.error}")
+        return Requirement(one.domain, met=False, found=reading(str(one.error)))
     found = one.found if one.found.endswith((".", ".)")) else f"{one.found}."
     return Requirement(one.domain, met=False, found=found, cure=one.cure)

@@ -336,8 +336,13 @@ def require_runnable(
         untouched: As in `TrainedState.require_current`.
 
     Raises:
-        CertificateError, ValueError, LedgerError: As `UnlearningEngine.unlearn`.
+        TypeError, CertificateError, ValueError, LedgerError: As `UnlearningEngine.unlearn`.
     """
+    if not isinstance(plan, UnlearningPlan):
+        raise TypeError(
+            f"Expected a plan, got {type(plan).__name__}. Pass unlearning.plan([...]), which says "
+            "first what these instances take."
+        )
     if isinstance(plan, RetrainPlan) and state.make_model is None:
         raise CertificateError(
             f"Expected a plan that unlearns, got 'retrain instead': {plan.reason} To retrain "

@@ -22,7 +22,9 @@ def test_ids_and_rows_are_two_ways_to_one_answer():
 def test_an_integer_id_is_not_a_row():
     ids = InstanceIds([30, 20, 10])
     assert ids.rows([10]).tolist() == [2]
-    with pytest.raises(ValueError, match=r"1 of 2 that nobody has: 2\. Rows are passed by rows="):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 that nobody has: 2\. Ids look like 30\. Rows are passed by rows="
+    ):
         ids.rows([10, 2])
 
 

@@ -1,6 +1,7 @@
 """audit: what it puts together, when it raises a red flag, and what it refuses."""
 
 import dataclasses
+import inspect
 import json
 import time
 
@@ -399,3 +400,29 @@ def test_the_command_writes_both_files_and_says_the_verdict(tmp_path, capsys, or
     with pytest.raises(SystemExit):
         main(["audit", "--help"])
     assert "opacus-pil audit run.toml --out audit" in capsys.readouterr().out
+
+
+def test_steps_before_the_first_checkpoint_are_charged_as_by_replay_and_it_is_said(ordinary):
+    inside, _, kept = ordinary
+    last = max(kept)
+    found = audit(**described(inside, {last: kept[last]}))
+    options = {k: v for k, v in described(inside, {last: kept[last]}).items()
+               if k not in ("make_model", "delta", "exposed")}  # fmt: skip
+    account = replay(module=make_model, **options)
+    np.testing.assert_array_equal(found.upper.epsilon, account.get_epsilon(1e-5).epsilon)
+    assert "before_first='worst_case'" in str(found)
+    assert inspect.signature(audit).parameters["before_first"].default == (
+        inspect.signature(replay).parameters["before_first"].default
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--delta", "2"], "Expected delta in (0, 1)"), (["--out", "a_file/deep/audit"], "a_file to")],
+)
+def test_the_command_refuses_before_code_is_run(tmp_path, capsys, monkeypatch, options, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "it_would_run.py").write_text("def describe():\n    raise ZeroDivisionError\n")
+    assert main(["audit", "it_would_run:describe", *options]) == 2
+    assert says in capsys.readouterr().err

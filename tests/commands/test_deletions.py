@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from opacus_pil.certificates import read_certificate, verify_certificate
 from opacus_pil.cli import main
+from opacus_pil.commands.deletion import DEFAULT_METHOD
+from opacus_pil.unlearning import UnlearningEngine
 
 RUN = """
 import numpy as np, torch
@@ -51,18 +54,36 @@ def unlearning(**options):
 def queued():
     return unlearning(requests="requests")
 
+def retrainable():
+    def made():
+        module = torch.nn.Linear(5, 1, bias=False)
+        return module, torch.optim.SGD(module.parameters(), lr=7.0, weight_decay=5e-3)
+
+    return unlearning(requests="requests", make_model=made)
+
 def nothing():
     return 3
 
 def privacy():
     return trained()[0]
+
+def neighbourly():
+    import my_neighbour
+    return my_neighbour.engine()
+
+def costly():
+    raise ZeroDivisionError("the training ran")
 """
-GOAL = ["--epsilon", "2", "--delta", "0.01"]
+TARGET = ["--epsilon", "2", "--delta", "0.01"]
+GOAL = [*TARGET, "--method", "langevin"]
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_deletions.py").write_text(RUN)
+    (tmp_path / "my_neighbour.py").write_text(
+        "def engine():\n    from my_deletions import unlearning\n    return unlearning()\n"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -90,7 +111,7 @@ def test_requirements_and_options_are_tables(capsys) -> None:
     assert code == 0
     assert "met" in text
     code, text = asked(
-        capsys, "plan", "my_deletions:unlearning", "--rows", "3", *GOAL, "--options",
+        capsys, "plan", "my_deletions:unlearning", "--rows", "3", *TARGET, "--options",
         "--max-steps", "900",
     )  # fmt: skip
     assert code == 0
@@ -104,7 +125,9 @@ def test_forget_leaves_weights_state_plan_and_a_certificate_that_holds(capsys, f
     assert code == 0, text
     assert "certified" in text
     names = {path.name for path in (folder / "done").iterdir()}
-    assert {"model.pt", "engine.pt", "certificate.json", "plan.txt"} <= names
+    assert {
+        "model.pt", "engine.pt", "certificate.json", "plan.txt", "deletion.html", "public.html"
+    } <= names  # fmt: skip
     assert all((folder / "done" / name).stat().st_mode & 0o077 == 0 for name in names)
     assert "unlearning.pt" not in names  # the run's own file is gone
     assert verify_certificate(read_certificate(folder / "done" / "certificate.json")).holds
@@ -223,6 +246,14 @@ def test_a_ledger_is_asked_for_the_top_for_one_and_by_a_column(capsys) -> None:
         (["plan", "my_deletions:absent", "--rows", "1", *GOAL], "absent"),
         (["plan", "my_deletions:unlearning", "--ids", "eve", *GOAL], "eve"),
         (["requests", "list", "nowhere"], "nowhere"),
+        (["report", "run.toml", "--delta", "0.1", "--out", "x"], "opacus-pil account and"),
+        (["report", "my_deletoins:costly", "--delta", "2", "--out", "."], "my_deletoins"),
+        (["report", "my_deletions:costly", "--delta", "2", "--out", "x"], "delta in (0, 1)"),
+        (["report", "my_deletions:costly", "--delta", "0.1", "--out", "no/x"], "the folder no to"),
+        (
+            ["report", "my_deletions:costly", "--delta", "0.1", "--out", "my_deletions.py"],
+            "Pass --force",
+        ),
         (["ledger", "nowhere.parquet"], "nowhere"),
         (["report", "my_deletions:nothing", "--delta", "0.1", "--out", "x"], "PerInstancePrivacy"),
     ],
@@ -232,6 +263,42 @@ def test_a_wrong_argument_is_one_line_and_exit_code_two(capsys, argv, words) -> 
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_code_named_on_the_command_line_imports_its_neighbours_whenever_it_likes(capsys) -> None:
+    code, text = asked(capsys, "plan", "my_deletions:neighbourly", "--rows", "3", "--steps", "2")
+    assert (code, "predicted" in text) == (0, True)
+
+
+def test_the_default_method_is_python_s() -> None:
+    for call in (UnlearningEngine.plan, UnlearningEngine.serve):
+        assert inspect.signature(call).parameters["method"].default == DEFAULT_METHOD
+
+
+def test_a_finished_retraining_reads_as_one(capsys) -> None:
+    who = ["--request", "case-1", "--ids", "patient-003"]
+    asked(capsys, "requests", "submit", "my_deletions:retrainable", *who)
+    served = asked(
+        capsys, "requests", "serve", "my_deletions:retrainable", "--method", "retraining"
+    )
+    for code, text in (served, asked(capsys, "requests", "list", "requests")):
+        assert code == 0
+        assert "done     1 instances  retrained without the rows, 60 steps" in text
+        assert "retrain instead" not in text
+
+
+def test_where_no_steps_reach_the_target_the_other_methods_are_pointed_at(capsys) -> None:
+    argv = ["my_deletions:unlearning", "--rows", "39", "--epsilon", "0.1", "--delta", "0.01"]
+    for command in (["plan", *argv], ["forget", *argv, "--out", "done"]):
+        assert main(command) == 1
+        assert "--options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--epsilon", "0.001", "--delta", "0.01"], ["--steps", "-1"]])
+def test_a_deletion_that_has_no_plan_leaves_no_folder(capsys, folder, argv) -> None:
+    code = main(["forget", "my_deletions:unlearning", "--rows", "3", *argv, "--out", "done"])
+    assert code in (1, 2)
+    assert not (folder / "done").exists()
 
 
 def test_a_page_is_written_and_not_over_another(capsys, folder) -> None:

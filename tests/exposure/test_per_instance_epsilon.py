@@ -132,3 +132,27 @@ def test_the_package_shows_its_rooms_and_the_table_of_ledgers() -> None:
     for name in ("plots", "evaluation", "auditing", "heads", "LedgerTable"):
         assert name in shown
         assert getattr(opacus_pil, name) is not None
+
+
+@pytest.mark.parametrize(("wanted", "meant"), [("P2", "p2"), (2, "p2"), ("p22", "p2")])
+def test_an_id_that_nobody_has_is_told_what_ids_look_like_and_which_is_near(wanted, meant) -> None:
+    found = spent(instance_ids=np.array(["p1", "p2", "q3", "q4"]))
+    with pytest.raises(KeyError) as refused:
+        found[wanted]
+    said = str(refused.value)  # a KeyError, without Python's quotes around the sentence
+    assert said.startswith(f"Expected an id of one of these 4 instances, got {wanted!r}. ")
+    assert f"Ids look like 'p1'. Did you mean {meant!r}? By row: get_per_inst" in said
+    assert ("rows=[2]" in said) == (wanted == 2)
+
+
+def test_text_that_is_a_number_is_near_the_number() -> None:
+    with pytest.raises(KeyError, match=r"Ids look like 0. Did you mean 2\?"):
+        spent(instance_ids=np.arange(4))["2"]
+
+
+def test_whoever_names_ids_is_told_the_same(monkeypatch) -> None:
+    engine = trained(ids=[f"p{k}" for k in range(40)])[0]
+    with pytest.raises(
+        ValueError, match=r"nobody has: 'P7'. Ids look like 'p0'. Did you mean 'p7'"
+    ):
+        engine.get_per_instance_epsilon(1e-5, indices=["P7"])

@@ -1,6 +1,7 @@
 """`opacus-pil account`: a training described in TOML or by a function, and bad descriptions."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -65,8 +66,8 @@ def test_a_function_may_describe_the_run_too(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("noise_multiplier = 1.0\n", "", "no ['noise_multiplier']"),
-        ("delta", "detla", "unknown ['detla']"),
+        ("noise_multiplier = 1.0\n", "", "lacks noise_multiplier. "),
+        ("delta", "detla", "unknown name 'detla'. Did you mean 'delta'?"),
         ("batch_size = 15\n", "", "sample_rate or batch_size"),
         ("elsewhere:make_model", "elsewhere:make_modle", "Check the name"),
         ("run/*.pt", "runs/*.pt", "files that match"),
@@ -79,7 +80,58 @@ def test_a_bad_description_is_one_error_with_exit_code_2(folder, capsys, old, ne
     path = folder / "run.toml"
     path.write_text(TOML.replace(old, new).replace("\nbatch_size = 16", "\nsample_rate = 0.5"))
     assert main(["account", str(path), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "dataset = " not in error  # no whole example
+
+
+def test_the_rule_for_steps_before_the_first_checkpoint_is_said(folder, capsys):
+    text = TOML.replace('"run/*.pt"', '{2 = "run/only.pt"}') + "steps = 2\n"
+    next(iter(sorted((folder / "run").glob("*.pt"), reverse=True))).rename(folder / "run/only.pt")
+    (folder / "run.toml").write_text(text)
+    assert main(["account", str(folder / "run.toml"), "--quiet"]) == 0
+    assert "charged the worst case (before_first='worst_case')" in capsys.readouterr().out
+
+
+def test_a_misspelt_name_that_is_needed_is_told_what_was_meant(folder, capsys):
+    path = folder / "run.toml"
+    path.write_text(TOML.replace("noise_multiplier", "noise_mulitplier"))
+    assert main(["account", str(path), "--quiet"]) == 2
+    assert "'noise_mulitplier'. Did you mean 'noise_multiplier'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--out", "no/such/ledger.parquet"], "Expected the folder no/such to exist"),
+        (["--delta", "0"], "Expected delta in (0, 1)"),
+        (["--delta", "5"], "Expected delta in (0, 1)"),
+        (["--out", "."], "got a folder"),
+    ],
+)
+def test_what_cannot_be_written_or_said_is_refused_before_code_is_run(
+    folder, capsys, monkeypatch, options, says
+):
+    monkeypatch.chdir(folder)
+    (folder / "it_runs.py").write_text("def describe():\n    raise ZeroDivisionError\n")
+    assert main(["account", "it_runs:describe", *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_description_s_code_imports_its_neighbours_whenever_it_likes(folder, capsys):
+    (folder / "neighbour_of_it.py").write_text(
+        "from tests.replaying.elsewhere import data, make_model\n"
+    )
+    (folder / "describes_it.py").write_text(
+        "def rows():\n    import neighbour_of_it\n    return neighbour_of_it.data()\n"
+        "def model():\n    from neighbour_of_it import make_model\n    return make_model()\n"
+    )
+    text = TOML.replace("tests.replaying.elsewhere:make_model", "describes_it:model")
+    (folder / "run.toml").write_text(text.replace("tests.replaying.elsewhere:data",
+                                                  "describes_it:rows"))  # fmt: skip
+    before = list(sys.path)
+    assert main(["account", str(folder / "run.toml"), "--quiet"]) == 0
+    assert sys.path == before
 
 
 def test_help_shows_a_description_that_works(folder, capsys):

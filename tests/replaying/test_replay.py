@@ -131,6 +131,14 @@ def test_a_ledger_in_the_file_that_says_otherwise_is_not_passed_over(tmp_path, c
         replay(tmp_path, **described(**ONE, **changed))
 
 
+def test_more_steps_than_the_checkpoints_counted_are_charged_and_said(tmp_path):
+    trained(save=tmp_path)
+    with pytest.warns(UserWarning, match=r"counted 5 steps, and steps=9 were described: pass ste"):
+        account = replay(tmp_path, **described(**{**ONE, "steps": 9}))
+    assert account.steps == 9
+    assert any("3 of 9" in r and "pass steps=5 if training ended" in r for r in account.reasons)
+
+
 def test_schedules_are_charged_step_by_step(run):
     noises = [1.0, 1.0, 2.0, 2.0, 4.0]
     account = replay(run, **described(**{**ONE, "noise_multiplier": noises}))

@@ -8,6 +8,11 @@ import pytest
 from opacus import PrivacyEngine
 from opacus.optimizers import AdaClipDPOptimizer
 
+import opacus_pil
+from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
+from opacus_pil.accounting import PerInstanceAccountant
+from opacus_pil.evaluation import calibrate
+from opacus_pil.heads import caps_from_public_model
 from opacus_pil.training.support import known_options, require_known_options
 
 
@@ -54,3 +59,44 @@ def test_typos_are_named_with_what_was_meant(typo, meant):
 def test_nonsense_has_no_nearest():
     with pytest.raises(TypeError, match="Leave it out"):
         require_known_options({"zzz_qqq": 1})
+
+
+@pytest.mark.parametrize(
+    ("call", "typo", "meant"),
+    [
+        (lambda **k: PerInstancePrivacyEngine(**k), "instance_id", "instance_ids"),
+        (lambda **k: UnlearningEngine(None, optimizer=None, **k), "datset", "dataset"),
+        (lambda **k: UnlearningEngine.plan(None, [0], **k), "step", "steps"),
+        (lambda **k: opacus_pil.replay("run", **k), "noise_multiplyer", "noise_multiplier"),
+        (lambda **k: opacus_pil.audit(None, **k), "held_ot", "held_out"),
+        (lambda **k: PerInstanceAccountant(3, **k), "cap", "caps"),
+        (lambda **k: calibrate(None, **k), "max_step", "max_steps"),
+        (lambda **k: caps_from_public_model(None, None, **k), "flor", "floor"),
+    ],
+)
+def test_a_typo_in_any_facade_is_told_what_was_meant(call, typo, meant):
+    with pytest.raises(TypeError, match=rf"unknown one: '{typo}'. Did you mean '{meant}'\?"):
+        call(**{typo: 1})
+
+
+def test_a_wrapped_call_keeps_signature_docstring_and_python_s_other_refusals():
+    names = inspect.signature(PerInstancePrivacyEngine).parameters
+    assert {"norm_policy", "instance_ids"} <= set(names)
+    assert "Forget instances" in (UnlearningEngine.__doc__ or "")
+    assert "before anything runs" in (UnlearningEngine.plan.__doc__ or "")
+    with pytest.raises(TypeError, match="positional"):
+        PerInstancePrivacyEngine("prv")
+
+
+def test_a_misspelt_choice_is_told_what_was_meant():
+    with pytest.raises(ValueError, match=r"got norm_policy='ful'\. Did you mean 'full'"):
+        PerInstancePrivacyEngine(norm_policy="ful")
+    with pytest.raises(ValueError, match="norm_policy=3"):
+        PerInstancePrivacyEngine(norm_policy=3)
+
+
+def test_a_budget_the_wrong_way_round_is_refused_by_the_constructor():
+    with pytest.raises(ValueError, match=r"=2.0. The order is \(epsilon, delta\)"):
+        PerInstancePrivacyEngine(norm_policy="capped", budget=(1e-3, 2.0))
+    with pytest.raises(ValueError, match="budget"):
+        PerInstancePrivacyEngine(norm_policy="capped", budget=(1.0, 1e-5, 3))

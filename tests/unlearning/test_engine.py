@@ -342,3 +342,15 @@ def test_a_copy_shares_nothing_with_the_wrapped_module():
         for parameter in twin.parameters():
             parameter.zero_()
     assert any(parameter.abs().sum() > 0 for parameter in run.module.parameters())
+
+
+def test_instances_in_place_of_a_plan_are_refused_with_the_cure():
+    with pytest.raises(
+        TypeError, match=r"Expected a plan, got list. Pass unlearning.plan\(\[...\]\)"
+    ):
+        network_run().unlearning().unlearn(["p3"])
+
+
+def test_without_a_privacy_engine_it_is_asked_for_first():
+    with pytest.raises(TypeError, match=r"got training_steps=None. Pass privacy_engine=, "):
+        network_run().unlearning(privacy_engine=None)

@@ -15,7 +15,7 @@ from opacus_pil import CertificateError, UnlearningEngine
 from opacus_pil.certificates import ContractionCertificate, NoisyFineTuningCertificate
 from opacus_pil.files.model_hash import model_hash
 from opacus_pil.heads import BoundedFeatures
-from opacus_pil.unlearning import CertifiedPlan
+from opacus_pil.unlearning import CertifiedPlan, RetrainPlan
 from opacus_pil.unlearning.drowned import drowned
 from opacus_pil.unlearning.methods import METHODS
 
@@ -133,6 +133,25 @@ class TestOptions:
         assert option.status == "not possible"
         assert option.why == str(refusal.value)
         assert math.isnan(option.score_change)
+
+    def test_the_table_reads_and_leaves_out_what_is_empty(self) -> None:
+        engine = logistic_run(steps=200).unlearning()
+        table = engine.options([0], epsilon=1e-3, delta=0.01, max_steps=28)
+        text = str(table)
+        assert "score" not in text
+        assert "epsilon " not in text.splitlines()[0]  # nothing is certified
+        by_name = {one.method: one for one in table}
+        assert by_name["langevin"].why.startswith("best reachable ε ")
+        assert by_name["langevin"].why.endswith(" in 28 steps")
+        plan = engine.plan([0], method="langevin", epsilon=1e-3, delta=0.01, max_steps=28)
+        assert isinstance(plan, RetrainPlan)
+        assert plan.best is not None
+        shown = float(by_name["langevin"].why.split()[3])
+        assert shown >= plan.best[0]  # rounded up
+        assert "asked for" not in text
+        other = str(network_run().unlearning().options([0], **ASKED))
+        assert "Expected" not in other
+        assert "needs " in other
 
     @pytest.mark.parametrize("rows", [[SIZE], [], [0, 0]])
     def test_rows_that_are_none_are_refused_before_anything_is_tried(self, rows) -> None:

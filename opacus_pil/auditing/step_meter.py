@@ -141,7 +141,7 @@ class StepMeter(Listener):
             return
         parts = []
         for p, sample, factor in zip(params, samples, factors, strict=False):
-            columns = sample.reshape(len(sample), -1)[:, self._columns_of(p)]
+            columns = _rows_of(sample)[:, self._columns_of(p)]
             weighted = columns * factor.to(columns)[:, None]
             weighted = torch.where(factor.to(columns)[:, None] > 0, weighted, 0.0)
             self._scale += float((weighted.double() ** 2).sum())
@@ -307,8 +307,13 @@ def _flat(sample: Any) -> Any:
     return sample
 
 
+def _rows_of(sample: torch.Tensor) -> torch.Tensor:
+    # Not -1: of a draw of nobody torch could not tell how long a row would be.
+    return sample.reshape(len(sample), math.prod(sample.shape[1:]))
+
+
 def _row_norms(sample: torch.Tensor) -> torch.Tensor:
-    return sample.reshape(len(sample), -1).norm(dim=1)
+    return _rows_of(sample).norm(dim=1)
 
 
 def _adjusted(optimizer: Any, multiplier: float) -> float:

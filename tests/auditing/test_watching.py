@@ -226,6 +226,15 @@ def test_opacus_functions_that_a_script_patches_are_watched_as_patched(monkeypat
     assert training.evidence.noise_ratio == 0.0
 
 
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_training_with_draws_of_nobody_is_measured(mode):
+    result, _, _ = watched(steps=120, batch=1, mode=mode, noise=2.0)  # 1/e of them are empty
+    (training,) = result.trainings
+    measured = {c.name for c in training.conformance.checks if c.state == "agrees"}
+    assert {"noise", "clip", "rate", "batch_sizes", "steps"} <= measured, str(result)
+    assert result.verdict == "consistent", str(result)
+
+
 def test_physical_batches_make_one_step():
     from opacus.utils.batch_memory_manager import BatchMemoryManager
 

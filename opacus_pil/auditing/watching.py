@@ -1,7 +1,7 @@
 """watch: every private optimizer that Opacus makes in this process is audited while it trains.
 
-For scripts that know nothing of it: Opacus's constructor, its `make_private` and its Poisson
-sampler are listened to until the context ends. Computes no statistics itself.
+For scripts that know nothing of it: Opacus's constructor and its `make_private`, loaders and
+their samplers are listened to until the context ends. Computes no statistics itself.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from opacus import PrivacyEngine
 from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from .. import _validate as check
 from ..errors import UnsupportedError
 from .checked import RED, ScriptCheck, TrainingCheck, judge
 from .claim import Claim
 from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
+from .handed_out import HandedOut
 from .ledger import accountant_of, runs_since
 from .measurements import Measurements
 from .seams import Listener, Seams, is_ghost
@@ -42,7 +42,9 @@ class WatchedTraining(Listener):
         self.optimizer: Any = optimizer
         self._watching = watching
         self._seams = Seams(optimizer)
-        self.meter = StepMeter(names=self._name, multiplier=self._multiplier)
+        self.meter = StepMeter(
+            names=self._name, multiplier=self._multiplier, used=self._held_against_loader
+        )
         self.canaries: GradientCanaries | None = None
         self.why_no_canaries = ""
         self.accountant: Any = None
@@ -56,6 +58,7 @@ class WatchedTraining(Listener):
         """Learn what belongs to the optimizer from the call that made it private."""
         self.accountant, self.module, self.loader = engine.accountant, module, loader
         self.history = list(engine.accountant.history)
+        self._watching.handed_out.know(loader)
         measured = self.meter.measured
         self.meter.module = module
         measured.divisor = nominal_divisor(self.optimizer)
@@ -123,6 +126,9 @@ class WatchedTraining(Listener):
         measured, canaries = self.meter.measured, self.canaries
         if self.meter.failure:
             measured = Measurements(moves=measured.moves, notes={"all": self.meter.failure})
+        unseen = self._why_no_loader()
+        if unseen:
+            measured.notes["loader"] = unseen
         measured.drawn, measured.draws = self._watching.drawn_of(self.loader, measured.instances)
         why = self.why_no_canaries
         if canaries is not None and canaries.why_not:
@@ -143,6 +149,15 @@ class WatchedTraining(Listener):
             bits="shared" if self._watching.shared_generator else "own",
             seconds={"watching": self._seams.seconds},
         )
+
+    def _held_against_loader(self, rows: int | None) -> None:
+        if self.loader is not None:
+            self.meter.measured.add_source(*self._watching.handed_out.use(self.loader, rows))
+
+    def _why_no_loader(self) -> str:
+        if self.loader is None:
+            return "it is not known which loader belongs to the optimizer"
+        return self._watching.handed_out.why_unseen(self.loader)
 
     def _multiplier(self) -> float | None:
         history = [] if self.accountant is None else self.accountant.history
@@ -197,6 +212,7 @@ class Watching:
         self.trainings: list[WatchedTraining] = []
         self.result: ScriptCheck | None = None
         self.printed: tuple[str, ...] = ()
+        self.handed_out = HandedOut(drawn=self._drew)
         self._drawn: dict[Any, tuple[np.ndarray, list[int]]] = {}
         _ = Claim((), delta=delta).epsilon  # fails now, not at the end, without dp-accounting
         self._start = time.perf_counter()
@@ -234,7 +250,7 @@ class Watching:
         """Return another seed for each training."""
         return None if self._seed is None else self._seed + 7919 * len(self.trainings)
 
-    def drew(self, sampler: Any, indices: list[int]) -> None:
+    def _drew(self, sampler: Any, indices: list[int]) -> None:
         """Count one draw of a Poisson sampler."""
         if sampler not in self._drawn:
             self._drawn[sampler] = np.zeros(int(sampler.num_samples), dtype=np.int64), [0]
@@ -359,10 +375,8 @@ def assert_private(
 
 @contextmanager
 def _listening(watching: Watching) -> Iterator[None]:
-    """Listen to Opacus's constructor, make_private and sampler while the context lasts."""
-    construct, make, draw = (
-        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__
-    )  # fmt: skip
+    """Listen to what Opacus makes and tells, and to loaders, while the context lasts."""
+    construct, make = DPOptimizer.__init__, PrivacyEngine.make_private
 
     def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
@@ -375,15 +389,10 @@ def _listening(watching: Watching) -> Iterator[None]:
                 training.made(self, made[0], made[-1])
         return made
 
-    def drawing(self: Any) -> Iterator[list[int]]:
-        for indices in draw(self):
-            watching.drew(self, indices)
-            yield indices
-
     patched: list[tuple[Any, str, Any, Any]] = [
         (DPOptimizer, "__init__", construct, functools.wraps(construct)(constructing)),
         (PrivacyEngine, "make_private", make, functools.wraps(make)(making)),
-        (UniformWithReplacementSampler, "__iter__", draw, functools.wraps(draw)(drawing)),
+        *watching.handed_out.patches(),
     ]
     for owner, name, _, ours in patched:
         setattr(owner, name, ours)

@@ -10,7 +10,8 @@ from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from opacus_pil import PerInstancePrivacyEngine
 from opacus_pil.auditing import assert_private, watch
@@ -138,7 +139,7 @@ def test_a_loader_at_twice_the_rate_that_the_engine_did_not_make():
         _, model, optimizer, criterion, loader = private()
         own = DPDataLoader(digits(), sample_rate=2 * loader.sample_rate)
         train(model, optimizer, criterion, own)
-    assert names(audit.result) == ["rate"]
+    assert names(audit.result) == ["loader", "rate"]
     assert audit.verdict == "red flag"
 
 
@@ -231,7 +232,7 @@ def test_a_training_with_draws_of_nobody_is_measured(mode):
     result, _, _ = watched(steps=120, batch=1, mode=mode, noise=2.0)  # 1/e of them are empty
     (training,) = result.trainings
     measured = {c.name for c in training.conformance.checks if c.state == "agrees"}
-    assert {"noise", "clip", "rate", "batch_sizes", "steps"} <= measured, str(result)
+    assert {"noise", "clip", "rate", "batch_sizes", "steps", "loader"} <= measured, str(result)
     assert result.verdict == "consistent", str(result)
 
 
@@ -317,23 +318,27 @@ def test_a_text_classifier_in_ghost_mode_conforms():
     assert audit.result.trainings[0].conformance["noise"].state == "agrees"
 
 
-def test_opacus_is_as_it_was_afterwards_also_after_an_error():
-    before = (
-        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__,
-    )  # fmt: skip
+def test_opacus_and_torch_are_as_they_were_afterwards_also_after_an_error():
+    def patched():
+        return (
+            DPOptimizer.__init__, PrivacyEngine.make_private,
+            UniformWithReplacementSampler.__iter__, BatchSampler.__iter__,
+            _BaseDataLoaderIter.__next__, _BaseDataLoaderIter._next_index,
+        )  # fmt: skip
+
+    before = patched()
     seen = []
 
     def script():
         with watch(**FEW) as audit:
-            seen.extend([audit, private()[2]])
+            seen.extend([audit, private()[2], patched()])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         script()
-    audit, optimizer = seen
-    assert before == (
-        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__,
-    )  # fmt: skip
+    audit, optimizer, during = seen
+    assert not any(one is other for one, other in zip(before, during, strict=True))
+    assert before == patched()
     assert not {"pre_step", "add_noise", "scale_grad"} & set(optimizer.__dict__)
     with pytest.raises(RuntimeError, match="Ask after the with block"):
         _ = audit.verdict

@@ -1,7 +1,7 @@
 """watch: every private optimizer that Opacus makes in this process is audited while it trains.
 
-For scripts that know nothing of it: Opacus's constructor and its `make_private`, loaders and
-their samplers are listened to until the context ends. Computes no statistics itself.
+For scripts that know nothing of it: Opacus's constructor, its `make_private` and `get_epsilon`,
+loaders and their samplers are listened to until the context ends. Computes no statistics itself.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from opacus import PrivacyEngine
+from opacus.accountants import GaussianAccountant, PRVAccountant
 from opacus.optimizers import DPOptimizer
 
 from .. import _validate as check
 from ..errors import UnsupportedError
-from .checked import RED, ScriptCheck, TrainingCheck, judge
+from .checked import CONSISTENT, RED, ScriptCheck, TrainingCheck, judge
 from .claim import Claim
 from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
 from .handed_out import HandedOut
@@ -212,6 +213,7 @@ class Watching:
         self.trainings: list[WatchedTraining] = []
         self.result: ScriptCheck | None = None
         self.printed: tuple[str, ...] = ()
+        self.no_epsilon: BaseException | None = None  # what Opacus raised for want of a step
         self.handed_out = HandedOut(drawn=self._drew)
         self._drawn: dict[Any, tuple[np.ndarray, list[int]]] = {}
         _ = Claim((), delta=delta).epsilon  # fails now, not at the end, without dp-accounting
@@ -232,6 +234,14 @@ class Watching:
                 "Expected the watch to have ended, got one under way. Ask after the with block."
             )
         return self.result
+
+    def is_want_of_a_step(self, error: BaseException | None) -> bool:
+        """Whether an error is, or was raised from, Opacus's for a ledger without a step."""
+        while error is not None:
+            if error is self.no_epsilon:
+                return True
+            error = error.__cause__
+        return False
 
     def introduce(self, own: WatchedTraining) -> None:
         """Tell an optimizer that was built by hand what belongs to it, as far as it can be known.
@@ -287,7 +297,13 @@ class Watching:
         if not self.trainings:
             notes.append("Opacus made no private optimizer in this process")
         elif not begun:
-            notes.append("no private optimizer made a step")
+            notes.append("no private optimizer made a step: nothing to audit")
+        if self.no_epsilon is not None:
+            said = f"{type(self.no_epsilon).__name__}: {self.no_epsilon}"
+            notes.append(
+                "the script ended where it asked for the ε of a ledger without a step, which "
+                f"Opacus answers with {said}. Ask after the first step"
+            )
         self.result = ScriptCheck(
             trainings=tuple(results),
             level=self.level,
@@ -325,18 +341,32 @@ def watch(
 
     Yields:
         Watching; its `result` is there when the context has ended without an error.
+
+    Edge cases:
+        ε asked for before any step   Opacus's "prv" and "gdp" raise, with "rdp" it is 0. Where the
+                                      error would end the context, it ends it quietly, and `result`
+                                      says what was seen of the steps; unless that is "consistent",
+                                      then the error is the script's own and is raised
     """
     watching = Watching(
         delta=delta, canaries=canaries, controls=controls, confidence=confidence, level=level,
         seed=seed, shared_generator=shared_generator,
     )  # fmt: skip
+    ended: Exception | None = None
     with _listening(watching):
         try:
             yield watching
+        except Exception as error:
+            if not watching.is_want_of_a_step(error):
+                raise
+            ended = error
         finally:
             for training in watching.trainings:
                 training.end()
+    watching.no_epsilon = None if ended is None else watching.no_epsilon
     watching.finish()
+    if ended is not None and watching.verdict == CONSISTENT:
+        raise ended  # nothing found explains it: the script's own error
 
 
 def assert_private(
@@ -389,9 +419,24 @@ def _listening(watching: Watching) -> Iterator[None]:
                 training.made(self, made[0], made[-1])
         return made
 
+    def telling(tell: Any) -> Any:
+        def get_epsilon(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return tell(self, *args, **kwargs)
+            except Exception as error:
+                if not self.history:
+                    watching.no_epsilon = error
+                raise
+
+        return functools.wraps(tell)(get_epsilon)
+
     patched: list[tuple[Any, str, Any, Any]] = [
         (DPOptimizer, "__init__", construct, functools.wraps(construct)(constructing)),
         (PrivacyEngine, "make_private", make, functools.wraps(make)(making)),
+        *(
+            (kind, "get_epsilon", kind.get_epsilon, telling(kind.get_epsilon))
+            for kind in (PRVAccountant, GaussianAccountant)
+        ),
         *watching.handed_out.patches(),
     ]
     for owner, name, _, ours in patched:

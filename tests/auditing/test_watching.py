@@ -6,6 +6,7 @@ import opacus.optimizers.optimizer as opacus_optimizer
 import pytest
 import torch
 from opacus import PrivacyEngine
+from opacus.accountants import GaussianAccountant, PRVAccountant
 from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -321,9 +322,9 @@ def test_a_text_classifier_in_ghost_mode_conforms():
 def test_opacus_and_torch_are_as_they_were_afterwards_also_after_an_error():
     def patched():
         return (
-            DPOptimizer.__init__, PrivacyEngine.make_private,
-            UniformWithReplacementSampler.__iter__, BatchSampler.__iter__,
-            _BaseDataLoaderIter.__next__, _BaseDataLoaderIter._next_index,
+            DPOptimizer.__init__, PrivacyEngine.make_private, PRVAccountant.get_epsilon,
+            GaussianAccountant.get_epsilon, UniformWithReplacementSampler.__iter__,
+            BatchSampler.__iter__, _BaseDataLoaderIter.__next__, _BaseDataLoaderIter._next_index,
         )  # fmt: skip
 
     before = patched()
@@ -375,7 +376,71 @@ def test_nothing_private_is_no_power_and_fails_a_unit_test():
         assert_private(lambda: None)
     with watch(**FEW) as audit:
         private()
-    assert "no private optimizer made a step" in str(audit)
+    assert "no private optimizer made a step: nothing to audit" in str(audit)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "gdp"])
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of no steps
+@pytest.mark.filterwarnings("ignore:GDP accounting is experimental:UserWarning")  # Opacus's
+def test_an_epsilon_of_no_steps_is_a_verdict_and_no_error_from_inside_opacus(accountant):
+    def asks(engine, *_):
+        return engine.get_epsilon(1e-5)
+
+    def wrong_optimizer(engine, model, optimizer, criterion, loader):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            criterion(model(inputs), targets).backward()
+            optimizer.original_optimizer.step()
+        engine.get_epsilon(1e-5)
+
+    with pytest.raises((ValueError, IndexError)):  # if Opacus mends it, all of this may go
+        asks(*private(engine=PrivacyEngine(accountant=accountant)))
+    with watch(**FEW) as audit:
+        asks(*private(engine=PrivacyEngine(accountant=accountant)))
+    assert audit.verdict == "no power"
+    assert audit.result.reasons[0] == "no private optimizer made a step: nothing to audit"
+    assert "asked for the ε of a ledger without a step" in str(audit)
+    with watch(**FEW) as audit:
+        wrong_optimizer(*private(engine=PrivacyEngine(accountant=accountant)))
+    assert audit.verdict == "red flag"
+    assert "weights moved 12 times, the ledger counts 0" in str(audit)
+    assert "asked for the ε of a ledger without a step" in str(audit)
+    with pytest.raises(AssertionError, match="nothing to audit"):
+        assert_private(lambda: asks(*private(engine=PrivacyEngine(accountant=accountant))))
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of no steps
+def test_other_errors_and_those_that_a_script_catches_are_as_without_watch():
+    def none_yet(engine):
+        try:
+            engine.get_epsilon(1e-5)
+        except ValueError:
+            return True
+        return False
+
+    with watch(**FEW) as audit:  # caught: the training goes on, and nothing is said of it
+        engine, model, optimizer, criterion, loader = private(engine=PrivacyEngine())
+        assert none_yet(engine)
+        train(model, optimizer, criterion, loader)
+        assert engine.get_epsilon(1e-5) > 0
+    assert audit.verdict == "consistent", str(audit)
+    assert audit.result.notes == ()
+
+    def another_error():
+        with watch(**FEW):
+            assert none_yet(private(engine=PrivacyEngine())[0])
+            raise ValueError("of the script")
+
+    with pytest.raises(ValueError, match="of the script"):
+        another_error()
+
+    def right_but_for_the_end():
+        with watch(**FEW):
+            train(*private()[1:])
+            private(engine=PrivacyEngine())[0].get_epsilon(1e-5)
+
+    with pytest.raises(ValueError, match="NaN"):  # "consistent" must not hide that a script failed
+        right_but_for_the_end()
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Which batches private loaders have handed out, and which of them a step has used.
 
-Listens to torch's loaders and to the samplers under them; a batch is its number of rows. Knows no
-model, optimizer or accountant.
+Listens to torch's loaders and to the samplers under them, and counts: a batch is its number of
+rows. Knows no model, optimizer or accountant.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from opacus.utils.uniform_sampler import (
     DistributedUniformWithReplacementSampler,
     UniformWithReplacementSampler,
@@ -23,6 +24,7 @@ from opacus.utils.uniform_sampler import (
 from torch.utils.data import BatchSampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from .._validate import IntArray
 from .measurements import Source
 
 _SAMPLERS = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler, BatchSampler)
@@ -85,17 +87,14 @@ class Waiting:
 class HandedOut:
     """Listens to loaders, and tells which batches of the private ones wait to be used.
 
-    Args:
-        drawn: Called with each draw of Opacus's Poisson sampler, and its rows.
-
     Attributes:
         failure: What went wrong in listening, which then ends: a script goes on whether or not it
             can be looked at.
     """
 
-    def __init__(self, *, drawn: Callable[[Any, list[int]], None]) -> None:
+    def __init__(self) -> None:
         self.failure = ""
-        self._drawn = drawn
+        self._drawn: dict[Any, tuple[IntArray, list[int]]] = {}  # rows of each sampler, its draws
         self._loaders: list[Any] = []
         self._waiting: dict[int, tuple[Any, Waiting]] = {}  # by sampler, which is kept alive
         self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
@@ -107,6 +106,8 @@ class HandedOut:
 
     def why_unseen(self, loader: Any) -> str:
         """Say why nothing can be concluded of a loader; empty: its batches are seen."""
+        if loader is None:
+            return "it is not known which loader belongs to the optimizer"
         if self.failure:
             return f"listening to loaders failed ({self.failure})"
         sampler = _sampler_of(loader)
@@ -134,13 +135,25 @@ class HandedOut:
         chosen = next((waiting for waiting in found if waiting.spare), found[0])
         return sum(waiting.count for waiting in found), chosen.take(rows)
 
+    def drawn_of(self, loader: Any, instances: int | None) -> tuple[IntArray | None, int]:
+        """Return how often each row was drawn for a training, and in how many draws."""
+        own = getattr(loader, "batch_sampler", None)
+        if own in self._drawn:
+            counts, draws = self._drawn[own]
+            return counts, draws[0]
+        alike = [d for s, d in self._drawn.items() if len(d[0]) == instances]
+        if not alike:
+            return None, 0
+        counts = np.sum([counts for counts, _ in alike], axis=0)
+        return counts, sum(draws[0] for _, draws in alike)
+
     # --- what is heard ------------------------------------------------------------------------
 
     def _draws(self, sampler: Any, rows: Any) -> None:
         """A sampler drew: for a loader that asks, or for a script that fetches rows itself."""
         with self._guarded():
             if isinstance(sampler, UniformWithReplacementSampler):
-                self._drawn(sampler, rows)
+                self._count(sampler, rows)
             asking = getattr(self._asking, "sources", None)
             if asking is None:
                 self._give([sampler], _length(rows))
@@ -196,6 +209,13 @@ class HandedOut:
                 filled = bool(getattr(loader.collate_fn, "rand_on_empty", False))
                 self._of(sampler).give(1 if filled and size == 0 else size)
                 return
+
+    def _count(self, sampler: Any, rows: list[int]) -> None:
+        if sampler not in self._drawn:
+            self._drawn[sampler] = np.zeros(int(sampler.num_samples), dtype=np.int64), [0]
+        counts, draws = self._drawn[sampler]
+        counts[rows] += 1
+        draws[0] += 1
 
     def _of(self, sampler: Any) -> Waiting:
         return self._waiting.setdefault(id(sampler), (sampler, Waiting()))[1]

@@ -6,16 +6,12 @@ loaders and their samplers are listened to until the context ends. Computes no s
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from opacus import PrivacyEngine
-from opacus.accountants import GaussianAccountant, PRVAccountant
 from opacus.optimizers import DPOptimizer
 
 from .. import _validate as check
@@ -25,6 +21,7 @@ from .claim import Claim
 from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
 from .handed_out import HandedOut
 from .ledger import accountant_of, runs_since
+from .listening import listening
 from .measurements import Measurements
 from .seams import Listener, Seams, is_ghost
 from .shadow_step import nominal_divisor
@@ -127,10 +124,10 @@ class WatchedTraining(Listener):
         measured, canaries = self.meter.measured, self.canaries
         if self.meter.failure:
             measured = Measurements(moves=measured.moves, notes={"all": self.meter.failure})
-        unseen = self._why_no_loader()
-        if unseen:
+        handed_out = self._watching.handed_out
+        if unseen := handed_out.why_unseen(self.loader):
             measured.notes["loader"] = unseen
-        measured.drawn, measured.draws = self._watching.drawn_of(self.loader, measured.instances)
+        measured.drawn, measured.draws = handed_out.drawn_of(self.loader, measured.instances)
         why = self.why_no_canaries
         if canaries is not None and canaries.why_not:
             why, canaries = canaries.why_not, None
@@ -154,11 +151,6 @@ class WatchedTraining(Listener):
     def _held_against_loader(self, rows: int | None) -> None:
         if self.loader is not None:
             self.meter.measured.add_source(*self._watching.handed_out.use(self.loader, rows))
-
-    def _why_no_loader(self) -> str:
-        if self.loader is None:
-            return "it is not known which loader belongs to the optimizer"
-        return self._watching.handed_out.why_unseen(self.loader)
 
     def _multiplier(self) -> float | None:
         history = [] if self.accountant is None else self.accountant.history
@@ -214,8 +206,7 @@ class Watching:
         self.result: ScriptCheck | None = None
         self.printed: tuple[str, ...] = ()
         self.no_epsilon: BaseException | None = None  # what Opacus raised for want of a step
-        self.handed_out = HandedOut(drawn=self._drew)
-        self._drawn: dict[Any, tuple[np.ndarray, list[int]]] = {}
+        self.handed_out = HandedOut()
         _ = Claim((), delta=delta).epsilon  # fails now, not at the end, without dp-accounting
         self._start = time.perf_counter()
 
@@ -234,6 +225,20 @@ class Watching:
                 "Expected the watch to have ended, got one under way. Ask after the with block."
             )
         return self.result
+
+    def constructed(self, optimizer: Any) -> None:
+        """Watch an optimizer from its construction on."""
+        self.trainings.append(WatchedTraining(optimizer, self))
+
+    def made(self, engine: Any, made: Any) -> None:
+        """Tell an optimizer what came with it from `make_private`."""
+        for training in self.trainings:
+            if training.optimizer is made[1]:
+                training.made(engine, made[0], made[-1])
+
+    def without_step(self, error: Exception) -> None:
+        """Keep what an accountant raised for the ε of no steps."""
+        self.no_epsilon = error
 
     def is_want_of_a_step(self, error: BaseException | None) -> bool:
         """Whether an error is, or was raised from, Opacus's for a ledger without a step."""
@@ -259,25 +264,6 @@ class Watching:
     def next_seed(self) -> int | None:
         """Return another seed for each training."""
         return None if self._seed is None else self._seed + 7919 * len(self.trainings)
-
-    def _drew(self, sampler: Any, indices: list[int]) -> None:
-        """Count one draw of a Poisson sampler."""
-        if sampler not in self._drawn:
-            self._drawn[sampler] = np.zeros(int(sampler.num_samples), dtype=np.int64), [0]
-        counts, draws = self._drawn[sampler]
-        counts[indices] += 1
-        draws[0] += 1
-
-    def drawn_of(self, loader: Any, instances: int | None) -> tuple[Any, int]:
-        """Return how often each row was drawn for a training, and in how many draws."""
-        own = getattr(loader, "batch_sampler", None)
-        if own in self._drawn:
-            counts, draws = self._drawn[own]
-            return counts, draws[0]
-        alike = [d for s, d in self._drawn.items() if len(d[0]) == instances]
-        if not alike:
-            return None, 0
-        return sum(c for c, _ in alike), sum(d[0] for _, d in alike)
 
     def finish(self) -> None:
         """Judge all trainings that made a step."""
@@ -353,7 +339,10 @@ def watch(
         seed=seed, shared_generator=shared_generator,
     )  # fmt: skip
     ended: Exception | None = None
-    with _listening(watching):
+    with listening(
+        constructed=watching.constructed, made=watching.made, without_step=watching.without_step,
+        further=watching.handed_out.patches(),
+    ):  # fmt: skip
         try:
             yield watching
         except Exception as error:
@@ -401,49 +390,3 @@ def assert_private(
     if result.verdict == RED or not result.trainings:
         raise AssertionError(f"Expected a private training.\n{result}")
     return result
-
-
-@contextmanager
-def _listening(watching: Watching) -> Iterator[None]:
-    """Listen to what Opacus makes and tells, and to loaders, while the context lasts."""
-    construct, make = DPOptimizer.__init__, PrivacyEngine.make_private
-
-    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
-        construct(self, *args, **kwargs)
-        watching.trainings.append(WatchedTraining(self, watching))
-
-    def making(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = make(self, *args, **kwargs)
-        for training in watching.trainings:
-            if training.optimizer is made[1]:
-                training.made(self, made[0], made[-1])
-        return made
-
-    def telling(tell: Any) -> Any:
-        def get_epsilon(self: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return tell(self, *args, **kwargs)
-            except Exception as error:
-                if not self.history:
-                    watching.no_epsilon = error
-                raise
-
-        return functools.wraps(tell)(get_epsilon)
-
-    patched: list[tuple[Any, str, Any, Any]] = [
-        (DPOptimizer, "__init__", construct, functools.wraps(construct)(constructing)),
-        (PrivacyEngine, "make_private", make, functools.wraps(make)(making)),
-        *(
-            (kind, "get_epsilon", kind.get_epsilon, telling(kind.get_epsilon))
-            for kind in (PRVAccountant, GaussianAccountant)
-        ),
-        *watching.handed_out.patches(),
-    ]
-    for owner, name, _, ours in patched:
-        setattr(owner, name, ours)
-    try:
-        yield
-    finally:
-        for owner, name, theirs, ours in patched:
-            if getattr(owner, name) is ours:  # a script that patched it again keeps its own
-                setattr(owner, name, theirs)

@@ -24,7 +24,7 @@ from .comparison import (
     std_check,
 )
 from .measurements import Measurements
-from .sampling import batch_sizes_check, rate_check, rows_check
+from .sampling import batch_sizes_check, loader_check, rate_check, rows_check
 
 # The tests that may refuse a correct training by chance; the family-wise level is shared by them.
 TESTS = (
@@ -116,6 +116,7 @@ def conformance(
         gradient,
         _divisor(measured),
         _changed(measured),
+        loader_check(measured),
         rate_check(measured, sample_rate, each),
         batch_sizes_check(measured, sample_rate, each),
         rows_check(measured, each),

@@ -15,6 +15,23 @@ from .._validate import FloatArray
 KEPT_STEPS = 512  # of which all pairs of steps are compared; later ones with the one before
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of one step may come from, as far as sizes of batches tell.
+
+    Attributes:
+        fed: The private loader had handed out a batch for it.
+        ordered: If batches are used in their order: those left had as many rows as the step.
+        equal: If they are used in any order: one of those left had just its rows.
+        whole: No rows of what it was made on are left out.
+    """
+
+    fed: bool
+    ordered: bool = True
+    equal: bool = True
+    whole: bool = True
+
+
 @dataclass
 class Measurements:
     """What was seen of one optimizer's steps, in units of what was accounted.
@@ -45,6 +62,10 @@ class Measurements:
         phantom: Empty draws are given as a random row.
         drawn: Shape (instances,), how often each row was drawn; None: not seen.
         draws: Number of draws counted in `drawn`.
+        sourced: Steps held against the batches that the private loader handed out.
+        handed: Batches that it had handed out by the last of these steps.
+        unfed, unordered, unequal, partial: Of these steps, those that were not `fed`, `ordered`,
+            `equal`, `whole`; see Source.
         unfinite: Steps with a gradient that is not finite.
         notes: Why something is not measurable, by the name of the check; "all": measuring failed.
     """
@@ -76,6 +97,12 @@ class Measurements:
     phantom: bool = False
     drawn: npt.NDArray[np.int64] | None = None
     draws: int = 0
+    sourced: int = 0
+    handed: int = 0
+    unfed: int = 0
+    unordered: int = 0
+    unequal: int = 0
+    partial: int = 0
     unfinite: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     _last: npt.NDArray[np.float32] | None = None
@@ -111,3 +138,17 @@ class Measurements:
         """Take in one step's measured divisor."""
         low, high = self.divisors or (divisor, divisor)
         self.divisors = min(low, divisor), max(high, divisor)
+
+    def add_source(self, handed: int, source: Source) -> None:
+        """Take in where one step's rows may come from.
+
+        Args:
+            handed: Batches that the private loader has handed out so far.
+            source: Of the step.
+        """
+        self.sourced += 1
+        self.handed = handed
+        self.unfed += not source.fed
+        self.unordered += not source.ordered
+        self.unequal += not source.equal
+        self.partial += not source.whole

@@ -1,4 +1,4 @@
-"""Whether rows were drawn as accounted: rate, spread of batch sizes, draws of each row.
+"""Whether rows were drawn as accounted: by which loader, at which rate, independently or not.
 
 Knows measurements and the accounted rate; no loader.
 """
@@ -10,6 +10,44 @@ from scipy.stats import beta, binom
 
 from .comparison import AGREES, DIFFERS, UNKNOWN, VIOLATES, Check, dispersion_check
 from .measurements import Measurements
+
+_RARE = 0.1  # of all steps: a loop may combine and reorder batches in ways nobody thought of
+
+
+def loader_check(m: Measurements) -> Check:
+    """Hold each step against the batches that the private loader had handed out for it."""
+    name, what = "loader", "steps on batches of the private loader"
+    if "loader" in m.notes or not m.sourced:
+        reason = m.notes.get("loader", "batches were not seen on their way to a step")
+        return Check(name, what, state=UNKNOWN, reason=reason)
+    overfull = min(m.unordered, m.unequal)  # a loop keeps the order, or each batch as it is
+    state, reason = _of_loader(m, overfull)
+    own = float(m.sourced - max(m.unfed, overfull))
+    return Check(name, what, float(m.sourced), own, state=state, reason=reason)
+
+
+def _of_loader(m: Measurements, overfull: int) -> tuple[str, str]:
+    """Return a state, and what is wrong."""
+    loader = "the loader that make_private returned"
+    if not m.handed:
+        return VIOLATES, (
+            f"{loader} was never iterated while weights moved {m.sourced} times: loop over it, "
+            "not over your own"
+        )
+    if m.unfed:
+        return VIOLATES, (
+            f"{m.unfed} of {m.sourced} steps had no batch of {loader}, which handed out "
+            f"{m.handed}: step once on each batch of it"
+        )
+    if overfull > _RARE * m.sourced:
+        return VIOLATES, (
+            f"{overfull} of {m.sourced} steps had more rows than {loader} had handed out: step "
+            "on its batches, as they are"
+        )
+    if overfull or m.partial:
+        count = max(overfull, m.partial)
+        return DIFFERS, f"{count} of {m.sourced} steps had other rows than all of a batch"
+    return AGREES, ""
 
 
 def _why_no_rate(m: Measurements, rate: float | None) -> str:

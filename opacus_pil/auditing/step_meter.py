@@ -31,6 +31,7 @@ class StepMeter(Listener):
         names: Name of a parameter tensor; None: numbers.
         multiplier: Noise multiplier that was accounted for the step just made; None: not known yet,
             or nobody counts.
+        used: Told of the rows of each step that moved weights; None: they were not seen.
 
     Attributes:
         measured: What was seen so far. Its `divisor` may be set to the accounted one; otherwise it
@@ -43,11 +44,13 @@ class StepMeter(Listener):
         *,
         names: Callable[[torch.Tensor], str | None] | None = None,
         multiplier: Callable[[], float | None] = lambda: None,
+        used: Callable[[int | None], None] = lambda _: None,
     ) -> None:
         self.measured = Measurements()
         self.module: Any = None
         self._names = names or (lambda _: None)
         self._multiplier = multiplier
+        self._used = used
         self._columns: dict[int, torch.Tensor] = {}
         self._random = torch.Generator().manual_seed(0)  # which columns: public
         self._reset()
@@ -141,7 +144,7 @@ class StepMeter(Listener):
             return
         parts = []
         for p, sample, factor in zip(params, samples, factors, strict=False):
-            columns = sample.reshape(len(sample), -1)[:, self._columns_of(p)]
+            columns = _rows_of(sample)[:, self._columns_of(p)]
             weighted = columns * factor.to(columns)[:, None]
             weighted = torch.where(factor.to(columns)[:, None] > 0, weighted, 0.0)
             self._scale += float((weighted.double() ** 2).sum())
@@ -205,6 +208,7 @@ class StepMeter(Listener):
         if not measured.tensors:
             measured.tensors = tuple(self._names(p) or f"tensor {i}" for i, p in enumerate(params))
         measured.moves += 1
+        self._used(None if self._bound is None else self._size)
         if measured.divisor is None:
             measured.divisor = nominal_divisor(optimizer)
         private = self._ready or self._noise is not None
@@ -307,8 +311,13 @@ def _flat(sample: Any) -> Any:
     return sample
 
 
+def _rows_of(sample: torch.Tensor) -> torch.Tensor:
+    # Not -1: of a draw of nobody torch could not tell how long a row would be.
+    return sample.reshape(len(sample), math.prod(sample.shape[1:]))
+
+
 def _row_norms(sample: torch.Tensor) -> torch.Tensor:
-    return sample.reshape(len(sample), -1).norm(dim=1)
+    return _rows_of(sample).norm(dim=1)
 
 
 def _adjusted(optimizer: Any, multiplier: float) -> float:

@@ -1,29 +1,27 @@
 """watch: every private optimizer that Opacus makes in this process is audited while it trains.
 
-For scripts that know nothing of it: Opacus's constructor, its `make_private` and its Poisson
-sampler are listened to until the context ends. Computes no statistics itself.
+For scripts that know nothing of it: Opacus's constructor, its `make_private` and `get_epsilon`,
+loaders and their samplers are listened to until the context ends. Computes no statistics itself.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from opacus import PrivacyEngine
 from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from .. import _validate as check
 from ..errors import UnsupportedError
-from .checked import RED, ScriptCheck, TrainingCheck, judge
+from .checked import CONSISTENT, RED, ScriptCheck, TrainingCheck, judge
 from .claim import Claim
 from .gradient_canaries import CANARIES, CONTROLS, GradientCanaries
+from .handed_out import HandedOut
 from .ledger import accountant_of, runs_since
+from .listening import listening
 from .measurements import Measurements
 from .seams import Listener, Seams, is_ghost
 from .shadow_step import nominal_divisor
@@ -42,7 +40,9 @@ class WatchedTraining(Listener):
         self.optimizer: Any = optimizer
         self._watching = watching
         self._seams = Seams(optimizer)
-        self.meter = StepMeter(names=self._name, multiplier=self._multiplier)
+        self.meter = StepMeter(
+            names=self._name, multiplier=self._multiplier, used=self._held_against_loader
+        )
         self.canaries: GradientCanaries | None = None
         self.why_no_canaries = ""
         self.accountant: Any = None
@@ -56,6 +56,7 @@ class WatchedTraining(Listener):
         """Learn what belongs to the optimizer from the call that made it private."""
         self.accountant, self.module, self.loader = engine.accountant, module, loader
         self.history = list(engine.accountant.history)
+        self._watching.handed_out.know(loader)
         measured = self.meter.measured
         self.meter.module = module
         measured.divisor = nominal_divisor(self.optimizer)
@@ -123,7 +124,10 @@ class WatchedTraining(Listener):
         measured, canaries = self.meter.measured, self.canaries
         if self.meter.failure:
             measured = Measurements(moves=measured.moves, notes={"all": self.meter.failure})
-        measured.drawn, measured.draws = self._watching.drawn_of(self.loader, measured.instances)
+        handed_out = self._watching.handed_out
+        if unseen := handed_out.why_unseen(self.loader):
+            measured.notes["loader"] = unseen
+        measured.drawn, measured.draws = handed_out.drawn_of(self.loader, measured.instances)
         why = self.why_no_canaries
         if canaries is not None and canaries.why_not:
             why, canaries = canaries.why_not, None
@@ -143,6 +147,10 @@ class WatchedTraining(Listener):
             bits="shared" if self._watching.shared_generator else "own",
             seconds={"watching": self._seams.seconds},
         )
+
+    def _held_against_loader(self, rows: int | None) -> None:
+        if self.loader is not None:
+            self.meter.measured.add_source(*self._watching.handed_out.use(self.loader, rows))
 
     def _multiplier(self) -> float | None:
         history = [] if self.accountant is None else self.accountant.history
@@ -197,7 +205,8 @@ class Watching:
         self.trainings: list[WatchedTraining] = []
         self.result: ScriptCheck | None = None
         self.printed: tuple[str, ...] = ()
-        self._drawn: dict[Any, tuple[np.ndarray, list[int]]] = {}
+        self.no_epsilon: BaseException | None = None  # what Opacus raised for want of a step
+        self.handed_out = HandedOut()
         _ = Claim((), delta=delta).epsilon  # fails now, not at the end, without dp-accounting
         self._start = time.perf_counter()
 
@@ -217,6 +226,28 @@ class Watching:
             )
         return self.result
 
+    def constructed(self, optimizer: Any) -> None:
+        """Watch an optimizer from its construction on."""
+        self.trainings.append(WatchedTraining(optimizer, self))
+
+    def made(self, engine: Any, made: Any) -> None:
+        """Tell an optimizer what came with it from `make_private`."""
+        for training in self.trainings:
+            if training.optimizer is made[1]:
+                training.made(engine, made[0], made[-1])
+
+    def without_step(self, error: Exception) -> None:
+        """Keep what an accountant raised for the ε of no steps."""
+        self.no_epsilon = error
+
+    def is_want_of_a_step(self, error: BaseException | None) -> bool:
+        """Whether an error is, or was raised from, Opacus's for a ledger without a step."""
+        while error is not None:
+            if error is self.no_epsilon:
+                return True
+            error = error.__cause__
+        return False
+
     def introduce(self, own: WatchedTraining) -> None:
         """Tell an optimizer that was built by hand what belongs to it, as far as it can be known.
 
@@ -233,25 +264,6 @@ class Watching:
     def next_seed(self) -> int | None:
         """Return another seed for each training."""
         return None if self._seed is None else self._seed + 7919 * len(self.trainings)
-
-    def drew(self, sampler: Any, indices: list[int]) -> None:
-        """Count one draw of a Poisson sampler."""
-        if sampler not in self._drawn:
-            self._drawn[sampler] = np.zeros(int(sampler.num_samples), dtype=np.int64), [0]
-        counts, draws = self._drawn[sampler]
-        counts[indices] += 1
-        draws[0] += 1
-
-    def drawn_of(self, loader: Any, instances: int | None) -> tuple[Any, int]:
-        """Return how often each row was drawn for a training, and in how many draws."""
-        own = getattr(loader, "batch_sampler", None)
-        if own in self._drawn:
-            counts, draws = self._drawn[own]
-            return counts, draws[0]
-        alike = [d for s, d in self._drawn.items() if len(d[0]) == instances]
-        if not alike:
-            return None, 0
-        return sum(c for c, _ in alike), sum(d[0] for _, d in alike)
 
     def finish(self) -> None:
         """Judge all trainings that made a step."""
@@ -271,7 +283,13 @@ class Watching:
         if not self.trainings:
             notes.append("Opacus made no private optimizer in this process")
         elif not begun:
-            notes.append("no private optimizer made a step")
+            notes.append("no private optimizer made a step: nothing to audit")
+        if self.no_epsilon is not None:
+            said = f"{type(self.no_epsilon).__name__}: {self.no_epsilon}"
+            notes.append(
+                "the script ended where it asked for the ε of a ledger without a step, which "
+                f"Opacus answers with {said}. Ask after the first step"
+            )
         self.result = ScriptCheck(
             trainings=tuple(results),
             level=self.level,
@@ -309,18 +327,35 @@ def watch(
 
     Yields:
         Watching; its `result` is there when the context has ended without an error.
+
+    Edge cases:
+        ε asked for before any step   Opacus's "prv" and "gdp" raise, with "rdp" it is 0. Where the
+                                      error would end the context, it ends it quietly, and `result`
+                                      says what was seen of the steps; unless that is "consistent",
+                                      then the error is the script's own and is raised
     """
     watching = Watching(
         delta=delta, canaries=canaries, controls=controls, confidence=confidence, level=level,
         seed=seed, shared_generator=shared_generator,
     )  # fmt: skip
-    with _listening(watching):
+    ended: Exception | None = None
+    with listening(
+        constructed=watching.constructed, made=watching.made, without_step=watching.without_step,
+        further=watching.handed_out.patches(),
+    ):  # fmt: skip
         try:
             yield watching
+        except Exception as error:
+            if not watching.is_want_of_a_step(error):
+                raise
+            ended = error
         finally:
             for training in watching.trainings:
                 training.end()
+    watching.no_epsilon = None if ended is None else watching.no_epsilon
     watching.finish()
+    if ended is not None and watching.verdict == CONSISTENT:
+        raise ended  # nothing found explains it: the script's own error
 
 
 def assert_private(
@@ -355,41 +390,3 @@ def assert_private(
     if result.verdict == RED or not result.trainings:
         raise AssertionError(f"Expected a private training.\n{result}")
     return result
-
-
-@contextmanager
-def _listening(watching: Watching) -> Iterator[None]:
-    """Listen to Opacus's constructor, make_private and sampler while the context lasts."""
-    construct, make, draw = (
-        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__
-    )  # fmt: skip
-
-    def constructing(self: Any, *args: Any, **kwargs: Any) -> None:
-        construct(self, *args, **kwargs)
-        watching.trainings.append(WatchedTraining(self, watching))
-
-    def making(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = make(self, *args, **kwargs)
-        for training in watching.trainings:
-            if training.optimizer is made[1]:
-                training.made(self, made[0], made[-1])
-        return made
-
-    def drawing(self: Any) -> Iterator[list[int]]:
-        for indices in draw(self):
-            watching.drew(self, indices)
-            yield indices
-
-    patched: list[tuple[Any, str, Any, Any]] = [
-        (DPOptimizer, "__init__", construct, functools.wraps(construct)(constructing)),
-        (PrivacyEngine, "make_private", make, functools.wraps(make)(making)),
-        (UniformWithReplacementSampler, "__iter__", draw, functools.wraps(draw)(drawing)),
-    ]
-    for owner, name, _, ours in patched:
-        setattr(owner, name, ours)
-    try:
-        yield
-    finally:
-        for owner, name, theirs, ours in patched:
-            if getattr(owner, name) is ours:  # a script that patched it again keeps its own
-                setattr(owner, name, theirs)

@@ -117,9 +117,11 @@ def check_script(
         raise ValueError(f"Expected script to be a Python file, got {str(path)!r}. Check the path.")
     output = _Tee(None if quiet else sys.stdout)
     with watch(**settings) as watching:
-        with _as_main(path, arguments, output):
-            _run(path)
-        watching.printed = tuple(output.lines())
+        try:
+            with _as_main(path, arguments, output):
+                _run(path)
+        finally:  # also if the error that ends the script is one that the result explains
+            watching.printed = tuple(output.lines())
     return watching.result
 
 

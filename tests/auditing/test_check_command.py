@@ -61,6 +61,54 @@ def test_a_script_without_private_training_has_no_power_with_exit_code_3(capsys)
     assert "Opacus made no private optimizer" in capsys.readouterr().out
 
 
+SCRIPT = """
+import torch
+from opacus import PrivacyEngine
+from opacus_pil.datasets import load
+from torch.utils.data import DataLoader, TensorDataset
+
+digits = load("digits")
+data = TensorDataset(digits.images.flatten(1), digits.labels)
+own_loader = DataLoader(data, batch_size=64, shuffle=True)
+model = torch.nn.Linear(64, 10)
+sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+engine = PrivacyEngine()
+model, optimizer, private_loader = engine.make_private(
+    module=model, optimizer=sgd, data_loader=own_loader, noise_multiplier=1.0, max_grad_norm=1.0
+)
+for epoch in range(1):
+    for x, y in private_loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+print("epsilon next")
+print(engine.get_epsilon(1e-5))
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "code", "words"),
+    [
+        ("range(1)", "range(1)", 0, "CONSISTENT"),
+        ("in private_loader", "in own_loader", 1, "never iterated while weights moved 29 times"),
+        ("optimizer.step()", "sgd.step()", 1, "weights moved 29 times, the ledger counts 0"),
+        ("range(1)", "range(0)", 3, "no private optimizer made a step: nothing to audit"),
+    ],
+    ids=["right", "own loader", "own optimizer", "no step"],
+)
+def test_what_make_private_returned_must_be_what_is_used(
+    right, wrong, code, words, tmp_path, capsys
+):
+    assert right in SCRIPT
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace(right, wrong), encoding="utf-8")
+    assert main(["check", str(script), "--canaries", "60", "--seed", "1"]) == code
+    said = capsys.readouterr().out
+    assert words in said
+    assert "| epsilon next" in said  # also of a script that ended in Opacus's error
+    assert ("without a step" in said) == (wrong in ("sgd.step()", "range(0)"))
+
+
 def test_a_script_that_fails_is_one_line_with_exit_code_2(capsys):
     assert main(["check", str(SCRIPTS / "quick.py"), "--", "--code", "3"]) == 2
     error = capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 
 from opacus_pil.auditing import conformance
 from opacus_pil.auditing.conformance import TESTS
-from opacus_pil.auditing.measurements import KEPT_STEPS, Measurements
+from opacus_pil.auditing.measurements import KEPT_STEPS, Measurements, Source
 
 N, Q, STEPS, BATCH = 600, 0.05, 40, 30
 LEVEL = 1e-3
@@ -37,6 +37,7 @@ def correct(
         m.weight_base += float(expected @ expected)
         m.weight_noise += float(expected @ expected)
         m.add_clip(1e-6)
+        m.add_source(step + 1, Source(fed=True))
         m.add_divisor(BATCH)
         m.moves += 1
         m.noisy += 1
@@ -174,6 +175,35 @@ def test_rows_drawn_too_often_and_batches_of_fixed_size():
     m.drawn[N // 2 :] = 1
     m.drawn[0] = 40
     assert "more often than others" in judged(m)["rows"].reason
+
+
+def sourced(*sources, handed=None):
+    m = correct(steps=8)
+    m.sourced = 0
+    for number, source in enumerate(sources, 1):
+        m.add_source(number if handed is None else handed, source)
+    return judged(m)["loader"]
+
+
+def test_steps_against_the_batches_of_the_private_loader():
+    fed, unfed = Source(fed=True), Source(fed=False, ordered=False, equal=False, whole=False)
+    more = Source(fed=True, ordered=False, equal=False, whole=False)
+    assert sourced(*[fed] * 20).state == "agrees"
+    never = sourced(*[unfed] * 20, handed=0)
+    assert never.state == "violates"
+    assert never.measured == 0.0
+    assert "never iterated while weights moved 20 times" in never.reason
+    one = sourced(*[fed] * 19, unfed, handed=19)  # a single one is enough: nothing is random here
+    assert one.state == "violates"
+    assert "1 of 20 steps had no batch" in one.reason
+    assert "handed out 19" in one.reason
+    assert sourced(*[fed] * 17, *[more] * 3).state == "violates"
+    assert "3 of 20 steps had more rows" in sourced(*[fed] * 17, *[more] * 3).reason
+    # In another order, or with rows left out, but not both ways at once:
+    shuffled, thinned = Source(fed=True, ordered=False), Source(fed=True, equal=False, whole=False)
+    assert sourced(*[shuffled] * 20).state == "agrees"
+    for parts in ([thinned] * 20, [*[fed] * 18, more, more]):
+        assert sourced(*parts).state == "differs"
 
 
 def test_steps_against_the_ledger():

@@ -6,11 +6,13 @@ import opacus.optimizers.optimizer as opacus_optimizer
 import pytest
 import torch
 from opacus import PrivacyEngine
+from opacus.accountants import GaussianAccountant, PRVAccountant
 from opacus.data_loader import DPDataLoader
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from opacus_pil import PerInstancePrivacyEngine
 from opacus_pil.auditing import assert_private, watch
@@ -138,7 +140,7 @@ def test_a_loader_at_twice_the_rate_that_the_engine_did_not_make():
         _, model, optimizer, criterion, loader = private()
         own = DPDataLoader(digits(), sample_rate=2 * loader.sample_rate)
         train(model, optimizer, criterion, own)
-    assert names(audit.result) == ["rate"]
+    assert names(audit.result) == ["loader", "rate"]
     assert audit.verdict == "red flag"
 
 
@@ -226,6 +228,15 @@ def test_opacus_functions_that_a_script_patches_are_watched_as_patched(monkeypat
     assert training.evidence.noise_ratio == 0.0
 
 
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_training_with_draws_of_nobody_is_measured(mode):
+    result, _, _ = watched(steps=120, batch=1, mode=mode, noise=2.0)  # 1/e of them are empty
+    (training,) = result.trainings
+    measured = {c.name for c in training.conformance.checks if c.state == "agrees"}
+    assert {"noise", "clip", "rate", "batch_sizes", "steps", "loader"} <= measured, str(result)
+    assert result.verdict == "consistent", str(result)
+
+
 def test_physical_batches_make_one_step():
     from opacus.utils.batch_memory_manager import BatchMemoryManager
 
@@ -308,23 +319,27 @@ def test_a_text_classifier_in_ghost_mode_conforms():
     assert audit.result.trainings[0].conformance["noise"].state == "agrees"
 
 
-def test_opacus_is_as_it_was_afterwards_also_after_an_error():
-    before = (
-        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__,
-    )  # fmt: skip
+def test_opacus_and_torch_are_as_they_were_afterwards_also_after_an_error():
+    def patched():
+        return (
+            DPOptimizer.__init__, PrivacyEngine.make_private, PRVAccountant.get_epsilon,
+            GaussianAccountant.get_epsilon, UniformWithReplacementSampler.__iter__,
+            BatchSampler.__iter__, _BaseDataLoaderIter.__next__, _BaseDataLoaderIter._next_index,
+        )  # fmt: skip
+
+    before = patched()
     seen = []
 
     def script():
         with watch(**FEW) as audit:
-            seen.extend([audit, private()[2]])
+            seen.extend([audit, private()[2], patched()])
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         script()
-    audit, optimizer = seen
-    assert before == (
-        DPOptimizer.__init__, PrivacyEngine.make_private, UniformWithReplacementSampler.__iter__,
-    )  # fmt: skip
+    audit, optimizer, during = seen
+    assert not any(one is other for one, other in zip(before, during, strict=True))
+    assert before == patched()
     assert not {"pre_step", "add_noise", "scale_grad"} & set(optimizer.__dict__)
     with pytest.raises(RuntimeError, match="Ask after the with block"):
         _ = audit.verdict
@@ -361,7 +376,71 @@ def test_nothing_private_is_no_power_and_fails_a_unit_test():
         assert_private(lambda: None)
     with watch(**FEW) as audit:
         private()
-    assert "no private optimizer made a step" in str(audit)
+    assert "no private optimizer made a step: nothing to audit" in str(audit)
+
+
+@pytest.mark.parametrize("accountant", ["prv", "gdp"])
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of no steps
+@pytest.mark.filterwarnings("ignore:GDP accounting is experimental:UserWarning")  # Opacus's
+def test_an_epsilon_of_no_steps_is_a_verdict_and_no_error_from_inside_opacus(accountant):
+    def asks(engine, *_):
+        return engine.get_epsilon(1e-5)
+
+    def wrong_optimizer(engine, model, optimizer, criterion, loader):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            criterion(model(inputs), targets).backward()
+            optimizer.original_optimizer.step()
+        engine.get_epsilon(1e-5)
+
+    with pytest.raises((ValueError, IndexError)):  # if Opacus mends it, all of this may go
+        asks(*private(engine=PrivacyEngine(accountant=accountant)))
+    with watch(**FEW) as audit:
+        asks(*private(engine=PrivacyEngine(accountant=accountant)))
+    assert audit.verdict == "no power"
+    assert audit.result.reasons[0] == "no private optimizer made a step: nothing to audit"
+    assert "asked for the ε of a ledger without a step" in str(audit)
+    with watch(**FEW) as audit:
+        wrong_optimizer(*private(engine=PrivacyEngine(accountant=accountant)))
+    assert audit.verdict == "red flag"
+    assert "weights moved 12 times, the ledger counts 0" in str(audit)
+    assert "asked for the ε of a ledger without a step" in str(audit)
+    with pytest.raises(AssertionError, match="nothing to audit"):
+        assert_private(lambda: asks(*private(engine=PrivacyEngine(accountant=accountant))))
+
+
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")  # of no steps
+def test_other_errors_and_those_that_a_script_catches_are_as_without_watch():
+    def none_yet(engine):
+        try:
+            engine.get_epsilon(1e-5)
+        except ValueError:
+            return True
+        return False
+
+    with watch(**FEW) as audit:  # caught: the training goes on, and nothing is said of it
+        engine, model, optimizer, criterion, loader = private(engine=PrivacyEngine())
+        assert none_yet(engine)
+        train(model, optimizer, criterion, loader)
+        assert engine.get_epsilon(1e-5) > 0
+    assert audit.verdict == "consistent", str(audit)
+    assert audit.result.notes == ()
+
+    def another_error():
+        with watch(**FEW):
+            assert none_yet(private(engine=PrivacyEngine())[0])
+            raise ValueError("of the script")
+
+    with pytest.raises(ValueError, match="of the script"):
+        another_error()
+
+    def right_but_for_the_end():
+        with watch(**FEW):
+            train(*private()[1:])
+            private(engine=PrivacyEngine())[0].get_epsilon(1e-5)
+
+    with pytest.raises(ValueError, match="NaN"):  # "consistent" must not hide that a script failed
+        right_but_for_the_end()
 
 
 @pytest.mark.slow

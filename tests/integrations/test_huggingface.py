@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from opacus_pil import PerInstancePrivacyEngine, UnsupportedError
+from opacus_pil.auditing import watch
 from opacus_pil.integrations.huggingface import (
     PrivateTrainer,
     label_losses,
@@ -238,3 +239,11 @@ def test_the_model_that_comes_out_is_the_plain_one(tmp_path):
     for name, value in module.state_dict().items():
         assert torch.equal(value, back.state_dict()[name])
     assert any(not torch.equal(before[name], value) for name, value in back.state_dict().items())
+
+
+def test_the_trainer_steps_on_the_private_loaders_batches_although_it_fetches_ahead(tmp_path):
+    with watch(canaries=0) as audit:
+        trainer(tmp_path).train()
+    loader = audit.result.trainings[0].conformance["loader"]
+    assert loader.state == "agrees"
+    assert loader.measured == 8

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pil import PerInstancePrivacyEngine, UnsupportedError
+from opacus_pil.auditing import watch
 from opacus_pil.integrations.lightning import PrivateTraining
 
 ROWS, BATCH, DELTA = 24, 6, 1e-2
@@ -176,3 +177,11 @@ def test_a_checkpoint_has_the_plain_names_and_no_ledger(tmp_path):
     assert set(kept) == {f"module.{name}" for name in network().state_dict()}
     with pytest.raises(UnsupportedError, match="ledger"):
         trainer.fit(private(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_lightning_steps_on_the_private_loaders_batches_although_it_fetches_ahead():
+    with watch(canaries=0) as audit:
+        fit(private())
+    loader = audit.result.trainings[0].conformance["loader"]
+    assert loader.state == "agrees"
+    assert loader.measured == 8

@@ -148,9 +148,17 @@ def command_pages(*command: str) -> Iterator[tuple[str, str]]:
     """Yield each command and its help, a command before its actions."""
     text = help_of(*command)
     yield " ".join(("opacus-pil", *command)), text
-    actions = re.search(r"\{([\w,-]+)\}\s+\.\.\.", text)
-    for action in actions[1].split(",") if actions else ():
+    for action in _actions(text):
         yield from command_pages(*command, action)
+
+
+def _actions(text: str) -> list[str]:
+    """Return the commands that a help lists: in braces, or in a list of its own."""
+    braces = re.search(r"\{([\w,-]+)\}\s+\.\.\.", text)
+    if braces:
+        return braces[1].split(",")
+    listed = re.search(r"^\w+:\n  [A-Z]+\n((?:    .*\n)+)", text, flags=re.M)
+    return re.findall(r"^    (\w+)", listed[1], flags=re.M) if listed else []
 
 
 def commands_page() -> str:

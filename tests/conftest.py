@@ -6,6 +6,7 @@ that only hands out files loads no torch at all.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 # Before torch loads, here and in whatever the tests start: kernels of notebooks, killed servers.
@@ -19,6 +20,22 @@ settings.register_profile("package", deadline=None, derandomize=True, max_exampl
 settings.load_profile("package")
 
 MOST_WORKERS = 4  # each loads torch, about 400 MB and five seconds; the longest file is the floor
+# Files that last longest, though some have few tests: they are dealt first, or one worker ends with
+# them alone. The others follow by their number of tests.
+LONGEST = (
+    "unlearning/test_kill.py", "test_tutorials.py", "unlearning/test_model_file.py",
+    "test_demo.py", "auditing/test_loaders.py", "test_user_machine.py", "evaluation/test_ensemble.py",
+    "study/test_run.py", "report/test_browser.py", "test_docs.py", "test_docs_site.py",
+    "test_package.py", "test_distributed.py", "test_resume.py",
+)  # fmt: skip
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole files into the order in which they are dealt."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda one: (places.get(one.path, len(places)), -sizes[one.path], one.path))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

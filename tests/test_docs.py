@@ -151,10 +151,13 @@ def test_the_page_about_deletions_serves_both_requests(tmp_path, monkeypatch) ->
     assert re.search(r"^dp_sgd +not possible", printed, flags=re.M)  # at this ε, as it says
     assert "langevin: 14 of 15 met" in printed
     left = {re.sub("-[0-9a-f]{32}", "-…", path.name) for path in Path("requests").iterdir()}
-    assert {"requests.db", "state-….pt"} <= left
+    assert {"requests.db", "state-….pt", "model.pt"} <= left
     assert not [name for name in left if name.startswith("certificate")]  # as it says
     assert "person-0100" in Path("deletion.html").read_text(encoding="utf-8")
-    assert "person-0100" not in Path("deletion-public.html").read_text(encoding="utf-8")
+    assert "person-0042" in Path("deletions.html").read_text(encoding="utf-8")
+    public = Path("deletions-public.html").read_text(encoding="utf-8")
+    assert "person-" not in public
+    assert "Constants only." in public
     assert names["engine"].per_instance.guarantee == "bound"  # trained on without them
     with pytest.raises(LedgerError):
         names["unlearning"].plan(["person-0100"], steps=5)

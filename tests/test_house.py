@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST, TESTS
+
 PACKAGE = "opacus_pil"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
@@ -336,3 +338,7 @@ def test_checker_knows_a_room_within_a_room(tmp_path: Path) -> None:
     assert house.room("room.inner", ("room", "room.inner")) == "room.inner"
     assert house.room("room.innermost", ("room", "room.inner")) == "room"
     assert house.room("roomy", ("room",)) is None
+
+
+def test_the_files_that_are_dealt_first_are_there() -> None:
+    assert [name for name in LONGEST if not (TESTS / name).exists()] == []

@@ -25,8 +25,8 @@ MOST_WORKERS = 4  # each loads torch, about 400 MB and five seconds; the longest
 LONGEST = (
     "unlearning/test_kill.py", "test_tutorials.py", "unlearning/test_model_file.py",
     "test_demo.py", "auditing/test_loaders.py", "test_user_machine.py",
-    "evaluation/test_ensemble.py", "study/test_run.py", "report/test_browser.py", "test_docs.py", "test_docs_site.py",
-    "test_package.py", "test_distributed.py", "test_resume.py",
+    "evaluation/test_ensemble.py", "study/test_run.py", "report/test_browser.py", "test_docs.py",
+    "test_docs_site.py", "test_package.py", "test_distributed.py", "test_resume.py",
 )  # fmt: skip
 TESTS = Path(__file__).parent
 

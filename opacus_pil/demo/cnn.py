@@ -16,7 +16,7 @@ from ..datasets import ImageData, split
 from ..evaluation import evaluate
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..unlearning.twin import plain_module
-from .forgetting import Trained, forget_and_compare
+from .forgetting import Trained, forget_each
 from .task import TaskResult, exposure_order, forget_sets, task_result
 
 NAME = "cnn"
@@ -83,17 +83,15 @@ def run_cnn(
     order = exposure_order(engine.per_instance, delta)
     epoch = round(1.0 / engine.kernel.sample_rate)
     sets = forget_sets(order, size=settings.forget_size, seed=seed, labels=train.labels.numpy())
-    outcomes = {}
-    for number, (name, rows) in enumerate(sets.items(), start=1):
-        outcomes[name] = forget_and_compare(
-            trained,
-            rows,
-            plan={"steps": settings.unlearning_epochs * epoch},
-            record_every=max(epoch // settings.records_per_epoch, 1),
-            oracles=oracles,
-            seed=seed + 100 * number,
-            progress=progress,
-        )
+    outcomes = forget_each(
+        trained,
+        sets,
+        plan={"steps": settings.unlearning_epochs * epoch},
+        record_every=max(epoch // settings.records_per_epoch, 1),
+        oracles=oracles,
+        seed=seed,
+        progress=progress,
+    )
     return task_result(
         name=NAME,
         dataset=data.name,

@@ -188,3 +188,13 @@ def forget_and_compare(
             for name, module in (("original", original), ("unlearned", result.module))
         },
     )
+
+
+def forget_each(
+    trained: Trained, sets: Mapping[str, np.ndarray], *, seed: int, **options: Any
+) -> dict[str, Forgotten]:
+    """Forget every set from the same model, each with seeds of its own; options as above."""
+    return {
+        name: forget_and_compare(trained, rows, seed=seed + 1000 * number, **options)
+        for number, (name, rows) in enumerate(sets.items(), start=1)
+    }

@@ -26,7 +26,7 @@ from ..heads import (
 )
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..unlearning.twin import plain_module
-from .forgetting import Trained, forget_and_compare
+from .forgetting import Trained, forget_each
 from .task import TaskResult, exposure_order, forget_sets, task_result
 
 NAME = "head"
@@ -87,18 +87,15 @@ def run_head(
     delta = 1.0 / len(train)
     order = exposure_order(engine.per_instance, delta)
     sets = forget_sets(order, size=settings.forget_size, seed=seed, labels=train.labels.numpy())
-    outcomes = {
-        name: forget_and_compare(
-            trained,
-            rows,
-            plan={"epsilon": settings.epsilon, "delta": delta, "method": "langevin"},
-            record_every=max(settings.steps // settings.records, 1),
-            oracles=oracles,
-            seed=seed + 1000 * number,
-            progress=progress,
-        )
-        for number, (name, rows) in enumerate(sets.items(), start=1)
-    }
+    outcomes = forget_each(
+        trained,
+        sets,
+        plan={"epsilon": settings.epsilon, "delta": delta, "method": "langevin"},
+        record_every=max(settings.steps // settings.records, 1),
+        oracles=oracles,
+        seed=seed,
+        progress=progress,
+    )
     return task_result(
         name=NAME,
         dataset=data.name,

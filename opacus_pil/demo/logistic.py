@@ -19,7 +19,7 @@ from ..datasets import ImageData, binary, logistic_features, split
 from ..evaluation import evaluate
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..unlearning.twin import plain_module
-from .forgetting import Trained, forget_and_compare
+from .forgetting import Trained, forget_each
 from .task import TaskResult, exposure_order, forget_sets, task_result
 
 NAME = "logistic"
@@ -80,17 +80,15 @@ def run_logistic(
     delta = 1.0 / len(train)
     order = exposure_order(engine.per_instance, delta)
     sets = forget_sets(order, size=settings.forget_size, seed=seed, labels=train.labels.numpy())
-    outcomes = {}
-    for number, (name, rows) in enumerate(sets.items(), start=1):
-        outcomes[name] = forget_and_compare(
-            trained,
-            rows,
-            plan={"epsilon": settings.epsilon, "delta": delta, "method": "langevin"},
-            record_every=max(settings.steps // settings.records, 1),
-            oracles=oracles,
-            seed=seed + 1000 * number,
-            progress=progress,
-        )
+    outcomes = forget_each(
+        trained,
+        sets,
+        plan={"epsilon": settings.epsilon, "delta": delta, "method": "langevin"},
+        record_every=max(settings.steps // settings.records, 1),
+        oracles=oracles,
+        seed=seed,
+        progress=progress,
+    )
     return task_result(
         name=NAME,
         dataset=pairs.name,

@@ -11,9 +11,21 @@ import torch.nn as nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pil import PerInstancePrivacyEngine, UnlearningEngine
+from opacus_pil.certificates import NoisyFineTuningCertificate
 
 DELTA = 1e-2
 SIZE = 48
+NOISY_GOAL = {
+    "steps": 2, "delta": DELTA, "method": "noisy_finetuning",
+    "certificate": NoisyFineTuningCertificate(1.5, 0.5, 0.1, 0.2, [3.0, 2.0, 4.0]),
+}  # fmt: skip
+
+
+def three_classes(size: int) -> TensorDataset:
+    """The rows that servers of the tests were trained on, whichever process asks."""
+    torch.manual_seed(1)
+    x = torch.randn(size, 4)
+    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
 
 
 @dataclass

@@ -12,13 +12,12 @@ from opacus_pil.files.model_hash import model_hash
 from opacus_pil.unlearning.requests import RequestQueue
 
 from .kill_target import SIZE, blank_engine, engine_of, private_run
+from .runs import three_classes
 
 
 @pytest.fixture
 def dataset():
-    torch.manual_seed(1)
-    x = torch.randn(SIZE, 4)
-    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    return three_classes(SIZE)
 
 
 def trained_anew(dataset, *, seed, **options):

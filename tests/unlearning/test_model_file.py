@@ -11,10 +11,8 @@ import stat
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 
 from opacus_pil.certificates import (
-    NoisyFineTuningCertificate,
     read_certificate,
     verify_certificate,
 )
@@ -27,19 +25,12 @@ from opacus_pil.unlearning.requests.database import RequestDatabase
 from opacus_pil.unlearning.requests.server import Server
 
 from .kill_target import SIZE, blank_engine, trained_engine
-from .runs import DELTA
-
-GOAL = {
-    "steps": 2, "delta": DELTA, "method": "noisy_finetuning",
-    "certificate": NoisyFineTuningCertificate(1.5, 0.5, 0.1, 0.2, [3.0, 2.0, 4.0]),
-}  # fmt: skip
+from .runs import NOISY_GOAL, three_classes
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    torch.manual_seed(1)
-    x = torch.randn(SIZE, 4)
-    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    return three_classes(SIZE)
 
 
 @pytest.fixture
@@ -97,7 +88,7 @@ def assert_about_models_that_are_here(folder):
 
 def test_the_model_served_last_is_a_plain_file_that_its_certificate_is_about(engine, folder):
     assert not (folder / "model.pt").exists()  # nothing was served yet
-    (ada,) = engine.serve(**GOAL)
+    (ada,) = engine.serve(**NOISY_GOAL)
     assert ada.result["status"] == "certified"
     weights = torch.load(folder / "model.pt", weights_only=True)
     assert weights.keys() == engine.module.state_dict().keys()
@@ -106,7 +97,7 @@ def test_the_model_served_last_is_a_plain_file_that_its_certificate_is_about(eng
     assert verify_certificate(record, model_sha256=model_file_hash(folder / "model.pt")).holds
     assert_about_models_that_are_here(folder)
     engine.submit([9], request_id="bob")
-    (bob,) = engine.serve(**GOAL)
+    (bob,) = engine.serve(**NOISY_GOAL)
     second = folder / bob.result["certificate_file"]
     assert main(["verify", str(second), "--model", str(folder / "model.pt")]) == 0
     first = folder / ada.result["certificate_file"]  # the model of then is deleted
@@ -115,18 +106,18 @@ def test_the_model_served_last_is_a_plain_file_that_its_certificate_is_about(eng
 
 
 def test_a_file_that_is_missing_damaged_or_old_is_written_again(engine, folder):
-    engine.serve(**GOAL)
+    engine.serve(**NOISY_GOAL)
     path, expected = folder / "model.pt", model_hash(engine.module)
     for spoil in (
         path.unlink, lambda: path.write_bytes(b"no model"),
         lambda: torch.save({"weight": torch.zeros(1)}, path),
     ):  # fmt: skip
         spoil()
-        assert engine.serve(**GOAL) == []
+        assert engine.serve(**NOISY_GOAL) == []
         assert model_file_hash(path) == expected
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     before = path.stat()
-    assert engine.serve(**GOAL) == []
+    assert engine.serve(**NOISY_GOAL) == []
     assert path.stat().st_mtime_ns == before.st_mtime_ns  # else it is left alone
 
 
@@ -139,7 +130,7 @@ def test_a_batch_that_failed_after_a_killed_try_leaves_the_model_of_before(
     engine, folder, dataset, monkeypatch
 ):
     """The try had written its model and certificate; neither stays when nothing was forgotten."""
-    engine.serve(**GOAL)
+    engine.serve(**NOISY_GOAL)
     engine.submit([9], request_id="bob")
     served = model_hash(engine.module)
 
@@ -149,7 +140,7 @@ def test_a_batch_that_failed_after_a_killed_try_leaves_the_model_of_before(
     with monkeypatch.context() as patch:
         patch.setattr(Server, "finish", dies)
         with pytest.raises(Stopped):
-            blank_engine(dataset, requests=folder).serve(**GOAL, seed=1)
+            blank_engine(dataset, requests=folder).serve(**NOISY_GOAL, seed=1)
     assert_about_models_that_are_here(folder)
     assert 2 in certificates(folder)
     assert model_file_hash(folder / "model.pt") == certificates(folder)[2] != served
@@ -159,7 +150,7 @@ def test_a_batch_that_failed_after_a_killed_try_leaves_the_model_of_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(serving, "require_runnable", refuses)
-        (bob,) = blank_engine(dataset, requests=folder).serve(**GOAL)
+        (bob,) = blank_engine(dataset, requests=folder).serve(**NOISY_GOAL)
     assert bob.state == "failed"
     assert sorted(certificates(folder)) == [1]
     assert not (folder / "certificate-2.json.key").exists()
@@ -237,7 +228,7 @@ def test_wherever_a_server_is_killed_a_certificate_is_about_a_model_of_the_folde
 
     def serve(folder):
         engine = trained_engine(dataset, requests=folder)
-        return engine.serve(**GOAL, max_batch=1, seed=5)
+        return engine.serve(**NOISY_GOAL, max_batch=1, seed=5)
 
     whole = begun("whole")
     with stopped(10**6) as operations:

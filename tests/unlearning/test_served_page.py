@@ -3,10 +3,8 @@
 import stat
 
 import pytest
-import torch
-from torch.utils.data import TensorDataset
 
-from opacus_pil.certificates import NoisyFineTuningCertificate, read_certificate
+from opacus_pil.certificates import read_certificate
 from opacus_pil.errors import UnsupportedError
 from opacus_pil.evaluation import oracle_gap
 from opacus_pil.evaluation.gap import Metrics
@@ -15,19 +13,12 @@ from opacus_pil.unlearning.requests.served import Served
 from tests.report.runs import Page
 
 from .kill_target import SIZE, trained_engine
-from .runs import DELTA
-
-GOAL = {
-    "steps": 2, "delta": DELTA, "method": "noisy_finetuning",
-    "certificate": NoisyFineTuningCertificate(1.5, 0.5, 0.1, 0.2, [3.0, 2.0, 4.0]),
-}  # fmt: skip
+from .runs import NOISY_GOAL, three_classes
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    torch.manual_seed(1)
-    x = torch.randn(SIZE, 4)
-    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    return three_classes(SIZE)
 
 
 @pytest.fixture
@@ -51,7 +42,7 @@ def badges(page):
 def test_one_run_is_the_page_of_its_deletion(engine, tmp_path):
     engine.submit([3, 7], request_id="ada")
     engine.submit([9], request_id="bob")
-    served = engine.serve(**GOAL)
+    served = engine.serve(**NOISY_GOAL)
     page = page_of(served, tmp_path / "p.html")
     record = read_certificate(served.certificates[0])
     for words in (
@@ -59,7 +50,7 @@ def test_one_run_is_the_page_of_its_deletion(engine, tmp_path):
         record.model_before, record.model_after, "not measured here",
     ):  # fmt: skip
         assert words in page.text
-    for sentence in GOAL["certificate"].assumptions:
+    for sentence in NOISY_GOAL["certificate"].assumptions:
         assert sentence in page.text
     metrics = {"forget": Metrics(accuracy=0.9, loss=0.4)}
     gap = oracle_gap(metrics, oracles=[metrics, metrics])
@@ -71,7 +62,7 @@ def test_runs_and_failures_stand_one_by_one_and_only_what_is_proved_is_certified
     engine.submit([3], request_id="again")
     engine.submit([9], request_id="bob")
     RequestQueue(engine.requests.folder).submit("outside", [SIZE])
-    served = engine.serve(**GOAL, max_batch=1)
+    served = engine.serve(**NOISY_GOAL, max_batch=1)
     page = page_of(served, tmp_path / "p.html")
     assert "4 deletion requests: 3 done, 1 failed" in page.text
     assert "Of the last run: After 2 steps" in page.text
@@ -84,7 +75,7 @@ def test_a_run_of_another_process_is_claimed_from_its_file_and_says_what_is_miss
     engine, tmp_path
 ):
     engine.submit([3], request_id="ada")
-    engine.serve(**GOAL)
+    engine.serve(**NOISY_GOAL)
     engine.submit([4], request_id="bob")
     engine.serve(steps=1)
     engine.submit([5], request_id="cyd")
@@ -109,7 +100,7 @@ def test_what_may_be_shown_of_two_runs_names_nobody(engine, tmp_path):
     pages = []
     for request, rows in (("ada", [3, 7]), ("bob", [9])):
         engine.submit(rows, request_id=request)
-        served = engine.serve(**GOAL)
+        served = engine.serve(**NOISY_GOAL)
         pages.append(page_of(served, tmp_path / f"{request}.html", public=True))
     one, other = pages
     for page in pages:
@@ -121,7 +112,7 @@ def test_what_may_be_shown_of_two_runs_names_nobody(engine, tmp_path):
 
 
 def test_nothing_served_makes_a_page_too_and_none_of_it_is_public(engine, tmp_path):
-    served = engine.serve(**GOAL)
+    served = engine.serve(**NOISY_GOAL)
     assert "0 deletion requests: none served" in page_of(served, tmp_path / "p.html").text
     with pytest.raises(UnsupportedError, match="Expected a run of this process"):
         served.write_report(tmp_path / "q.html", public=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils.data import TensorDataset
 
 from opacus_pil.certificates import (
     ContractionCertificate,
@@ -28,14 +27,12 @@ from opacus_pil.unlearning.requests import RequestQueue, serving
 from . import kill_target
 from .kill_target import SIZE, blank_engine, trained_engine
 from .processes import CONTEXT
-from .runs import DELTA, logistic_run, network_run
+from .runs import DELTA, logistic_run, network_run, three_classes
 
 
 @pytest.fixture
 def dataset():
-    torch.manual_seed(1)
-    x = torch.randn(SIZE, 4)
-    return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
+    return three_classes(SIZE)
 
 
 @pytest.fixture

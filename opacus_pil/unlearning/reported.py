@@ -109,7 +109,7 @@ def public_deletion(result: Ran) -> Report:
             ),
         )
     return Report(
-        title=f"A deletion: {_claim(result)}",
+        title=f"A deletion: {'certified' if claims else _claim(result)}",  # not: in no step
         subtitle=f"Evidence of one request, by opacus_pil {__version__}",
         verdict=(
             ("Was it forgotten?", answer),

@@ -130,3 +130,8 @@ def test_a_deletion_that_needs_no_step_says_so(tmp_path) -> None:
     page = written(result, tmp_path / "r.html")
     assert "certified: by the training alone" in page.text
     assert "No step was run, and none is needed" in page.text
+    # That none is needed depends on who is deleted.
+    shown = written(result, tmp_path / "p.html", public=True).text
+    assert "A deletion: certified" in shown
+    assert "training alone" not in shown
+    assert "No step" not in shown

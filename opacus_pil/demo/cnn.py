@@ -42,12 +42,12 @@ class Settings:
     learning_rate: float
     max_grad_norm: float = 1.0
     forget_size: int = 30
-    unlearning_epochs: int = 5
+    unlearning_epochs: int = 4
     records_per_epoch: int = 4
 
 
 SETTINGS = {
-    "digits": Settings(epochs=15, batch_size=64, noise_multiplier=1.0, learning_rate=1.0),
+    "digits": Settings(epochs=12, batch_size=64, noise_multiplier=1.0, learning_rate=1.0),
     "mnist5k": Settings(epochs=10, batch_size=128, noise_multiplier=1.0, learning_rate=1.0),
 }
 

@@ -87,6 +87,11 @@ def model_file_hash(path: str | os.PathLike[str]) -> str:
             f"Expected {path} to hold a state_dict, got {type(found).__name__} without tensors. "
             "Save model.state_dict()."
         )
+    if isinstance(found.get("format"), str):  # a container of this package
+        raise LedgerError(
+            f"Expected {path} to hold a model's weights, got a file that holds more than one. Pass "
+            "model.pt of its folder, or save model.state_dict()."
+        )
     try:
         return model_hash(found)
     except TypeError as error:

@@ -11,6 +11,7 @@ import torch.nn as nn
 from opacus import GradSampleModule
 
 from opacus_pil import LedgerError
+from opacus_pil.files.container import save_state
 from opacus_pil.files.model_hash import model_file_hash, model_hash
 
 
@@ -93,3 +94,9 @@ def test_a_file_that_is_no_state_is_refused_and_runs_no_code(tmp_path) -> None:
         model_file_hash(path)
     with pytest.raises(FileNotFoundError):
         model_file_hash(tmp_path / "missing.pt")
+
+
+def test_a_file_of_the_queue_points_to_the_models_own(tmp_path) -> None:
+    save_state(tmp_path / "state.pt", {"module": torch.zeros(2)}, kind="something")
+    with pytest.raises(LedgerError, match=r"state\.pt to hold a model's weights.*Pass model\.pt"):
+        model_file_hash(tmp_path / "state.pt")

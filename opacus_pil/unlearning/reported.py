@@ -24,6 +24,10 @@ from .plan import CertifiedPlan, PredictedPlan, RetrainPlan, UnlearningPlan
 
 _MOST_IDS = 50
 _LEVEL = 0.95
+COPIES = (
+    "Copies of the data, of earlier models, checkpoints and logs: whoever had them still can read "
+    "what was in them."
+)
 _MEASUREMENT = (
     "Being close to retrained models is evidence of forgetting, never proof: other tests may tell "
     "the models apart."
@@ -144,11 +148,9 @@ def request_of(result: Ran, *, gap: Mapping[str, Any] | None = None) -> Request:
         TypeError: `gap` is no mapping of such gaps.
     """
     plan = result.plan
-    names = [str(one) for one in (plan.ids or plan.forget_set.tolist())]
-    more = f" and {len(names) - _MOST_IDS:,} more" if len(names) > _MOST_IDS else ""
     interval = plan.interval if isinstance(plan, PredictedPlan) else None
     facts = pairs({
-        "forgotten": ", ".join(names[:_MOST_IDS]) + more,
+        "forgotten": first_of(plan.ids or plan.forget_set.tolist()),
         "instances": f"{len(plan.forget_set):,}",
         "method": plan.method,
         "plan": plan.status,
@@ -184,6 +186,12 @@ def _of_certificate(result: Ran) -> dict[str, str]:
         "ε reached": f"{up(result.epsilon)} at δ = {up(plan.delta, digits=3)}",
         "ε asked for": plain(plan.target_epsilon),
     }
+
+
+def first_of(ids: Sequence[Any]) -> str:
+    """Return the first ids in words, and how many more there are."""
+    more = f" and {len(ids) - _MOST_IDS:,} more" if len(ids) > _MOST_IDS else ""
+    return ", ".join(map(str, ids[:_MOST_IDS])) + more
 
 
 def claims_of(results: Sequence[Ran], *, titles: Sequence[str]) -> tuple[Claim, ...]:
@@ -323,8 +331,7 @@ def _constants(result: Ran) -> tuple[tuple[str, str], ...]:
 
 def _limits(result: Ran, *, measured: bool) -> tuple[str, ...]:
     found = [
-        "Copies of the data, of earlier models, checkpoints and logs: whoever had them still can "
-        "read what was in them.",
+        COPIES,
         "What the number of steps gives away: it depends on the forget set.",
     ]
     if _certified(result):

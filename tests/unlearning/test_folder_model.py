@@ -80,10 +80,8 @@ def test_an_engine_that_was_there_before_the_first_request_is_refused_too(datase
     assert one.serve(steps=2)[0].state == "done"
 
 
-def test_two_that_submit_at_once_are_told_apart_in_the_transaction(dataset, folder, monkeypatch):
-    """The other one's first request is committed after this one looked, before it writes."""
-    one = trained_anew(dataset, seed=1, requests=folder)
-    other = trained_anew(dataset, seed=2, requests=folder)
+def let_ada_be_first(one, monkeypatch):
+    """Commit her request on `one` after bob's engine looked at the folder, before it writes."""
     submit = RequestQueue.submit
 
     def late(self, request_id, rows, **options):
@@ -92,6 +90,12 @@ def test_two_that_submit_at_once_are_told_apart_in_the_transaction(dataset, fold
         return submit(self, request_id, rows, **options)
 
     monkeypatch.setattr(RequestQueue, "submit", late)
+
+
+def test_two_that_submit_at_once_are_told_apart_in_the_transaction(dataset, folder, monkeypatch):
+    one = trained_anew(dataset, seed=1, requests=folder)
+    other = trained_anew(dataset, seed=2, requests=folder)
+    let_ada_be_first(one, monkeypatch)
     with pytest.raises(LedgerError, match="belongs to model"):
         other.submit([4], request_id="bob")
     assert [r.request_id for r in RequestQueue(folder).requests()] == ["ada"]
@@ -101,14 +105,7 @@ def test_two_data_sets_that_submit_at_once_are_told_apart_too(dataset, folder, m
     one = trained_anew(dataset, seed=1, requests=folder)
     flipped = TensorDataset(*(tensor.flip(0) for tensor in dataset.tensors))
     other = trained_anew(flipped, seed=1, requests=folder)
-    submit = RequestQueue.submit
-
-    def late(self, request_id, rows, **options):
-        if request_id == "bob":
-            one.submit([3], request_id="ada")
-        return submit(self, request_id, rows, **options)
-
-    monkeypatch.setattr(RequestQueue, "submit", late)
+    let_ada_be_first(one, monkeypatch)
     with pytest.raises(LedgerError, match="another order") as refused:
         other.submit([4], request_id="bob")
     assert str(folder) in str(refused.value)

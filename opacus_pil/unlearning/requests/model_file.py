@@ -5,14 +5,12 @@ Knows a folder, weights and their hash; when they are written is `serving.py`.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-import torch
 import torch.nn as nn
 
 from ...errors import LedgerError
-from ...files.container import write_atomic
+from ...files.container import save_weights
 from ...files.model_hash import model_file_hash
 
 NAME = "model.pt"
@@ -32,9 +30,7 @@ def write_model(folder: Path, module: nn.Module, *, sha256: str) -> None:
     if _held(folder / NAME) == sha256:
         return
     weights = {name: value.detach().cpu() for name, value in module.state_dict().items()}
-    body = io.BytesIO()
-    torch.save(weights, body)
-    write_atomic(folder / NAME, body.getvalue())
+    save_weights(folder / NAME, weights)
 
 
 def remove_model(folder: Path) -> None:

@@ -20,11 +20,9 @@ from ...report import Claim, Report, write_page
 from ...report import Request as Part
 from ...report.numbers import plain, up
 from ...report.page import pairs
-from ..reported import claims_of, deletion_report, public_deletion, request_of
+from ..reported import COPIES, claims_of, deletion_report, first_of, public_deletion, request_of
 from .queue import Request
 from .served_run import ServedRun
-
-_MOST_IDS = 50
 
 
 def write_served(
@@ -146,9 +144,8 @@ def _without_run(members: Sequence[Request], folder: Path) -> tuple[Part, Sequen
     one, result = members[0], dict(members[0].result or {})
     title, ids = f"{_names(members)}: {one.state}", [str(i) for m in members for i in m.ids]
     names = list(dict.fromkeys(ids))
-    more = f" and {len(names) - _MOST_IDS:,} more" if len(names) > _MOST_IDS else ""
     facts = {
-        "asked for": ", ".join(names[:_MOST_IDS]) + more,
+        "asked for": first_of(names),
         "instances": f"{len(names):,}",
         "method": result.get("method"),
         "steps that ran": f"{result['steps']:,}" if "steps" in result else None,
@@ -229,10 +226,7 @@ def _nothing_known() -> Report:
              "about a request without one."),
         ),
         constants=(("opacus_pil", __version__),),
-        limits=(
-            "Copies of the data, of earlier models, checkpoints and logs: whoever had them still "
-            "can read what was in them.",
-        ),
+        limits=(COPIES,),
     )  # fmt: skip
 
 

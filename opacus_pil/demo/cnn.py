@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from ..datasets import ImageData, split
-from ..evaluation import evaluate
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..unlearning.twin import plain_module
 from .forgetting import Trained, forget_each
@@ -95,12 +94,9 @@ def run_cnn(
     return task_result(
         name=NAME,
         dataset=data.name,
-        accountant=engine.per_instance,
+        trained=trained,
         delta=delta,
         worst_case_epsilon_prv=float(engine.get_epsilon(delta)),
-        test_accuracy=evaluate(
-            trained.module, test.images, test.labels, criterion=trained.criterion
-        ).accuracy,
         outcomes=outcomes,
         images=train.images,
         labels=train.labels,

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from ..datasets import ImageData, split
-from ..evaluation import evaluate
 from ..heads import (
     BoundedFeatures,
     FrozenFeatures,
@@ -99,10 +98,9 @@ def run_head(
     return task_result(
         name=NAME,
         dataset=data.name,
-        accountant=engine.per_instance,
+        trained=trained,
         delta=delta,
         worst_case_epsilon_prv=None,
-        test_accuracy=evaluate(trained.module, *trained.test, criterion=trained.criterion).accuracy,
         outcomes=outcomes,
         images=train.images,
         labels=train.labels,

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from ..capture.sweep import sweep
 from ..datasets import ImageData, binary, logistic_features, split
-from ..evaluation import evaluate
 from ..privacy_engine import PerInstancePrivacyEngine
 from ..unlearning.twin import plain_module
 from .forgetting import Trained, forget_each
@@ -92,10 +91,9 @@ def run_logistic(
     return task_result(
         name=NAME,
         dataset=pairs.name,
-        accountant=engine.per_instance,
+        trained=trained,
         delta=delta,
         worst_case_epsilon_prv=None,
-        test_accuracy=evaluate(trained.module, *trained.test, criterion=trained.criterion).accuracy,
         outcomes=outcomes,
         images=train.images,
         labels=torch.where(train.labels == 1, 3, 8),

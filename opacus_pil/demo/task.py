@@ -12,6 +12,7 @@ import torch
 from ..accounting import PerInstanceAccountant
 from ..accounting.ledger_rows import Columns, ledger_chunks
 from ..accounting.shown import quantiles_above, rounded_up
+from ..evaluation import evaluate
 from ..plots import (
     epsilon_against_steps,
     epsilon_histogram,
@@ -20,7 +21,7 @@ from ..plots import (
     loss_barrier_curves,
 )
 from ..report import Illustration, Section
-from .forgetting import TOLERANCE, Forgotten
+from .forgetting import TOLERANCE, Forgotten, Trained
 
 _SHOWN = 10  # images of the most and of the least exposed instances
 
@@ -68,10 +69,9 @@ def task_result(
     *,
     name: str,
     dataset: str,
-    accountant: PerInstanceAccountant,
+    trained: Trained,
     delta: float,
     worst_case_epsilon_prv: float | None,
-    test_accuracy: float,
     outcomes: Mapping[str, Forgotten],
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -85,6 +85,7 @@ def task_result(
         words: The task's own sentences: "task", "forgetting".
         (others): As their names say; see DESIGN of summary.json in the README.
     """
+    accountant = trained.engine.per_instance
     spent = accountant.get_epsilon(delta)
     entries = [
         outcome.entry(name=key, privacy_loss=float(spent.epsilon[outcome.plan.forget_set].mean()))
@@ -100,7 +101,9 @@ def task_result(
         "per_instance_epsilon": _distribution(spent.epsilon),
         "guarantee": spent.guarantee,
         "unattributed_steps": accountant.unattributed_steps,
-        "test_accuracy": test_accuracy,
+        "test_accuracy": evaluate(
+            trained.module, *trained.test, criterion=trained.criterion
+        ).accuracy,
         "forget_sets": entries,
     }
     columns = {

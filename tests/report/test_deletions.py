@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from opacus_pil.accounting.best_guess import best_guess
+from opacus_pil.certificates import LangevinCertificate
 from opacus_pil.evaluation import oracle_gap
 from opacus_pil.evaluation.gap import Metrics
 from opacus_pil.report.numbers import up
@@ -119,6 +120,20 @@ def test_the_claim_says_how_often_a_guess_is_right(tmp_path) -> None:
     page = written(result, tmp_path / "r.html")
     assert result.certificate.two_sided
     right = up(100 * best_guess(result.epsilon, delta=1e-3))
+    assert f"is right in at most {right} % of all cases" in page.text
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_claim_in_one_direction_allows_a_guesser_more(public, tmp_path) -> None:
+    first = certified()
+    one_way = LangevinCertificate((0.4,), (2.0,), 0.5, 1.0, 4.0 / 3.0)
+    assert not one_way.two_sided
+    result = dataclasses.replace(first, plan=dataclasses.replace(first.plan, certificate=one_way))
+    page = written(result, tmp_path / "r.html", public=public)
+    epsilon = first.plan.target_epsilon if public else first.epsilon
+    right = up(100 * best_guess(epsilon, delta=1e-3, two_sided=False))
+    assert right != up(100 * best_guess(epsilon, delta=1e-3))
+    assert "in one direction" in page.text
     assert f"is right in at most {right} % of all cases" in page.text
 
 

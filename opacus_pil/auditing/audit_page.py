@@ -89,7 +89,7 @@ def public_report(audit: Any) -> Report:
         ),
         tone=_TONES[audit.verdict],
         constants=(
-            ("claim", f"{_runs(claim)}; δ = {plain(claim.delta)}; neighbours: {claim.neighbours}"),
+            ("claim", f"{_runs(claim)}; δ = {up(claim.delta)}; neighbours: {claim.neighbours}"),
             ("test", _design(audit.design)),
             ("model, SHA-256", str(audit.hashes["model"])),
             ("opacus_pil", __version__),
@@ -129,7 +129,7 @@ def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report
         ),
         tone=_TONES[audit.verdict],
         facts=(
-            (f"claimed ε at δ = {plain(claim.delta)}", up(claim.epsilon)),
+            (f"claimed ε at δ = {up(claim.delta)}", up(claim.epsilon)),
             ("largest lower bound", down(max((b.epsilon for b in audit.lower), default=None))),
             ("the claim by Rényi, as records are", up(audit.worst_case_epsilon)),
             ("most exposed record (Rényi)", up(None if most is None else most.epsilon)),
@@ -141,7 +141,7 @@ def report_of(audit: Any, *, results: Sequence[UnlearningResult] = ()) -> Report
         requests=tuple(requests),
         claims=claims_of(results, titles=[request.title for request in requests]),
         constants=(
-            ("claim", f"{_runs(claim)}; δ = {plain(claim.delta)}; neighbours: {claim.neighbours}"),
+            ("claim", f"{_runs(claim)}; δ = {up(claim.delta)}; neighbours: {claim.neighbours}"),
             ("test", _design(audit.design)),
             ("model, SHA-256", str(audit.hashes["model"])),
             ("scores, SHA-256", str(audit.hashes["scores"] or "none")),

@@ -222,7 +222,7 @@ class Audit:
         runs = ", ".join(f"{n} steps of noise {z:g} at rate {q:.4g}" for z, q, n in self.claim.runs)
         lines = [
             f"claimed     ε = {rounded_up(self.claim.epsilon, digits=4)} at "
-            f"δ = {self.claim.delta:g} ({runs}), one record more or less",
+            f"δ = {rounded_up(self.claim.delta)} ({runs}), one record more or less",
             f"instances   {', '.join(f'{k} {rounded_up(v)}' for k, v in self.spread.items())} "
             f"({self.upper.guarantee})",
             *(f"              - {reason}" for reason in self.upper.reasons),

@@ -66,8 +66,8 @@ class TrainingCheck:
         counted = (runs or "nothing") + more
         lines = [
             f"{self.optimizer} ({self.mode})",
-            f"  claimed    ε = {rounded_up(self.epsilon, digits=4)} at δ = {self.delta:g} "
-            f"({counted})",
+            f"  claimed    ε = {rounded_up(self.epsilon, digits=4)} at "
+            f"δ = {rounded_up(self.delta)} ({counted})",
         ]
         if self.evidence is None:
             lines.append(f"  canaries   none: {self.why_no_canaries}")

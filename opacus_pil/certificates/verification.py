@@ -171,7 +171,8 @@ def _epsilon(record: CertificateRecord, certificate: Certificate) -> list[Check]
     except REFUSALS as error:
         return [Check("epsilon", False, str(error)), Check("target", None, "not asked: no ε")]
     claimed, target = record.epsilon, record.target_epsilon * (1.0 + TOLERANCE)
-    said = f"{claimed:.10g} at delta {record.delta:g} after {record.steps} steps"
+    shown, delta = (rounded_up(value, digits=10) for value in (claimed, record.delta))
+    said = f"{shown} at delta {delta} after {record.steps} steps"
     good = own * (1.0 - TOLERANCE) <= claimed < float("inf")
     if not good:
         said += f"; the constants give {own:.10g}"

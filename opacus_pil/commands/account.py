@@ -109,7 +109,8 @@ def _words(summary: dict[str, Any], out: Path | None) -> str:
         f"{k} {rounded_up(v, digits=4)}" for k, v in summary["per_instance_epsilon"].items()
     )
     lines = [
-        f"{summary['rows']} instances, {summary['steps']} noisy steps, δ = {summary['delta']:g}",
+        f"{summary['rows']} instances, {summary['steps']} noisy steps, "
+        f"δ = {rounded_up(summary['delta'])}",
         f"  worst case    ε = {rounded_up(summary['worst_case_epsilon'], digits=4)}",
         f"  per instance  {spread}",
         f"  label         {summary['guarantee']}",

@@ -155,11 +155,12 @@ class PerInstanceEpsilon(PlainEpsilon):
     def __repr__(self) -> str:
         """Say in a few lines who is exposed and what may be claimed."""
         if not len(self):
-            return f"PerInstanceEpsilon(no instance, δ = {self.delta:g})"
+            return f"PerInstanceEpsilon(no instance, δ = {rounded_up(self.delta)})"
         shown = quantiles_above(self.epsilon, [0.0, 0.5, 0.9, 1.0])
         least, median, high, most = (rounded_up(value) for value in shown)
         lines = [
-            f"Per-instance ε of {len(self):,} instances at δ = {self.delta:.3g}: {self.guarantee}",
+            f"Per-instance ε of {len(self):,} instances at δ = {rounded_up(self.delta)}: "
+            f"{self.guarantee}",
             f"  least {least} · median {median} · 90 % {high} · most {most}",
             f"  worst case, by the same method {rounded_up(self.worst_case)}",
         ]

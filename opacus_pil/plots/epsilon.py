@@ -83,7 +83,7 @@ def epsilon_histogram(
         if rug is not None:
             _rug(rug, values, members)
             bottom = rug
-        at = "" if delta is None else f" at δ = {delta:.3g}"
+        at = "" if delta is None else f" at δ = {rounded_up(delta)}"
         bottom.set_xlabel(f"per-instance ε{at} (nats; label: {guarantee})")
     return figure
 

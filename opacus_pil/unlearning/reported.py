@@ -184,7 +184,7 @@ def _of_certificate(result: Ran) -> dict[str, str]:
     return {
         "steps, worst case": "not known" if worst is None else f"{worst:,}",
         "ε reached": f"{up(result.epsilon)} at δ = {up(plan.delta, digits=3)}",
-        "ε asked for": plain(plan.target_epsilon),
+        "ε asked for": up(plan.target_epsilon),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def test_a_quantile_is_a_value_and_covers_its_share(values, share):
     assert np.mean(np.array(values) <= found) >= share
 
 
-def test_no_text_of_the_package_rounds_an_epsilon_to_the_nearest():
-    """A format such as `{epsilon:.3g}` prints 1.234 as 1.23: less than was spent.
+def test_no_text_of_the_package_rounds_an_epsilon_or_a_delta_to_the_nearest():
+    """A format such as `{epsilon:.3g}` prints 1.234 as 1.23: less than was spent. So with a δ.
 
     What has no precision (`{epsilon:g}`) echoes a target that the user gave.
     """
@@ -43,6 +44,6 @@ def test_no_text_of_the_package_rounds_an_epsilon_to_the_nearest():
             if not isinstance(node, ast.FormattedValue) or node.format_spec is None:
                 continue
             precise = "." in ast.unparse(node.format_spec)
-            if precise and "epsilon" in ast.unparse(node.value):
+            if precise and re.search("epsilon|delta", ast.unparse(node.value)):
                 wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert wrong == []

@@ -18,7 +18,7 @@ from ...certificates.verification import verify_certificate
 from ...errors import OpacusPilError, UnsupportedError
 from ...report import Claim, Report, write_page
 from ...report import Request as Part
-from ...report.numbers import plain, up
+from ...report.numbers import up
 from ...report.page import pairs
 from ..reported import COPIES, claims_of, deletion_report, first_of, public_deletion, request_of
 from .queue import Request
@@ -187,7 +187,7 @@ def _without_run(members: Sequence[Request], folder: Path) -> tuple[Part, Sequen
     certified = part(
         "certified", missing, **{
             "ε reached": f"{up(record.epsilon)} at δ = {up(record.delta, digits=3)}",
-            "ε asked for": plain(record.target_epsilon),
+            "ε asked for": up(record.target_epsilon),
             "steps of retraining": f"{record.training_steps:,}",
             "certificate": name,
             "model before, SHA-256": record.model_before,
